@@ -1,0 +1,73 @@
+# Everything runs in .venv, which `make .venv` owns: it is made where it is absent, brought up to date where pyproject.toml
+# or the lock has changed, and left alone where it is current. Needs Python >= 3.11, g++ and nothing else.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: .venv demo test lint format lock clean help
+
+# cpu or gpu; what .venv was made with, unless told otherwise
+EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
+LOCK := requirements/$(EXTRA).lock
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export UV_HTTP_TIMEOUT ?= 300
+# uv does not read pip's variable. Without it the CPU build of torch comes from PyTorch's own index.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+else ifeq ($(EXTRA),cpu)
+TORCH_CPU := --torch-backend=cpu
+endif
+
+# .venv/.current is written last and removed first: an interrupted install has none and is made anew.
+.venv:
+	@[ -f $(LOCK) ] || { echo "EXTRA=$(EXTRA): there is no $(LOCK); use EXTRA=cpu or EXTRA=gpu" >&2; exit 1; }
+	stamp="$$(printf 'path %s\nextra %s\n' "$$PWD" $(EXTRA); cksum pyproject.toml $(LOCK))"
+	if [ -x .venv/bin/python ] && [ "$$(cat .venv/.current 2>/dev/null)" = "$$stamp" ]; then exit 0; fi
+	if [ ! -x .venv/bin/python ] || [ "$$(head -n 1 .venv/.current 2>/dev/null)" != "path $$PWD" ]; then
+		rm -rf .venv
+		for python in python3.11 python3.12 python3.13 python3 python none; do
+			"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break
+		done
+		[ "$$python" != none ] || { echo "rlvid needs Python 3.11, 3.12 or 3.13 on the PATH; found none" >&2; exit 1; }
+		"$$python" -m venv .venv
+	fi
+	rm -f .venv/.current
+	.venv/bin/python -m pip install --quiet --constraint $(LOCK) uv
+	install="uv pip install --quiet --python .venv/bin/python --no-deps"
+	$$install $(TORCH_CPU) $$(grep -E '^torch(vision)?==' $(LOCK))  # first and alone: PyTorch's index has its own triton
+	$$install --exact --requirements $(LOCK)
+	$$install --no-build-isolation --editable .
+	echo "$$stamp" > .venv/.current
+
+demo: .venv  ## teach a tiny model from videos: warm start, GRPO, report (SEED=7 for another seed)
+	@rm -rf runs/demo  # a demo starts anew; `rlvid grpo jobs/configs/demo.yaml` goes on with an interrupted one
+	exec rlvid grpo jobs/configs/demo.yaml $(if $(SEED),seed=$(SEED))
+
+test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
+	@pytest $(ARGS)
+
+lint: .venv  ## check style, types and the direction of imports
+	@ruff check .
+	ruff format --check .
+	mypy rlvid actors
+	lint-imports
+
+format: .venv  ## format the code and mend what ruff can mend
+	@ruff check --fix .
+	ruff format .
+
+lock: .venv  ## resolve the pinned versions again
+	@compile="uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra dev"
+	export UV_CUSTOM_COMPILE_COMMAND="make lock"
+	$$compile $(if $(PIP_FIND_LINKS),,--torch-backend=cpu) --extra cpu --output-file requirements/cpu.lock pyproject.toml
+	$$compile --extra gpu --output-file requirements/gpu.lock pyproject.toml
+
+clean:  ## remove caches and build leftovers (not .venv, not runs/)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+help:  ## show this
+	@echo 'make .venv     install into .venv (EXTRA=gpu for machines with CUDA)'
+	sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 15
