@@ -1,0 +1,149 @@
+"""The nouns of the system: what travels between the rooms of the house.
+
+All are frozen and picklable; arrays are numpy, so that Ray's object store hands them out as read-only views without a
+copy. The way of one sample is Sample -> Clip -> Prompt -> Rollout -> Reward (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class VideoRef:
+    """Stands in a message for `Sample.videos[index]`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn. `content` keeps the order of text and videos."""
+
+    role: str  # "system" | "user" | "assistant"
+    content: tuple[str | VideoRef, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.content if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One manifest row: what is asked about which videos, and what the right answer is."""
+
+    id: str
+    videos: tuple[str, ...]  # absolute paths
+    messages: tuple[Message, ...]  # ends with the turn that the policy has to answer
+    answer: str
+    choices: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further manifest fields, for custom rewards
+
+    @property
+    def question(self) -> str:
+        """Text of the last user turn."""
+        return next((m.text for m in reversed(self.messages) if m.role == "user"), "")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The sampled frames of one video at model resolution: decoded once, used by every consumer of a run.
+
+    `clip_id` is the sha256 of content hash, sampling rule, size rule, reader and reader version: two clips with the
+    same id hold the same bytes.
+    """
+
+    clip_id: str
+    frames: npt.NDArray[np.uint8]  # [T, H, W, 3] RGB; H and W are multiples of the family's patch * merge
+    pts_s: npt.NDArray[np.float64]  # [T] presentation time of each frame, seconds from the first frame of the file
+    indices: npt.NDArray[np.int64]  # [T] index of each frame in presentation order
+    n_frames: int  # frames in the file
+    fps: float  # average frame rate of the file
+    reader: str  # name and version, for example "pyav 18.1.0"
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Half-open run of placeholder tokens `token_ids[offset : offset + length]` of one video."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample ready for every model of a run. Made by a family's `encode()` only; never truncated.
+
+    Patches are not normalised: the engine and the trainer normalise on their own device, which costs a quarter of the
+    bytes of float32 patches and gives equal numbers.
+    """
+
+    sample_id: str
+    token_ids: npt.NDArray[np.int32]  # [P]
+    patches: npt.NDArray[np.uint8]  # [N, C * temporal_patch * patch * patch], all videos one after another
+    grid_thw: npt.NDArray[np.int64]  # [V, 3] patches along time, height and width (before merging)
+    spans: tuple[Span, ...]  # V placeholder spans; length = t * h * w / merge**2
+    positions: npt.NDArray[np.int32]  # [3, P] rotary positions (time, height, width)
+    clip_ids: tuple[str, ...]  # V
+
+    @property
+    def length(self) -> int:
+        return int(self.token_ids.shape[0])
+
+    @property
+    def cost(self) -> int:
+        """Tokens of its forward: those of the text model and the patches of the vision tower."""
+        return self.length + int(self.patches.shape[0])
+
+    @property
+    def next_position(self) -> int:
+        """Rotary position of the first response token, equal on all three axes."""
+        return int(self.positions.max()) + 1
+
+
+@dataclass(frozen=True)
+class WeightSpan:
+    """Tokens `[start, end)` of a rollout were sampled by weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. `logprobs` are those of the sampling distribution (temperature and bans applied)."""
+
+    sample_id: str
+    token_ids: npt.NDArray[np.int32]  # [R], ends with the end-of-turn token when finish_reason is "stop"
+    logprobs: npt.NDArray[np.float32]  # [R]
+    text: str  # decoded without special tokens
+    finish_reason: str  # "stop" | "length"
+    versions: tuple[WeightSpan, ...]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Named reward parts and their weighted sum, or why there is no reward.
+
+    An invalid reward (a judge that failed, a time-out) is left out of the group's mean and std; it is never 0.
+    """
+
+    parts: Mapping[str, float]
+    total: float
+    invalid_reason: str | None = None
+
+    @property
+    def is_valid(self) -> bool:
+        return self.invalid_reason is None
+
+    @classmethod
+    def invalid(cls, reason: str) -> Reward:
+        return cls(parts={}, total=float("nan"), invalid_reason=reason)
