@@ -1,0 +1,58 @@
+"""decord as second reader, for comparison with work that used it. Chosen by name, never a fallback.
+
+decord 0.6 gives wrong frames without an error for MPEG-TS, files with edit lists and short HEVC files, knows no AV1,
+and hangs or aborts when a reader crosses a fork (measured; the default reader has none of this).
+"""
+
+from __future__ import annotations
+
+import re
+
+import decord
+import numpy as np
+
+from rlvid.config import VideoConfig
+from rlvid.errors import BadClip
+from rlvid.video.decoded import Decoded, average_fps
+from rlvid.video.pyav_reader import check_format
+from rlvid.video.sampling import sample_indices
+from rlvid.video.sizes import target_size
+
+NAME = f"decord {decord.__version__}"
+
+_SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # "[06:02:43] /src/video/video_reader.cc:270: "
+
+decord.logging.set_level(decord.logging.QUIET)
+
+
+def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
+    """Read the sampled frames of one file at model resolution; see `pyav_reader.read_frames`.
+
+    `video.timeout_s` is not looked at: decord cannot be interrupted.
+
+    Raises:
+        BadClip: The file cannot be opened or decoded.
+        UserError: The configured size does not fit `multiple`.
+    """
+    check_format(path)
+    try:
+        # One thread: several abort more often and cost up to half more CPU per clip.
+        probe = decord.VideoReader(path, num_threads=1)
+        n_frames = len(probe)
+        if n_frames == 0:
+            raise BadClip(path, "has no frames")
+        full_height, full_width, _ = probe[0].shape
+        height, width = target_size(full_height, full_width, video, multiple)
+        starts_s = probe.get_frame_timestamp(np.arange(n_frames))[:, 0].astype(np.float64)
+        declared = float(probe.get_avg_fps())
+        del probe
+        # AVI and MPEG-PS give times like 1e17 or all zero.
+        is_timed = np.isfinite(starts_s).all() and bool((np.diff(starts_s) > 0).all())
+        pts_s = starts_s - starts_s[0] if is_timed else np.arange(n_frames) / (declared or 1.0)
+        indices = sample_indices(video, pts_s)
+        # Resized at decode time: full-size frames of a 1080p clip took 442 MB instead of 68.
+        frames = decord.VideoReader(path, num_threads=1, width=width, height=height).get_batch(indices).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        reason = _SOURCE_LINE.sub("", str(error)).strip().partition("\n")[0]
+        raise BadClip(path, f"cannot be decoded: {reason}") from error
+    return Decoded(frames, pts_s[indices], indices, n_frames, average_fps(pts_s, declared))

@@ -1,0 +1,58 @@
+"""Altered clips for the parity check, and thumbnails for the report."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rlvid.types import Clip
+
+Variant = Literal["as_is", "tall", "altered", "tall_altered"]
+N_THUMBNAILS = 6
+THUMBNAIL_HEIGHT = 112  # pixels
+
+
+def probe(clip: Clip, variant: Variant, multiple: int) -> Clip:
+    """A variant of `clip` under an id of its own, so that no cache takes one for the other.
+
+    "tall": cut to so few patches that merged T > max(H, W), where position rules differ. "altered": the frames in "
+    "another
+    order, or inverted where all frames are the same; a model that sees the video answers differently.
+    """
+    frames = clip.frames
+    if variant.startswith("tall"):
+        frames = _tall(frames, multiple)
+    if variant.endswith("altered"):
+        order = np.random.default_rng(0).permutation(len(frames))
+        shuffled = frames[order]
+        frames = 255 - frames if np.array_equal(shuffled, frames) else shuffled
+    return clip if variant == "as_is" else replace(clip, frames=frames, clip_id=f"{clip.clip_id}-{variant}")
+
+
+def _tall(frames: npt.NDArray[np.uint8], multiple: int) -> npt.NDArray[np.uint8]:
+    """Crop the middle to k x k patches with k < T / 2; two frames make one step in time."""
+    if len(frames) < 4:
+        frames = np.concatenate([frames, 255 - frames])
+    side = multiple * max(1, min(len(frames) // 2 - 1, frames.shape[1] // multiple, frames.shape[2] // multiple))
+    top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
+    return frames[:, top : top + side, left : left + side]
+
+
+def thumbnails(frames: npt.NDArray[np.uint8]) -> list[bytes]:
+    """Up to six frames [T, H, W, 3], evenly chosen, as small JPEG files."""
+    from PIL import Image
+
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(N_THUMBNAILS, len(frames))).round().astype(int))
+    files = []
+    for i in chosen:
+        image = Image.fromarray(frames[i])
+        scale = THUMBNAIL_HEIGHT / image.height
+        image = image.resize((max(1, round(image.width * scale)), THUMBNAIL_HEIGHT))
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=85)
+        files.append(buffer.getvalue())
+    return files

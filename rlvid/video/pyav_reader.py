@@ -1,0 +1,291 @@
+"""The default reader: FFmpeg through PyAV, every frame identified by its presentation time.
+
+Libraries disagree on which frame is "number 17": open GOPs, edit lists, variable frame rates and headers that lie. So
+the frame index comes from the packets, a frame counts as found only when its own time says so, and when one does not
+appear the whole file is decoded in order. One thread per clip, because parallelism is over clips; only wanted frames
+are converted, straight to the size of the model.
+
+A file that is damaged where it is read is refused, not salvaged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+
+import av
+import av.logging
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from rlvid.config import VideoConfig
+from rlvid.errors import BadClip
+from rlvid.video.decoded import Decoded, average_fps
+from rlvid.video.sampling import sample_indices
+from rlvid.video.sizes import target_size
+
+NAME = f"pyav {av.__version__}"
+
+# A clip is untrusted: a playlist or concat script renamed to .mp4 must not open other files or addresses.
+_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg,mpegvideo,m4v,h264,hevc,ivf,mxf,mp3,wav"
+_OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+_SEEKABLE_FORMATS = frozenset({"mov", "matroska"})
+_TRIM_EVERY = 200  # clips; without malloc_trim a worker grew from 64 to 103 MB over 800 clips (fragmentation, no leak)
+
+av.logging.set_level(None)  # FFmpeg writes pages about a bad file; the reason is in BadClip
+
+_reads = 0
+
+
+class _Unreadable(Exception):
+    """A reason for BadClip, found where the path is not known."""
+
+
+class _Damaged(_Unreadable):
+    """Part of the file that was read is broken."""
+
+
+class _FrameNotFound(Exception):
+    """A frame does not appear with the time that its packet announces."""
+
+
+class _Deadline:
+    """Ends a slow read between two packets. A decoder that hangs inside one is up to the caller's process."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+
+    def check(self) -> None:
+        if time.monotonic() > self._end:
+            raise _Unreadable(f"reading took longer than video.timeout_s={self._timeout_s:g} s")
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The file's frames as its packets announce them."""
+
+    pts: list[int]  # rising, unique, in units of the stream's time base
+    key_pts: list[int]  # rising
+
+
+def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
+    """Read the sampled frames of one file at model resolution.
+
+    Args:
+        path: Absolute path of a video file or GIF.
+        video: Sampling rule, size and time limit.
+        multiple: Height and width of frames are multiples of this, pixels.
+
+    Raises:
+        BadClip: The file cannot be opened or decoded, is damaged or cut short, holds no video, or takes too long.
+        UserError: The configured size does not fit `multiple`.
+    """
+    _trim_memory()
+    deadline = _Deadline(video.timeout_s)
+    try:
+        decoded = _read_by_seeking(path, video, multiple, deadline)
+        return decoded if decoded is not None else _read_in_order(path, video, multiple, deadline)
+    except _Unreadable as error:
+        raise BadClip(path, str(error)) from None
+    except av.FFmpegError as error:
+        raise BadClip(path, f"cannot be decoded: {error.strerror}") from error
+    except (LookupError, ValueError) as error:  # unknown codec, no such stream
+        raise BadClip(path, f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def check_format(path: str) -> None:
+    """Open the file and close it again: for readers that would follow a playlist to other files.
+
+    Raises:
+        BadClip: The file cannot be opened, is not of a format on the list, or holds no video.
+    """
+    try:
+        with _open(path) as container:
+            _video_stream(container)
+    except _Unreadable as error:
+        raise BadClip(path, str(error)) from None
+
+
+def _read_by_seeking(path: str, video: VideoConfig, multiple: int, deadline: _Deadline) -> Decoded | None:
+    """Decode from the keyframe before each wanted frame; None where that cannot be trusted."""
+    with _open(path) as container:
+        stream = _video_stream(container)
+        # AVI came out off by one this way, and MPEG-TS loses the leading frames of an open GOP. VP8 has packets that
+        # show nothing but have a time.
+        if not _SEEKABLE_FORMATS & set(container.format.name.split(",")) or stream.codec_context.name == "vp8":
+            return None
+        index = _read_index(container, stream, deadline)
+        if index is None:
+            return None
+        pts_s = _seconds(index.pts, stream)
+        indices = sample_indices(video, pts_s)
+        # The first frame is always decoded: when it does not appear, the file starts with an open GOP or a cut, and
+        # every index is off.
+        positions = sorted({0, *indices.tolist()})
+        try:
+            frames = _pick(_seek_frames(container, stream, index, positions, deadline), indices, video, multiple)
+        except (_FrameNotFound, _Damaged, av.FFmpegError):
+            return None
+        return Decoded(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, _declared_fps(stream)))
+
+
+def _read_in_order(path: str, video: VideoConfig, multiple: int, deadline: _Deadline) -> Decoded:
+    """Decode everything twice, to count and then to pick: little memory, and right for whatever decodes at all."""
+    with _open(path) as container:
+        stream = _video_stream(container)
+        pts = [frame.pts for frame in _decode(container, stream, deadline)]
+        declared = _declared_fps(stream)
+        if not pts:
+            raise _Unreadable("no frame could be decoded")
+        known = [p for p in pts if p is not None]
+        if len(known) == len(pts) and all(a < b for a, b in pairwise(known)):
+            pts_s = _seconds(known, stream)
+        else:  # the file has no usable times
+            pts_s = np.arange(len(pts)) / (declared or 1.0)
+    indices = sample_indices(video, pts_s)
+    with _open(path) as container:
+        numbered = enumerate(_decode(container, _video_stream(container), deadline))
+        frames = _pick(numbered, indices, video, multiple)
+    return Decoded(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, declared))
+
+
+def _open(path: str) -> InputContainer:
+    try:
+        return av.open(f"file:{path}", options=_OPEN_OPTIONS, metadata_errors="replace")
+    except av.ArgumentError:  # what FFmpeg says of a format that is not on the list
+        raise _Unreadable(f"not a video file that is read here ({_FORMATS})") from None
+    except av.FFmpegError as error:
+        raise _Unreadable(f"cannot be opened: {error.strerror}") from None
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:  # cover of a sound file
+        raise _Unreadable("has no video stream")
+    if stream.codec_context is None:
+        raise _Unreadable("has a video codec that FFmpeg does not know")
+    stream.thread_type = "NONE"
+    return stream
+
+
+def _read_index(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index | None:
+    """Read all packets without decoding; None when their times do not identify frames."""
+    pts: list[int] = []
+    key_pts: list[int] = []
+    for packet in _demux(container, stream, deadline):
+        if packet.pts is None:
+            return None
+        if packet.is_keyframe:
+            key_pts.append(packet.pts)
+        if not packet.is_discard:  # an edit list hides it: decoded, never shown
+            pts.append(packet.pts)
+    if not pts:
+        raise _Unreadable("has no frames")
+    if not key_pts or len(set(pts)) < len(pts):
+        return None
+    return _Index(sorted(pts), sorted(key_pts))
+
+
+def _seek_frames(
+    container: InputContainer, stream: VideoStream, index: _Index, positions: list[int], deadline: _Deadline
+) -> Iterator[tuple[int, VideoFrame]]:
+    """The frames at rising `positions` of the index.
+
+    Raises:
+        _FrameNotFound: Decoding from the keyframe before did not show it.
+    """
+    frames: Iterator[VideoFrame] = iter(())
+    current_key: int | None = None
+    for position in positions:
+        wanted = index.pts[position]
+        before = bisect_right(index.key_pts, wanted)
+        if before == 0:
+            raise _FrameNotFound
+        key = index.key_pts[before - 1]
+        if key != current_key:
+            container.seek(key, stream=stream, backward=True)
+            frames, current_key = _decode(container, stream, deadline), key
+        frame = next((f for f in frames if f.pts is None or f.pts >= wanted), None)
+        if frame is None or frame.pts != wanted:
+            raise _FrameNotFound
+        yield position, frame
+
+
+def _decode(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> Iterator[VideoFrame]:
+    for packet in _demux(container, stream, deadline):
+        yield from _intact(stream.codec_context.decode(packet))
+    yield from _intact(stream.codec_context.decode(None))
+
+
+def _demux(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> Iterator[Packet[VideoStream]]:
+    for packet in container.demux(stream):
+        deadline.check()
+        if packet.is_corrupt:
+            raise _Damaged("is damaged or cut short (a packet is incomplete)")
+        if packet.size:  # the last one is empty
+            yield packet
+
+
+def _intact(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    for frame in frames:
+        if frame.is_corrupt:
+            raise _Damaged("is damaged (a frame could only be decoded in part)")
+        yield frame
+
+
+def _pick(
+    frames: Iterator[tuple[int, VideoFrame]], indices: npt.NDArray[np.int64], video: VideoConfig, multiple: int
+) -> npt.NDArray[np.uint8]:
+    """Convert the frames at `indices` [T] to RGB [T, H, W, 3] at model resolution.
+
+    `frames` gives (index, frame) in rising order, the first frame of the file first: it decides size and rotation.
+    """
+    wanted, place = np.unique(indices, return_inverse=True)
+    rgb: npt.NDArray[np.uint8] | None = None
+    reformatter = VideoReformatter()
+    height = width = quarter_turns = found = 0
+    for position, frame in frames:
+        if rgb is None:
+            quarter_turns = round(frame.rotation / 90) % 4
+            shown = (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
+            height, width = target_size(*shown, video, multiple)
+            rgb = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
+        if position != wanted[found]:
+            continue
+        stored_width, stored_height = (height, width) if quarter_turns % 2 else (width, height)
+        small = reformatter.reformat(
+            frame, stored_width, stored_height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        )
+        rgb[found] = np.rot90(small.to_ndarray(), quarter_turns)  # counterclockwise, as FFmpeg gives the angle
+        found += 1
+        if found == len(wanted):
+            return rgb if found == len(indices) else rgb[place]
+    raise _Unreadable("is damaged (it did not decode twice alike)")
+
+
+def _seconds(pts: list[int], stream: VideoStream) -> npt.NDArray[np.float64]:
+    return (np.array(pts, dtype=np.int64) - pts[0]).astype(np.float64) * float(stream.time_base or 1)
+
+
+def _declared_fps(stream: VideoStream) -> float | None:
+    return float(stream.average_rate) if stream.average_rate else None
+
+
+def _trim_memory() -> None:
+    global _reads
+    _reads += 1
+    if _reads % _TRIM_EVERY == 0:
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

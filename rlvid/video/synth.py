@@ -1,0 +1,182 @@
+"""Synthetic clips: moving shapes in real H.264 files, with questions whose answers are exact.
+
+Five kinds of question: colour, shape and direction of one moving shape, which of two colours comes first, how many
+shapes there are. Everything follows from the seed, the bytes of the files too (one encoder thread).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from rlvid.config import SyntheticConfig
+from rlvid.errors import UserError
+
+COLOURS = {
+    "red": (230, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (50, 80, 240),
+    "yellow": (235, 215, 50),
+    "white": (235, 235, 235),
+    "purple": (170, 50, 200),
+}
+SHAPES = ("square", "circle", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+NUMBERS = ("one", "two", "three", "four")
+QUESTIONS = {
+    "colour": "What colour is the moving shape?",
+    "shape": "Which shape is moving?",
+    "direction": "In which direction does the shape move?",
+    "order": "Which colour comes first?",
+    "count": "How many shapes are there?",
+}
+FPS = 8
+
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One shape: where it is at the start, how far it moves in the clip, and in which frames it is seen."""
+
+    shape: str
+    colour: str
+    radius: float  # pixels
+    start: tuple[float, float]  # centre (x, y), pixels
+    travel: tuple[float, float]  # from first to last frame, pixels
+    first: int = 0
+    last: int | None = None  # half-open
+
+
+def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path, Path]:
+    """Write clips and two manifests into `out_dir`; return the paths of `train.jsonl` and `eval.jsonl`.
+
+    A folder that already holds the same set is left as it is; one that holds another set is refused.
+
+    Raises:
+        UserError: `out_dir` holds something else.
+    """
+    stamp = out_dir / "synthetic.json"
+    spec = {"seed": seed, **cfg.model_dump(mode="json")}
+    manifests = out_dir / "train.jsonl", out_dir / "eval.jsonl"
+    if stamp.exists():
+        if json.loads(stamp.read_text()) == spec:
+            return manifests
+        raise UserError(
+            f"{out_dir} holds a synthetic set made with other settings ({stamp}): remove it or name another folder"
+        )
+    (out_dir / "clips").mkdir(parents=True, exist_ok=True)
+    for split, (path, n) in enumerate(zip(manifests, (cfg.train, cfg.eval), strict=True)):
+        # Independent streams: the train set does not change when the eval set grows.
+        rng = np.random.default_rng([seed, split])
+        rows = [_make_clip(out_dir, path.stem, i, cfg, rng) for i in range(n)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stamp.write_text(json.dumps(spec))  # last: an interrupted set is made again
+    return manifests
+
+
+def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.random.Generator) -> dict[str, object]:
+    kind = cfg.kinds[i % len(cfg.kinds)]
+    figures, answer = _draw_scene(kind, cfg, rng)
+    background = int(rng.integers(8, 40))
+    name = f"{split}-{i:06d}"
+    video = Path("clips") / f"{name}.mp4"
+    write_mp4(out_dir / video, render(figures, cfg.size, cfg.frames, background), FPS)
+    return {
+        "id": name,
+        "video": str(video),
+        "question": QUESTIONS[kind],
+        "answer": answer,
+        "problem_type": kind,
+    }
+
+
+def _draw_scene(kind: str, cfg: SyntheticConfig, rng: np.random.Generator) -> tuple[list[Figure], str]:
+    """Draw the figures of one clip at random, and the answer to its question."""
+    size, middle = cfg.size, cfg.frames // 2
+    colours = [str(c) for c in rng.permutation(list(COLOURS))]
+    if kind == "count":
+        answer = NUMBERS[int(rng.integers(len(NUMBERS)))]
+        cells = rng.permutation(4)[: NUMBERS.index(answer) + 1]
+        drift = rng.uniform(-0.08, 0.08, size=2) * size
+        figures = [
+            Figure(
+                shape=str(rng.choice(SHAPES)),
+                colour=str(rng.choice(list(COLOURS))),
+                radius=rng.uniform(0.13, 0.16) * size,
+                start=((cell % 2 + 0.5) * size / 2, (cell // 2 + 0.5) * size / 2),
+                travel=(float(drift[0]), float(drift[1])),
+            )
+            for cell in cells
+        ]
+        return figures, answer
+    if kind == "order":
+        figures = [
+            Figure(
+                shape=str(rng.choice(SHAPES)),
+                colour=colour,
+                radius=rng.uniform(0.2, 0.26) * size,
+                start=(rng.uniform(0.35, 0.65) * size, rng.uniform(0.35, 0.65) * size),
+                travel=(rng.uniform(-0.1, 0.1) * size, rng.uniform(-0.1, 0.1) * size),
+                first=first,
+                last=last,
+            )
+            for colour, first, last in ((colours[0], 0, middle), (colours[1], middle, cfg.frames))
+        ]
+        return figures, colours[0]
+    shape, direction = str(rng.choice(SHAPES)), str(rng.choice(list(DIRECTIONS)))
+    dx, dy = DIRECTIONS[direction]
+    # A form is told by its outline, so it is large and moves little; a direction by its way, so that is long.
+    radius, reach = ((0.28, 0.36), (0.1, 0.2)) if kind == "shape" else ((0.15, 0.2), (0.6, 0.7))
+    way = rng.uniform(*reach) * size
+    off_axis = rng.uniform(0.42, 0.58) * size
+    figure = Figure(
+        shape=shape,
+        colour=colours[0],
+        radius=rng.uniform(*radius) * size,
+        start=(size / 2 - dx * way / 2 if dx else off_axis, size / 2 - dy * way / 2 if dy else off_axis),
+        travel=(dx * way, dy * way),
+    )
+    return [figure], {"colour": colours[0], "shape": shape, "direction": direction}[kind]
+
+
+def render(figures: list[Figure], size: int, n_frames: int, background: int) -> Frames:
+    """Draw `figures` on a grey ground: [n_frames, size, size, 3] uint8 RGB."""
+    frames = np.full((n_frames, size, size, 3), background, dtype=np.uint8)
+    y, x = np.mgrid[0:size, 0:size] + 0.5
+    for figure in figures:
+        for t in range(figure.first, n_frames if figure.last is None else figure.last):
+            part = t / (n_frames - 1)
+            u = (x - figure.start[0] - part * figure.travel[0]) / figure.radius
+            v = (y - figure.start[1] - part * figure.travel[1]) / figure.radius
+            frames[t][_covers(figure.shape, u, v)] = COLOURS[figure.colour]
+    return frames
+
+
+def _covers(shape: str, u: npt.NDArray[np.float64], v: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Pixels inside the shape; u and v are coordinates from its centre in radii."""
+    if shape == "square":
+        return np.maximum(abs(u), abs(v)) < 0.9
+    if shape == "circle":
+        return np.hypot(u, v) < 1.0
+    return (v < 0.8) & (v > 2 * abs(u) - 1)  # triangle, point up
+
+
+def write_mp4(path: Path, frames: Frames, fps: int) -> None:
+    """Write [T, H, W, 3] uint8 RGB frames as H.264 (yuv420p, one keyframe a second), whole or not at all."""
+    part = path.with_suffix(".part")
+    with av.open(str(part), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "16", "threads": "1", "g": str(fps)}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    part.replace(path)
