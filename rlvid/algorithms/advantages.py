@@ -1,0 +1,70 @@
+"""Group-relative advantages (GRPO: Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+
+An invalid reward is nan here. It takes no part in its group's mean and std, and its response gets advantage 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+def group_advantages(
+    rewards: npt.NDArray[np.floating], normalise_std: bool, eps: float = 1e-4
+) -> npt.NDArray[np.float32]:
+    """(reward - mean) / (std + eps) over the valid rewards of each group.
+
+    The std is the sample one (divided by n_valid - 1) and eps is added to it, as TRL, R1-V and Video-R1 do
+    (`rewards.std(dim=1) + 1e-4`). Without `normalise_std` the difference to the mean is left as it is
+    (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783).
+
+    Args:
+        rewards: [n_groups, group_size] float, nan where a response has no valid reward.
+        normalise_std: Divide by the group's std.
+        eps: Added to the std.
+
+    Returns:
+        [n_groups, group_size] float32. 0 for invalid responses and for every response of a group with fewer than two
+        valid rewards or with equal ones.
+
+    Raises:
+        ValueError: Not two axes, or an infinite reward.
+    """
+    valid, has_signal = _valid_and_signal(rewards)
+    values = np.where(valid, rewards, 0.0).astype(np.float64)
+    n_valid = valid.sum(axis=1, keepdims=True)
+    mean = values.sum(axis=1, keepdims=True) / np.maximum(n_valid, 1)
+    centred = np.where(valid, values - mean, 0.0)
+    if normalise_std:
+        variance = np.square(centred).sum(axis=1, keepdims=True) / np.maximum(n_valid - 1, 1)
+        centred = centred / (np.sqrt(variance) + eps)
+    # Rounding of the mean leaves 1e-17 in a group of equal rewards; such a group must train nothing at all.
+    return np.where(has_signal[:, None], centred, 0.0).astype(np.float32)
+
+
+def zero_variance_share(rewards: npt.NDArray[np.floating]) -> float:
+    """Share of all groups that train nothing: valid rewards equal, or fewer than two of them.
+
+    Args:
+        rewards: [n_groups, group_size] float, nan where a response has no valid reward.
+
+    Returns:
+        Between 0 and 1; nan when there are no groups.
+
+    Raises:
+        ValueError: Not two axes, or an infinite reward.
+    """
+    _, has_signal = _valid_and_signal(rewards)
+    return float(1.0 - has_signal.mean()) if has_signal.size else float("nan")
+
+
+def _valid_and_signal(rewards: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """[n_groups, group_size] which rewards are valid, [n_groups] which groups hold two different ones."""
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be [n_groups, group_size], got shape {rewards.shape}")
+    if np.isinf(rewards).any():
+        raise ValueError("a reward is infinite; mark a reward that cannot be given as invalid (nan)")
+    valid = ~np.isnan(rewards)
+    highest = np.where(valid, rewards, -np.inf).max(axis=1, initial=-np.inf)
+    lowest = np.where(valid, rewards, np.inf).min(axis=1, initial=np.inf)
+    return valid, highest > lowest

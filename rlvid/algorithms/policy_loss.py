@@ -1,0 +1,100 @@
+"""The clipped policy loss of PPO and GRPO, and weights that average it exactly over any split into micro-batches.
+
+Everything is flat: one axis over the response tokens of all responses, one after another, as the packed trainer has
+them. A mean is never taken here. Means of micro-batches of unequal size do not average to the mean of the mini-batch,
+so each token's weight is fixed for the whole mini-batch first (`token_weights`) and micro-batches are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rlvid.algorithms.kl import k3
+
+MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: still finite in float32, so that advantage 0 times the ratio is 0 and not nan
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) per token, with ratio = exp(logprob - old_logprob).
+
+    PPO: Schulman et al. 2017, arXiv 1707.06347, eq. 7. Unequal clips ("clip-higher"): DAPO, arXiv 2503.14476, eq. 10.
+
+    Args:
+        logprobs: [n_tokens] of the policy being trained; the only input that gets a gradient.
+        old_logprobs: [n_tokens] of the policy that the ratio is taken to.
+        advantages: [n_tokens], each response's advantage repeated over its tokens (PPO: one per token).
+        clip_low: The ratio is clipped below at 1 - clip_low.
+        clip_high: The ratio is clipped above at 1 + clip_high.
+
+    Returns:
+        The loss [n_tokens] float32, and sums over tokens without gradient (0-d float32) that add up over micro-batches
+        and ranks, for `stat_means`: `tokens`; `clip_low` and `clip_high`, tokens whose gradient the clip has stopped;
+        `ratio`; `kl_to_old`, k3 estimate of KL(old || policy).
+
+    Raises:
+        ValueError: The shapes differ or have more than one axis.
+    """
+    if logprobs.ndim != 1 or not logprobs.shape == old_logprobs.shape == advantages.shape:
+        raise ValueError(
+            f"expected three tensors of one shape [n_tokens], got logprobs {tuple(logprobs.shape)}, "
+            f"old_logprobs {tuple(old_logprobs.shape)}, advantages {tuple(advantages.shape)}"
+        )
+    old_logprobs, advantages = old_logprobs.detach(), advantages.detach().float()
+    log_ratio = logprobs.float() - old_logprobs.float()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    with torch.no_grad():
+        sums = {
+            "tokens": torch.ones_like(ratio).sum(),
+            "clip_low": ((ratio < 1.0 - clip_low) & (advantages < 0)).float().sum(),
+            "clip_high": ((ratio > 1.0 + clip_high) & (advantages > 0)).float().sum(),
+            "ratio": ratio.sum(),
+            "kl_to_old": k3(old_logprobs, logprobs).sum(),
+        }
+    return loss, sums
+
+
+def stat_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over tokens, nan without any, from sums of `policy_loss` added up over all micro-batches and ranks."""
+    n_tokens = sums["tokens"]
+    return {name: value / n_tokens if n_tokens else float("nan") for name, value in sums.items() if name != "tokens"}
+
+
+def token_weights(response_lengths: npt.ArrayLike, mode: Literal["token", "sequence"]) -> npt.NDArray[np.float32]:
+    """Weight of each token of each response, such that sum(weight * loss) over all tokens is the mini-batch's average.
+
+    "token": every token counts alike, 1 / sum(lengths) (DAPO). "sequence": every response counts alike, and every token
+    within it, 1 / (n_responses * length) (GRPO's paper, R1-V, Video-R1). A response of length 0 has no tokens to weigh
+    and is not counted: give length 0 to leave a response out.
+
+    A trainer whose engine averages gradients over ranks (DeepSpeed, DDP) multiplies by the number of ranks.
+
+    Args:
+        response_lengths: [n_responses] int, tokens of each response of the whole mini-batch, over all ranks.
+        mode: What counts alike.
+
+    Returns:
+        [n_responses] float32; `numpy.repeat` it by the lengths for one weight per token.
+
+    Raises:
+        ValueError: Not one axis, a negative length, or an unknown mode.
+    """
+    lengths = np.asarray(response_lengths, dtype=np.int64)
+    if lengths.ndim != 1 or (lengths < 0).any():
+        raise ValueError(f"response_lengths must be [n_responses] and not negative, got {response_lengths!r}")
+    if mode == "token":
+        weights = np.full(lengths.shape, 1.0 / max(int(lengths.sum()), 1))
+    elif mode == "sequence":
+        weights = 1.0 / (max(int((lengths > 0).sum()), 1) * np.maximum(lengths, 1))
+    else:
+        raise ValueError(f"mode must be 'token' or 'sequence', got {mode!r}")
+    return np.where(lengths > 0, weights, 0.0).astype(np.float32)
