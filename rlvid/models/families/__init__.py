@@ -1,0 +1,29 @@
+"""Model families: one file each. This module is light, it needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlvid.errors import UserError
+from rlvid.models.families.qwen_vl import QwenVL
+
+FAMILIES = {"qwen2_vl": QwenVL}
+
+
+def load_family(folder: Path) -> QwenVL:
+    """The prompt side of the checkpoint in `folder`.
+
+    Raises:
+        UserError: no checkpoint there, or one of a family that rlvid does not know.
+    """
+    config = folder / "config.json"
+    if not config.exists():
+        raise UserError(
+            f"model.path: {folder} holds no config.json; give a Hugging Face checkpoint folder, or leave it empty "
+            f"and set model.tiny"
+        )
+    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"{config}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type](folder)

@@ -1,0 +1,43 @@
+"""Shared inputs: a small synthetic set and a tiny model, made once per test run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.jsonl (20 clips) and eval.jsonl (10 clips)."""
+    from rlvid.config import SyntheticConfig
+    from rlvid.video.synth import make_synthetic
+
+    folder = tmp_path_factory.mktemp("synthetic")
+    make_synthetic(folder, SyntheticConfig(train=20, eval=10), seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> Path:
+    """Folder of a random Qwen2-VL that knows the synthetic questions' words."""
+    from rlvid.config import TinyModelConfig
+    from rlvid.models.tiny import make_tiny_qwen2_vl
+
+    rows = [json.loads(line) for line in (synthetic / "train.jsonl").read_text().splitlines()]
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_tiny_qwen2_vl(folder, TinyModelConfig(), [f"{r['question']} {r['answer']}" for r in rows], seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    folder = Path(__file__).parents[1] / ".." / "shared" / "data" / "clips"
+    if not folder.is_dir():
+        pytest.skip("the real clips (../shared/data/clips) are not on this machine")
+    return folder.resolve()

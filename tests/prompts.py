@@ -1,0 +1,33 @@
+"""Prompts for tests: clips of random noise, or frames given by the caller."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.types import Clip, Message, Prompt, Sample, VideoRef
+
+
+def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """[t, h, w, 3] uint8."""
+    return np.random.default_rng(seed).integers(0, 256, size=(t, h, w, 3), dtype=np.uint8)
+
+
+def clip_of(frames: npt.NDArray[np.uint8], clip_id: str) -> Clip:
+    n = len(frames)
+    return Clip(clip_id, frames, np.arange(n) / 8.0, np.arange(n), n, 8.0, "test", "0" * 64)
+
+
+def sample_of(n_videos: int = 1, question: str = "Which shape is moving?", sample_id: str = "s") -> Sample:
+    content = (*(VideoRef(i) for i in range(n_videos)), question)
+    videos = tuple(f"/clips/{i}.mp4" for i in range(n_videos))
+    return Sample(sample_id, videos, (Message("user", content),), "square")
+
+
+def prompt_of(
+    family: QwenVL, *shapes: tuple[int, int, int], seed: int = 0, question: str = "Which shape is moving?"
+) -> Prompt:
+    """A prompt with one noise clip (t, h, w) per shape."""
+    clips = [clip_of(noise(*shape, seed=seed + i), f"{shape}-{seed + i}") for i, shape in enumerate(shapes)]
+    return family.encode(sample_of(len(shapes), question), clips)
