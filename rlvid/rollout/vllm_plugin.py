@@ -1,0 +1,29 @@
+"""What rlvid adds to vLLM, through vLLM's own plugin entry point (`vllm.general_plugins` in pyproject.toml)."""
+
+from __future__ import annotations
+
+import importlib
+
+from rlvid.models import torchvision_ops
+
+WEIGHT_BACKEND = "buckets"
+
+
+def register() -> None:
+    """Called by vLLM at the start of each of its processes. Idempotent."""
+    torchvision_ops.ensure()
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if WEIGHT_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(WEIGHT_BACKEND, "rlvid.rollout.weight_transfer", "BucketEngine")
+
+
+def register_model_class(architecture: str, module: str) -> None:
+    """Register vLLM's own class for `architecture` as an object rather than by name.
+
+    By name, vLLM inspects it in a child process, which imports torchvision before any plugin runs and so fails where
+    `torchvision_ops` had to help.
+    """
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), architecture))

@@ -1,0 +1,173 @@
+"""Groups of responses as packed rows: one forward of a group's prompt for all its responses.
+
+Exact: log-probs and gradients equal those of separate sequences (tests/training/test_packing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from rlvid.models.attention import SharedPrefixLayout
+from rlvid.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlvid.models.families.qwen_vl import QwenVL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """The G responses to one prompt and what is learned from them; flat arrays hold them one after another."""
+
+    token_ids: tuple[npt.NDArray[np.int32], ...]  # G arrays [R_g]
+    weights: npt.NDArray[np.float32]  # [sum R_g] share of each token in the mini-batch's loss
+    advantages: npt.NDArray[np.float32] | None = None  # [sum R_g]; None: supervised
+    old_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
+    ref_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(ids) for ids in self.token_ids)
+
+    def split(self) -> list[Responses]:
+        """Each response by itself."""
+        parts, at = [], 0
+        for ids in self.token_ids:
+            cut = slice(at, at + len(ids))
+            parts.append(
+                Responses(
+                    token_ids=(ids,),
+                    weights=self.weights[cut],
+                    advantages=None if self.advantages is None else self.advantages[cut],
+                    old_logprobs=None if self.old_logprobs is None else self.old_logprobs[cut],
+                    ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[cut],
+                )
+            )
+            at = cut.stop
+        return parts
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its responses."""
+
+    prompt: Prompt
+    responses: Responses
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the group's forward."""
+        return self.prompt.cost + self.responses.n_tokens
+
+    def split(self) -> list[Group]:
+        """The same work without sharing: one group per response, each with a prompt of its own."""
+        return [Group(self.prompt, part) for part in self.responses.split()]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One forward's input. N tokens in the row, M response tokens that are predicted."""
+
+    token_ids: Tensor  # [N] int64
+    positions: Tensor  # [3, N] int64
+    patches: Tensor  # [patches, patch_dim] uint8
+    grid_thw: Tensor  # [V, 3] int64
+    layout: SharedPrefixLayout
+    source: Tensor  # [M] int64, the token whose output predicts each response token
+    target: Tensor  # [M] int64, the response tokens
+
+    def to(self, device: torch.device) -> PackedRow:
+        return PackedRow(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def pack(groups: Sequence[Group]) -> PackedRow:
+    """Lay `groups` one after another."""
+    ids, positions, source = [], [], []
+    at = 0
+    for group in groups:
+        prompt = group.prompt
+        ids.append(prompt.token_ids)
+        positions.append(prompt.positions)
+        last_of_prompt = at + prompt.length - 1
+        at += prompt.length
+        for response in group.responses.token_ids:
+            n = len(response)
+            ids.append(response)
+            positions.append(np.broadcast_to(prompt.next_position + np.arange(n, dtype=np.int32), (3, n)))
+            source.append(np.concatenate([[last_of_prompt], np.arange(at, at + n - 1)]))
+            at += n
+    return PackedRow(
+        token_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)),
+        patches=torch.from_numpy(np.concatenate([g.prompt.patches for g in groups])),
+        grid_thw=torch.from_numpy(np.concatenate([g.prompt.grid_thw for g in groups])),
+        layout=SharedPrefixLayout.of([(g.prompt.length, [len(r) for r in g.responses.token_ids]) for g in groups]),
+        source=torch.from_numpy(np.concatenate(source).astype(np.int64)),
+        target=torch.from_numpy(np.concatenate([r for g in groups for r in g.responses.token_ids]).astype(np.int64)),
+    )
+
+
+def normalise(patches: Tensor, family: QwenVL, dtype: torch.dtype) -> Tensor:
+    """uint8 patches [n, 3 * rest] -> normalised [n, 3 * rest]; equal to the processor's float output, difference 0.
+
+    Source: transformers folds rescaling into mean and std, (x - 255 mean) / (255 std).
+    """
+    mean = torch.tensor(family.pixel_mean, device=patches.device) * 255.0
+    std = torch.tensor(family.pixel_std, device=patches.device) * 255.0
+    x = patches.view(len(patches), 3, -1).float()
+    return ((x - mean[:, None]) / std[:, None]).flatten(1).to(dtype)
+
+
+class PackedPolicy(nn.Module):
+    """The policy network over packed rows; the one forward of trainer and reference.
+
+    The distribution is the one the engine samples from: logits over temperature, vision placeholders banned.
+    """
+
+    def __init__(self, network: PreTrainedModel, family: QwenVL, temperature: float):
+        super().__init__()
+        self.network = network
+        self.family = family
+        self.temperature = temperature
+
+    def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution without gradient."""
+        inputs: dict[str, Tensor] = {}
+        if len(row.patches):
+            inputs["pixel_values_videos"] = normalise(row.patches, self.family, self.network.dtype)
+            inputs["video_grid_thw"] = row.grid_thw
+        hidden = self.network.model(
+            input_ids=row.token_ids[None],
+            position_ids=row.positions[:, None],
+            attention_mask={"full_attention": row.layout},
+            use_cache=False,
+            **inputs,
+        ).last_hidden_state[0]
+        # [M, vocabulary], only where a token is predicted: logits of a long prompt would be the largest tensor of all
+        logits = self.network.lm_head(hidden[row.source]).float()
+        logits[:, list(self.family.banned_tokens)] = float("-inf")
+        logprobs = (logits / self.temperature).log_softmax(-1)
+        all_logprobs = logprobs.detach()
+        entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
+        return logprobs.gather(1, row.target[:, None])[:, 0], entropy
+
+
+def micro_batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+    """Cut the groups, in order, into rows of at most `budget` tokens each; a larger group goes alone."""
+    rows: list[list[Group]] = []
+    left = -1
+    for group in groups:
+        if group.cost > left or not rows:
+            rows.append([])
+            left = budget
+        rows[-1].append(group)
+        left -= group.cost
+    return rows
