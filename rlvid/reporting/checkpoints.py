@@ -1,0 +1,79 @@
+"""The `checkpoints/` folder of a run: which checkpoints are complete, and how one becomes so.
+
+Invariant: a folder named `step_N` is complete. It is written as `step_N.tmp` and renamed, which is atomic, so a process
+killed at any moment leaves either no `step_N` or a whole one. What is in a checkpoint is the trainer's matter.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+_COMPLETE = re.compile(r"step_(\d+)")
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    path: Path
+
+
+class Checkpoints:
+    """Complete checkpoints under `directory`, oldest first."""
+
+    def __init__(self, directory: Path) -> None:
+        self.dir = directory
+
+    def complete(self) -> list[Checkpoint]:
+        found = []
+        for path in self.dir.glob("step_*"):
+            match = _COMPLETE.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append(Checkpoint(int(match[1]), path))
+        return sorted(found)
+
+    def newest(self) -> Checkpoint | None:
+        complete = self.complete()
+        return complete[-1] if complete else None
+
+    @contextmanager
+    def writing(self, step: int, keep: int) -> Iterator[Path]:
+        """Yields an empty folder to write into. It becomes `step_<step>` when the block ends without an error.
+
+        Then all but the newest `keep` complete checkpoints are removed. A checkpoint of the same step is replaced.
+        After an error nothing is left of the new checkpoint.
+        """
+        final = self.dir / f"step_{step}"
+        unfinished = self.dir / f"step_{step}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        if final.exists():  # a folder cannot be renamed over one with files in it
+            replaced = self.dir / f"step_{step}.replaced.tmp"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+            unfinished.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(final)
+        self.prune(keep)
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`."""
+        for checkpoint in self.complete()[:-keep]:
+            # renamed first: a kill in mid-removal must not leave half a `step_N`
+            doomed = checkpoint.path.with_name(checkpoint.path.name + ".tmp")
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed process left. Call it only while holding the run folder's lock."""
+        for path in self.dir.glob("step_*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)

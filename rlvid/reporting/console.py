@@ -1,0 +1,190 @@
+"""What a person sees on stdout while a job runs: one aligned line per step, phases, and the result as the last line.
+
+On a terminal a progress bar stays below the lines. In a pipe or a file there are only plain lines: no control
+characters, each written at once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from rlvid.reporting import safe_json
+
+_LINES_PER_HEADING = 20
+_PIPE_WIDTH = 10_000  # a line in a file is never wrapped
+_MIN_COLUMN = 6
+
+
+class _Column(NamedTuple):
+    heading: str
+    key: str
+    shown: Callable[[float], str]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _compact(value: float) -> str:
+    """At most eight characters, three digits that count."""
+    if value == 0 or 0.001 <= abs(value) < 100_000:
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.1e}"
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2f}"
+
+
+_TRAIN_COLUMNS = (
+    _Column("reward", "reward/mean", _compact),
+    _Column("accuracy", "train/accuracy", _percent),
+    _Column("KL", "policy/kl", _compact),
+    _Column("length", "response/length", _tenths),
+    _Column("zero-var", "groups/zero_variance", _percent),
+    _Column("samples/s", "samples_per_s", _tenths),
+    _Column("s/step", "time/step", _tenths),
+)
+_SUPERVISED_COLUMNS = (
+    _Column("loss", "loss", _compact),
+    _Column("accuracy", "train/accuracy", _percent),
+    _Column("lr", "train/lr", _compact),
+    _Column("samples/s", "samples_per_s", _tenths),
+    _Column("s/step", "time/step", _tenths),
+)
+
+
+class Console:
+    """Prints a run's progress. `with Console() as console:` takes the progress bar away at the end."""
+
+    def __init__(self, stream: TextIO | None = None, width: int | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._is_terminal = self._stream.isatty()
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not stop a run
+        # All three are said: rich would otherwise colour a pipe where FORCE_COLOR or TTY_COMPATIBLE is set, as in CI.
+        self._console = RichConsole(
+            file=self._stream,
+            force_terminal=self._is_terminal,
+            color_system="auto" if self._is_terminal else None,
+            width=width if self._is_terminal else _PIPE_WIDTH,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._total: int | None = None
+        self._stages: list[str] = []
+        self._columns: tuple[_Column, ...] = ()
+        self._lines_since_heading = 0
+        self._progress: Progress | None = None
+
+    def phase(self, name: str, steps: int | None = None, done: int = 0) -> None:
+        """Announce what comes next; `steps` of it are shown as a progress bar, of which `done` are done already."""
+        self._stop_progress()
+        self._total = steps
+        self._columns, self._stages = (), []
+        self._print(f"── {name} " + "─" * max(0, 60 - len(name)), style="bold")
+        if steps and self._is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task(_printable(name), total=steps, completed=done)
+            self._progress.start()
+
+    def working(self, stage: str) -> None:
+        """Say beside the progress bar what the step is at. Shown on a terminal only."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=_printable(stage))
+
+    def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """One line: step, the numbers of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
+        metrics = {key.removeprefix("warm_start/"): value for key, value in metrics.items()}
+        base = _SUPERVISED_COLUMNS if "loss" in metrics else _TRAIN_COLUMNS
+        new_stages = [key for key in metrics if key.startswith("time/") and key not in ("time/step", *self._stages)]
+        self._stages += new_stages
+        columns = base + tuple(_Column("s/" + key.removeprefix("time/"), key, _tenths) for key in self._stages)
+        if columns != self._columns or self._lines_since_heading >= _LINES_PER_HEADING:
+            self._columns = columns
+            self._print(self._row("step", [column.heading for column in columns]), style="dim")
+            self._lines_since_heading = 0
+        numbers = [_shown(metrics.get(column.key), column.shown) for column in columns]
+        self._print(self._row(f"{step}/{self._total}" if self._total else str(step), numbers))
+        self._lines_since_heading += 1
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """One line: accuracy over n held-out samples, and by kind of question."""
+        n = metrics.get("eval/n")
+        parts = [f"evaluation after step {step}: accuracy {_shown(metrics.get('eval/accuracy'), _percent)}"]
+        if n is not None:
+            parts.append(f"of {n:.0f} samples")
+        kinds = [
+            f"{key.removeprefix('eval/accuracy/')} {_shown(value, _percent)}"
+            for key, value in metrics.items()
+            if key.startswith("eval/accuracy/")
+        ]
+        self._print(" ".join(parts) + (f" ({', '.join(kinds)})" if kinds else ""), style="bold")
+
+    def message(self, text: str) -> None:
+        self._print(text)
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        """The result of the job as one line of JSON, the last line of stdout."""
+        self._stop_progress()
+        self._stream.write(safe_json.dumps(result) + "\n")  # not through rich: it would wrap it on a terminal
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stop_progress()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _row(self, step: str, cells: list[str]) -> str:
+        step_width = max(len("step"), 2 * len(str(self._total or 0)) + 1)
+        line = step.rjust(step_width)
+        for column, cell in zip(self._columns, cells, strict=True):
+            width = max(len(column.heading), _MIN_COLUMN) + 2
+            if self._is_terminal and len(line) + width > self._console.width:
+                break  # the stages stand last: they are left out first where the window is narrow
+            line += cell.rjust(width)
+        return line
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._console.print(Text(_printable(text), style=style or ""), soft_wrap=True)
+        self._stream.flush()
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None or not math.isfinite(value) else form(value)
+
+
+def _printable(text: str) -> str:
+    """File names and model output may carry terminal escapes."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)

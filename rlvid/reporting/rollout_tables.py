@@ -1,0 +1,115 @@
+"""Rollout tables: `rollouts/step_000010.parquet`, one row per response, and `frames/step_000010.parquet` beside them.
+
+Frames lie in a folder of their own, so that `pandas.read_parquet("runs/demo/rollouts")` gives the tables of all steps
+without megabytes of pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlvid.errors import UserError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("group_index", pa.int64(), nullable=False),  # place of the response in its group
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),  # the right one
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("reward_total", pa.float64()),  # null: the reward is invalid
+        pa.field("reward_parts", pa.string(), nullable=False),  # JSON object: name -> value
+        pa.field("invalid_reason", pa.string()),
+        pa.field("advantage", pa.float64(), nullable=False),
+        pa.field("n_tokens", pa.int64(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("weight_versions", pa.string(), nullable=False),  # JSON list of [version, start, end]
+        pa.field("logprob_mean", pa.float64(), nullable=False),
+    ]
+)
+"""Columns of a rollout table; a row has all of them."""
+
+FRAME_SCHEMA = pa.schema([("sample_id", pa.string()), ("frames", pa.list_(pa.binary()))])
+"""Columns of a frame table; frames are encoded pictures (JPEG or PNG) in their order of time."""
+
+_FILE = re.compile(r"step_(\d+)\.parquet")
+
+
+def write(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]], frames: Mapping[str, Sequence[bytes]]) -> Path:
+    """Write both tables of a step, frames first: a rollout table that can be seen has its frames. Returns its path.
+
+    Raises:
+        ValueError: a row has other columns than `SCHEMA`.
+    """
+    clean = [_clean(row) for row in rows]
+    frame_rows = [{"sample_id": _text(key), "frames": list(pictures)} for key, pictures in frames.items()]
+    _write_table(_path(run_dir, "frames", step), pa.Table.from_pylist(frame_rows, schema=FRAME_SCHEMA))
+    path = _path(run_dir, "rollouts", step)
+    _write_table(path, pa.Table.from_pylist(clean, schema=SCHEMA))
+    return path
+
+
+def read(run_dir: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, list[bytes]]]:
+    """Rows and frames of a step. No frame file gives no frames."""
+    rows: list[dict[str, Any]] = _read_table(_path(run_dir, "rollouts", step))
+    frame_path = _path(run_dir, "frames", step)
+    frame_rows = _read_table(frame_path) if frame_path.exists() else []
+    return rows, {row["sample_id"]: row["frames"] for row in frame_rows}
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Steps with a rollout table, oldest first."""
+    matches = (_FILE.fullmatch(path.name) for path in (run_dir / "rollouts").glob("step_*.parquet"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """Remove the tables of later steps."""
+    for folder in ("rollouts", "frames"):
+        for path in (run_dir / folder).glob("step_*.parquet"):
+            match = _FILE.fullmatch(path.name)
+            if match and int(match[1]) > step:
+                path.unlink()
+
+
+def _path(run_dir: Path, folder: str, step: int) -> Path:
+    return run_dir / folder / f"step_{step:06d}.parquet"
+
+
+def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
+    if set(row) != set(SCHEMA.names):
+        missing, unknown = sorted(set(SCHEMA.names) - set(row)), sorted(set(row) - set(SCHEMA.names))
+        raise ValueError(f"a rollout row lacks {missing} and has unknown {unknown}")
+    clean: dict[str, Any] = {key: _text(value) if isinstance(value, str) else value for key, value in row.items()}
+    total = clean["reward_total"]
+    clean["reward_total"] = None if total is None or math.isnan(total) else total  # Reward.invalid has NaN
+    return clean
+
+
+def _text(value: str) -> str:
+    """File names and byte-level tokenizers can give lone surrogates, which Arrow refuses."""
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.replace(path)
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    try:
+        # one file, not a dataset: `read_table` would take folder names like `step=3` for columns
+        rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a readable parquet file: {error}") from None
+    return rows

@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlvid.config import GrpoJobConfig, SftJobConfig
+from rlvid.config_file import load_config
+from rlvid.errors import BadClip, UserError
+from rlvid.reporting.run_folder import RunFolder
+
+
+def config(**sections: Any) -> GrpoJobConfig:
+    base: dict[str, Any] = {"model": {"tiny": {}}, "data": {"synthetic": {}}, "seed": 7}
+    return GrpoJobConfig.model_validate(base | sections)
+
+
+def rollout_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "step": 10,
+        "sample_id": "a",
+        "group_index": 0,
+        "question": "What colour?",
+        "answer": "red",
+        "response": "red",
+        "reward_total": 1.0,
+        "reward_parts": '{"exact": 1.0}',
+        "invalid_reason": None,
+        "advantage": 0.5,
+        "n_tokens": 2,
+        "finish_reason": "stop",
+        "weight_versions": "[[3, 0, 2]]",
+        "logprob_mean": -0.1,
+    }
+    return row | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "demo")
+
+
+def with_results(folder: RunFolder, cfg: GrpoJobConfig | None = None) -> RunFolder:
+    with folder.start(cfg or config(), "grpo"):
+        folder.append_metrics({"step": 1})
+    return folder
+
+
+# --- making and taking up ---------------------------------------------------------------------------------------------
+
+
+def test_new_folder_holds_resolved_config_and_manifest(folder: RunFolder) -> None:
+    with folder.start(config(), "grpo"):
+        folder.record(model={"weights": "aa"}, data={"train": "bb"}, prompt_templates={"qwen": "cc"}, extra=1)
+    assert load_config(GrpoJobConfig, folder.config_file, []).seed == 7
+    manifest = json.loads(folder.manifest_file.read_text())
+    assert manifest["job"] == "grpo" and manifest["seed"] == 7 and manifest["extra"] == 1
+    assert manifest["versions"]["python"].startswith("3.") and manifest["versions"]["torch"]
+    assert manifest["model"] == {"weights": "aa"} and manifest["prompt_templates"] == {"qwen": "cc"}
+    assert not list(folder.dir.glob("*.tmp"))
+
+
+def test_git_commit_is_noted_inside_a_repository_only(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with folder.start(config(), "grpo"):
+        assert folder.manifest()["git_commit"] is None
+
+
+def test_another_config_is_refused_and_names_the_keys(folder: RunFolder) -> None:
+    with_results(folder)
+    before = folder.config_file.read_bytes()
+    with pytest.raises(UserError) as caught:
+        folder.start(config(seed=8, train={"lr": 0.5}), "grpo")
+    message = str(caught.value)
+    assert "seed: 7 there, 8 now" in message
+    assert "train.lr: 1e-06 there, 0.5 now" in message
+    assert "Give another run.dir" in message
+    assert folder.config_file.read_bytes() == before
+
+
+def test_many_differing_keys_are_cut_short(folder: RunFolder) -> None:
+    with_results(folder)
+    other = config(
+        model={"path": "m"}, video={"frames": 4, "fps": 1}, train={"lr": 1, "betas": [0, 0], "batch_size": 1}
+    )
+    with pytest.raises(UserError, match=r"model\.tiny\.layers: 4 there, nothing now"):
+        folder.start(other, "grpo")
+    many = config(model={"path": "m"}, seed=1, grpo={"clip_low": 0.1, "clip_high": 0.1, "kl_coef": 1, "group_size": 2})
+    many = GrpoJobConfig.model_validate(many.model_dump() | {"video": other.video, "train": other.train})
+    with pytest.raises(UserError, match=r"and \d+ more"):
+        folder.start(many, "grpo")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"steps": 500}},
+        {"run": {"wandb": "disabled", "checkpoint_every": 3}},
+        {"evaluate": {"every": 2}},
+        {"placement": {"trainer_workers": 2}},
+        {"rollout": {"timeout_s": 5, "replicas": 2}},
+    ],
+)
+def test_keys_that_change_nothing_learned_may_change(folder: RunFolder, changes: dict[str, Any]) -> None:
+    with_results(folder)
+    with folder.start(config(**changes), "grpo"):
+        pass
+    assert load_config(GrpoJobConfig, folder.config_file, []) == load_config_of(config(**changes), folder.dir.parent)
+    assert len(folder.manifest()["resumed"]) == 1
+
+
+def load_config_of(cfg: GrpoJobConfig, tmp: Path) -> GrpoJobConfig:
+    from rlvid.config_file import dump_config
+
+    (tmp / "expected.yaml").write_text(dump_config(cfg))
+    return load_config(GrpoJobConfig, tmp / "expected.yaml", [])
+
+
+def test_config_saved_before_a_key_existed_is_the_same_config(folder: RunFolder) -> None:
+    with_results(folder)
+    text = folder.config_file.read_text()
+    folder.config_file.write_text(text.replace("  kl_estimator: k3\n", ""))
+    assert folder.config_file.read_text() != text
+    folder.start(config(), "grpo").close()
+    folder.config_file.write_text(text.replace("  kl_estimator: k3\n", ""))
+    with pytest.raises(UserError, match=r'grpo\.kl_estimator: "k3" there, "k1" now'):
+        folder.start(config(grpo={"kl_estimator": "k1"}), "grpo")
+
+
+def test_another_job_is_refused(folder: RunFolder) -> None:
+    with_results(folder)
+    with pytest.raises(UserError, match="holds a run of rlvid grpo, not of rlvid sft"):
+        folder.start(SftJobConfig.model_validate(config().model_dump(exclude={"grpo", "warm_start"})), "sft")
+
+
+def test_start_that_came_to_nothing_binds_no_config(folder: RunFolder) -> None:
+    with folder.start(config(), "grpo"):
+        folder.append_bad_clip(BadClip("a.mp4", "empty"))
+    with folder.start(config(seed=8), "grpo"):
+        assert folder.manifest()["seed"] == 8
+        assert folder.read_bad_clips() == []
+
+
+def test_changed_content_is_refused_on_resume(folder: RunFolder) -> None:
+    with folder.start(config(), "grpo"):
+        folder.record(model={"weights": "aa"}, data={"train": "bb"})
+        folder.append_metrics({"step": 1})
+    with folder.start(config(), "grpo"):
+        folder.record(data={"train": "bb", "eval": "new"})
+        with pytest.raises(UserError, match="data train, data eval changed since"):
+            folder.record(data={"train": "xx", "eval": "xx"})
+    assert folder.manifest()["data"] == {"train": "bb", "eval": "new"}
+
+
+# --- nothing half-written ---------------------------------------------------------------------------------------------
+
+
+def test_user_error_before_any_result_leaves_no_folder(folder: RunFolder) -> None:
+    with pytest.raises(UserError), folder.start(config(), "grpo"):
+        raise UserError("prompt longer than the context")
+    assert not folder.dir.exists()
+
+
+def test_user_error_keeps_logs_bad_clips_and_foreign_files(folder: RunFolder) -> None:
+    with pytest.raises(UserError), folder.start(config(), "grpo"):
+        (folder.logs_dir / "engine.log").write_text("the reason")
+        raise UserError("engine")
+    assert (folder.logs_dir / "engine.log").exists() and not folder.config_file.exists()
+    with pytest.raises(UserError), folder.start(config(seed=9), "grpo"):  # and can be started again
+        folder.append_bad_clip(BadClip("a.mp4", "empty"))
+        raise UserError("too many bad clips")
+    assert folder.bad_clips_file.exists()
+
+
+def test_crash_keeps_the_folder(folder: RunFolder) -> None:
+    with pytest.raises(ZeroDivisionError), folder.start(config(), "grpo"):
+        raise ZeroDivisionError
+    assert folder.is_run
+
+
+def test_folder_with_foreign_files_is_refused_and_untouched(folder: RunFolder) -> None:
+    folder.dir.mkdir(parents=True)
+    (folder.dir / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"not a run folder: it holds thesis\.tex"):
+        folder.start(config(), "grpo")
+    assert [path.name for path in folder.dir.iterdir()] == ["thesis.tex"]
+
+
+def test_file_in_place_of_the_folder_is_refused(folder: RunFolder) -> None:
+    folder.dir.parent.mkdir(parents=True)
+    folder.dir.write_text("x")
+    with pytest.raises(UserError, match="is a file; give another run"):
+        folder.start(config(), "grpo")
+    with pytest.raises(UserError, match="Not a directory; give another run"):
+        RunFolder(folder.dir / "below").start(config(), "grpo")
+
+
+# --- lock -------------------------------------------------------------------------------------------------------------
+
+
+def hold_lock(directory: Path, ready: Connection) -> None:
+    folder = RunFolder(directory).start(config(), "grpo")
+    ready.send(os.getpid())
+    signal.pause()
+    folder.close()
+
+
+def test_two_jobs_do_not_share_a_folder_and_a_killed_one_is_no_obstacle(folder: RunFolder) -> None:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=hold_lock, args=(folder.dir, there))
+    process.start()
+    try:
+        assert here.poll(60)
+        pid = here.recv()
+        with pytest.raises(UserError, match=f"is in use by process {pid} on .*; wait for its end or give another run"):
+            RunFolder(folder.dir).start(config(), "grpo")
+        assert folder.is_run
+    finally:
+        process.kill()
+        process.join()
+    RunFolder(folder.dir).start(config(), "grpo").close()
+
+
+def test_lock_is_given_back_at_close(folder: RunFolder) -> None:
+    first = RunFolder(folder.dir).start(config(), "grpo")
+    with pytest.raises(UserError, match="in use"):
+        folder.start(config(), "grpo")
+    first.close()
+    folder.start(config(), "grpo").close()
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_torn_last_line_is_left_out_and_cut_off(folder: RunFolder) -> None:
+    with_results(folder)
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 2, "rew')
+    assert folder.read_metrics() == [{"step": 1}]
+    with folder.start(config(), "grpo"):
+        folder.append_metrics({"step": 2})
+    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_broken_line_in_the_middle_is_an_error(folder: RunFolder) -> None:
+    with_results(folder)
+    folder.metrics_file.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object: 'rubbish'"):
+        folder.read_metrics()
+
+
+def test_not_a_number_is_null_and_lines_stay_lines(folder: RunFolder) -> None:
+    with folder.start(config(), "grpo"):
+        folder.append_metrics({"step": np.int64(1), "a": float("nan"), "b": np.float32("inf"), "c": "x\n\u2028\ud800"})
+    assert folder.metrics_file.read_text().count("\n") == 1
+    assert folder.read_metrics() == [{"step": 1, "a": None, "b": None, "c": "x\n\u2028\ud800"}]
+
+
+def test_bad_clip_is_noted_once_also_after_resume(folder: RunFolder) -> None:
+    with folder.start(config(), "grpo"):
+        folder.append_metrics({"step": 1})
+        assert folder.append_bad_clip(BadClip("a.mp4", "no video stream"), sample_id="s1")
+        assert not folder.append_bad_clip(BadClip("a.mp4", "again"))
+    again = RunFolder(folder.dir)
+    with again.start(config(), "grpo"):
+        assert not again.append_bad_clip(BadClip("a.mp4", "again"))
+        assert again.append_bad_clip(BadClip("b\udcff.mp4", "missing"))
+    assert again.read_bad_clips() == [
+        {"path": "a.mp4", "reason": "no video stream", "sample_id": "s1"},
+        {"path": "b\udcff.mp4", "reason": "missing", "sample_id": None},
+    ]
+
+
+def test_rollouts_come_back_with_their_frames(folder: RunFolder) -> None:
+    rows = [
+        rollout_row(),
+        rollout_row(group_index=1, reward_total=float("nan"), invalid_reason="judge: timeout", response="\ud800"),
+    ]
+    path = folder.write_rollouts(10, rows, {"a": [b"jpeg1", b"jpeg2"]})
+    assert path == folder.dir / "rollouts" / "step_000010.parquet"
+    read, frames = folder.read_rollouts(10)
+    assert read[0] == rows[0]
+    assert (read[1]["reward_total"], read[1]["invalid_reason"], read[1]["response"]) == (None, "judge: timeout", "?")
+    assert frames == {"a": [b"jpeg1", b"jpeg2"]}
+    assert folder.rollout_steps() == [10]
+
+
+def test_rollout_row_with_other_columns_is_refused(folder: RunFolder) -> None:
+    row = rollout_row(surprise=1)
+    del row["answer"]
+    with pytest.raises(ValueError, match=r"lacks \['answer'\] and has unknown \['surprise'\]"):
+        folder.write_rollouts(1, [row], {})
+    assert folder.rollout_steps() == []
+
+
+def test_broken_rollout_file_is_a_readable_error(folder: RunFolder) -> None:
+    path = folder.write_rollouts(1, [rollout_row()], {})
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"step_000001\.parquet: not a readable parquet file"):
+        folder.read_rollouts(1)
+
+
+def test_rewind_forgets_later_steps(folder: RunFolder) -> None:
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "phase": "warm_start"},
+        {"step": 2, "phase": "warm_start"},
+        *({"step": n} for n in range(5)),
+    ]
+    with folder.start(config(), "grpo"):
+        for row in rows:
+            folder.append_metrics(row)
+        for step in (2, 4):
+            folder.write_rollouts(step, [rollout_row(step=step)], {"a": [b"x"]})
+        folder.rewind(3)
+        assert folder.read_metrics() == rows[:-1]
+        assert folder.rollout_steps() == [2]
+        assert not (folder.dir / "frames" / "step_000004.parquet").exists()
+        folder.rewind(1, phase="warm_start")
+        assert folder.read_metrics() == rows[:1]
+        assert folder.rollout_steps() == []
+        folder.rewind(None)
+        assert folder.read_metrics() == []
+
+
+def test_leftovers_of_a_start_that_came_to_nothing_are_no_obstacle(folder: RunFolder) -> None:
+    folder.dir.mkdir(parents=True)  # by the user, so it is not ours to remove
+    with pytest.raises(UserError), folder.start(config(), "grpo"):
+        for name in ("model", "data", "wandb"):
+            (folder.dir / name).mkdir()
+        folder.report_file.write_text("page")
+        raise UserError("no g++")
+    assert not folder.config_file.exists() and not folder.report_file.exists()
+    folder.start(config(seed=8), "grpo").close()
