@@ -1,0 +1,197 @@
+"""The driver's source of prompts: each clip read once, each sample encoded once, by a bounded pool of encoders.
+
+What comes back are references and small rows; pixels stay in the object store and in the frame cache.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from rlvid.config import JobConfig, VideoConfig
+from rlvid.errors import BadClip, UserError
+from rlvid.models.families import load_family
+from rlvid.types import Clip, Prompt, Sample
+from rlvid.video.cache import FrameCache
+from rlvid.video.clips import ClipReader
+from rlvid.video.probes import Variant, probe, thumbnails
+
+ENCODER_START_S = 60.0  # the first call waits for its process
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an encoder needs to know; one value for a whole run."""
+
+    model: Path
+    video: VideoConfig
+    cache_dir: Path
+    cache_bytes: int
+    max_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample whose prompt lies in the object store."""
+
+    sample: Sample
+    prompt: ObjectRef[Prompt]
+    n_tokens: int
+    cost: int  # Prompt.cost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The small row that comes beside a prompt."""
+
+    n_tokens: int = 0
+    cost: int = 0
+    decodes: int = 0
+    cache_hits: int = 0
+    bad: tuple[str, str] | None = None  # path and reason
+
+
+class Encoder:
+    """One encoding process. It needs neither torch nor transformers, so it starts in about a second and stays small.
+
+    An actor rather than tasks: Ray ends idle task workers after a second wherever actors fill its worker limit, and
+    starting them again cost more than the decoding.
+    """
+
+    def __init__(self, source: Source):
+        self._family = load_family(source.model)
+        cache = FrameCache(source.cache_dir, source.cache_bytes)
+        self._reader = ClipReader(source.video, self._family.frame_multiple, cache)
+        self._source = source
+
+    @ray.method(num_returns=2)
+    def encode(self, sample: Sample, variant: Variant) -> tuple[Prompt | None, Outcome]:
+        """Read a sample's clips and make its prompt. A bad clip is a row, not an exception."""
+        clips: list[Clip] = []
+        hits = 0
+        for path in sample.videos:
+            try:
+                clip, is_hit = self._reader.read(path)
+            except BadClip as e:
+                return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(path, e.reason))
+            clips.append(probe(clip, variant, self._family.frame_multiple))
+            hits += is_hit
+        prompt = self._family.encode(sample, clips, self._source.max_prompt_tokens)
+        return prompt, Outcome(prompt.length, prompt.cost, decodes=len(clips) - hits, cache_hits=hits)
+
+    def strip(self, sample: Sample) -> list[bytes]:
+        """A few frames of a sample's clips as JPEG files, for the report."""
+        return [jpeg for path in sample.videos for jpeg in thumbnails(self._reader.read(path)[0].frames)]
+
+
+class ClipStore:
+    """Encodes samples ahead of their use, counts decodes, and quarantines clips that cannot be read.
+
+    Args:
+        n_clips: distinct clips of the run's manifests; `data.max_bad_fraction` is a share of them.
+        on_bad: told (path, reason) once for each bad clip.
+    """
+
+    def __init__(self, cfg: JobConfig, model: Path, n_clips: int, on_bad: Callable[[str, str], None]):
+        self.decodes = 0
+        self.cache_hits = 0
+        self.bad: dict[str, str] = {}  # path -> reason
+        self._n_clips = n_clips
+        self._max_bad_fraction = cfg.data.max_bad_fraction
+        self._on_bad = on_bad
+        self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
+        source = Source(
+            model=model.resolve(),
+            video=cfg.video,
+            cache_dir=cfg.data.cache_dir.expanduser().resolve(),
+            cache_bytes=int(cfg.data.cache_gib * 2**30),
+            max_prompt_tokens=cfg.rollout.max_model_len - cfg.rollout.max_tokens,
+        )
+        options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
+        self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
+        # One thread waits for one encoder: that bounds what is under way and gives each clip a deadline of its own.
+        n = cfg.placement.encoders
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix="encode")
+        self._free: queue.SimpleQueue[ActorHandle[Any]] = queue.SimpleQueue()
+        for _ in range(n):
+            self._free.put(self._new_encoder())
+
+    def submit(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Future[Encoded | None]]:
+        """Start encoding; returns at once. At most `placement.encoders` run at a time."""
+        return [self._pool.submit(self._encode, sample, variant) for sample in samples]
+
+    def collect(self, pending: Sequence[Future[Encoded | None]]) -> list[Encoded]:
+        """Wait for what was submitted; samples with a bad clip are left out, never replaced.
+
+        Raises:
+            UserError: too many clips are bad, or a prompt does not fit the context.
+        """
+        encoded = [future.result() for future in pending]
+        if len(self.bad) > self._max_bad_fraction * self._n_clips:
+            named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.bad.items())[:5])
+            raise UserError(
+                f"{len(self.bad)} of {self._n_clips} clips cannot be read, more than data.max_bad_fraction="
+                f"{self._max_bad_fraction:g} allows (all are listed in bad_clips.jsonl):\n{named}"
+            )
+        return [e for e in encoded if e is not None]
+
+    def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
+        return self.collect(self.submit(samples, variant))
+
+    def strips(self, samples: Sequence[Sample]) -> dict[str, list[bytes]]:
+        """JPEG frames of each sample, by its id."""
+
+        def strip(sample: Sample) -> list[bytes]:
+            with self._encoder() as encoder:
+                return list(ray.get(encoder.strip.remote(sample)))
+
+        return dict(zip((s.id for s in samples), self._pool.map(strip, samples), strict=True))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def _encoder(self) -> Iterator[ActorHandle[Any]]:
+        """An encoder for one call; one that died or hangs is stopped, and a new one takes its place."""
+        encoder = self._free.get()
+        try:
+            yield encoder
+        except (GetTimeoutError, RayActorError):
+            ray.kill(encoder)  # native code cannot be interrupted
+            encoder = self._new_encoder()
+            raise
+        finally:
+            self._free.put(encoder)
+
+    def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
+        """One call, waited for in a thread of the pool."""
+        if any(path in self.bad for path in sample.videos):
+            return None
+        try:
+            with self._encoder() as encoder:
+                prompt, row = encoder.encode.remote(sample, variant)
+                outcome: Outcome = ray.get(row, timeout=self._timeout_s)
+        except GetTimeoutError:
+            outcome = Outcome(bad=(sample.videos[0], f"not read within {self._timeout_s:g} s"))
+        except RayActorError:
+            outcome = Outcome(bad=(sample.videos[0], "the process that read it crashed"))
+        except RayTaskError as e:
+            raise e.as_instanceof_cause() from None
+        self.decodes += outcome.decodes
+        self.cache_hits += outcome.cache_hits
+        if outcome.bad:
+            path, reason = outcome.bad
+            if self.bad.setdefault(path, reason) is reason:
+                self._on_bad(path, reason)
+            return None
+        return Encoded(sample, prompt, outcome.n_tokens, outcome.cost)

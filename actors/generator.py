@@ -1,0 +1,125 @@
+"""A generator replica: vLLM in this process, its step loop in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import ObjectRef
+
+from actors.processes import enter_process, set_threads
+from rlvid.config import JobConfig
+from rlvid.training.buckets import Bucket
+from rlvid.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+
+logger = logging.getLogger(__name__)
+SentWeights = Sequence[tuple[ObjectRef[Bucket], str]]  # buckets and their digests
+
+
+class EngineLoop(threading.Thread):
+    """Owns the engine. Between two steps it does what callers asked for: requests join and weights change at any time.
+
+    An engine that fails takes its process down: the fleet starts another one, with the right weights.
+    """
+
+    def __init__(self, build: Callable[[], VllmEngine]):
+        super().__init__(name="engine", daemon=True)
+        self._build = build
+        self._commands: queue.SimpleQueue[tuple[Callable[[VllmEngine], Any], Future[Any]]] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[list[Rollout]]] = {}
+        self.built: Future[None] = Future()
+
+    def call(self, command: Callable[[VllmEngine], Any]) -> Any:
+        """Run `command(engine)` between two steps and return its result, or raise what it raised."""
+        future: Future[Any] = Future()
+        self._commands.put((command, future))
+        return future.result()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        futures: list[Future[list[Rollout]]] = [Future() for _ in prompts]
+
+        def submit(engine: VllmEngine) -> None:
+            for prompt, future in zip(prompts, futures, strict=True):
+                self._waiting[engine.submit(prompt, sampling)] = future
+
+        self.call(submit)
+        return [future.result() for future in futures]
+
+    def run(self) -> None:
+        try:
+            engine = self._build()
+        except BaseException as e:
+            self.built.set_exception(e)
+            return
+        self.built.set_result(None)
+        try:
+            while True:
+                self._obey(engine)
+                for request, rollouts in engine.step():
+                    self._waiting.pop(request).set_result(rollouts)
+        except BaseException:
+            logger.exception("the engine failed; this replica ends")
+            logging.shutdown()
+            os._exit(1)
+
+    def _obey(self, engine: VllmEngine) -> None:
+        """Run what was asked for; wait for something to be asked while there is nothing to generate."""
+        while not self._commands.empty() or not engine.is_busy:
+            command, future = self._commands.get()
+            try:
+                future.set_result(command(engine))
+            except Exception as e:
+                future.set_exception(e)
+
+
+class Generator:
+    """`generate` may run several times at once, with `update_weights` and `ping` in between (`max_concurrency`)."""
+
+    def __init__(self, log_file: Path, threads: int | None):
+        self._threads = threads
+        enter_process(log_file, threads)
+
+    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool, seed: int) -> None:
+        def build() -> VllmEngine:
+            from rlvid.models.families import load_family
+            from rlvid.rollout.vllm_engine import VllmEngine
+
+            set_threads(self._threads)
+            return VllmEngine(folder, load_family(folder), cfg.rollout, cfg.model.dtype, seed, on_gpu)
+
+        self._loop = EngineLoop(build)
+        self._loop.start()
+        self._loop.built.result()
+
+    def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout]]:
+        return self._loop.generate(ray.get(list(prompts)), sampling)
+
+    def update_weights(self, version: int, sent: SentWeights, is_checked: bool) -> int:
+        """Take the weights; with `is_checked` compare the checksum of every bucket first. Returns the version held."""
+        buckets = ray.get([ref for ref, _ in sent])
+        if is_checked:
+            for bucket, (_, digest) in zip(buckets, sent, strict=True):
+                if bucket.digest() != digest:
+                    raise RuntimeError(
+                        f"weights {version}: a bucket arrived with another checksum than it was sent with"
+                    )
+        self._loop.call(lambda engine: engine.update_weights(version, buckets))
+        return version
+
+    def first_logprob(self, prompt: Prompt, token: int, temperature: float) -> float:
+        """Log-prob of `token` as the first response token (parity check). Ray resolves the prompt's reference."""
+        return float(self._loop.call(lambda engine: engine.first_logprob(prompt, token, temperature)))
+
+    def ping(self) -> int:
+        """The weight version held; answers only while the loop turns."""
+        return int(self._loop.call(lambda engine: engine.weight_version))

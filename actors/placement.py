@@ -1,0 +1,129 @@
+"""Where the actors go: a plan from the configuration, and Ray placement groups from the plan.
+
+Every generator replica and every trainer rank has a small placement group of its own, so that replicas come and go one
+by one (Ray's groups do not shrink). Colocated on GPUs, replica i lies in the group of trainer rank i and takes half of
+its GPUs; on CPU there is nothing to share and colocation only says that nobody waits for the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlvid.config import GrpoJobConfig, JobConfig, PlacementConfig
+from rlvid.errors import UserError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One actor's place: the placement group it lies in, and its share of it."""
+
+    role: str  # "trainer" | "generator" | "reference"
+    index: int
+    group: str
+    cpus: float
+    gpus: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+
+def plan(cfg: JobConfig, roles: tuple[str, ...]) -> list[Slot]:
+    """The slots of a job's actors."""
+    place = cfg.placement
+    shares = place.colocate and place.gpus > 0 and {"trainer", "generator"} <= set(roles)
+    gpus = place.gpus / 2 if shares else place.gpus
+    slots = []
+    if "trainer" in roles:
+        slots += [Slot("trainer", i, f"trainer-{i}", place.trainer_cpus, gpus) for i in range(place.trainer_workers)]
+    if "generator" in roles:
+        slots += [generator_slot(cfg, i, shares) for i in range(cfg.rollout.replicas)]
+    if "reference" in roles:
+        slots.append(Slot("reference", 0, "reference-0", place.reference_cpus, place.gpus))
+    return slots
+
+
+def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
+    """Replica `index`: in the group of trainer rank `index` where they share a GPU, else in a group of its own."""
+    place = cfg.placement
+    beside_trainer = shares_gpu and index < place.trainer_workers
+    gpus = place.gpus / 2 if beside_trainer else place.gpus * cfg.rollout.tensor_parallel
+    return Slot(
+        "generator", index, f"trainer-{index}" if beside_trainer else f"generator-{index}", place.generator_cpus, gpus
+    )
+
+
+def roles_of(cfg: JobConfig) -> tuple[str, ...]:
+    """The roles that a GRPO job starts: no reference model without a KL term."""
+    needs_reference = isinstance(cfg, GrpoJobConfig) and cfg.grpo.kl_coef > 0
+    return ("trainer", "generator", "reference") if needs_reference else ("trainer", "generator")
+
+
+def describe(cfg: JobConfig) -> str:
+    """The plan as text, for `--dry-run`."""
+    lines = [f"{s.name:<14} in group {s.group:<14} {s.cpus:g} CPU, {s.gpus:g} GPU" for s in plan(cfg, roles_of(cfg))]
+    place = cfg.placement
+    lines.append(f"{'encoders':<14} {place.encoders} wherever there is room, {place.encode_cpus:g} CPU each")
+    lines.append(f"{'rewards':<14} {place.reward_workers} wherever there is room, {place.reward_cpus:g} CPU each")
+    return "\n".join(lines)
+
+
+def _cpus_beside(place: PlacementConfig) -> float:
+    return place.encoders * place.encode_cpus + place.reward_workers * place.reward_cpus
+
+
+class Placement:
+    """The placement groups of one job.
+
+    Raises:
+        UserError: the cluster cannot hold the plan.
+    """
+
+    def __init__(self, slots: list[Slot], place: PlacementConfig, timeout_s: float = 120.0):
+        need = {"CPU": sum(s.cpus for s in slots) + _cpus_beside(place), "GPU": sum(s.gpus for s in slots)}
+        have = ray.cluster_resources()
+        for kind, amount in need.items():
+            if amount > have.get(kind, 0.0) + 1e-6:
+                raise UserError(
+                    f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower the "
+                    f"placement.* "
+                    f"keys, rollout.replicas or placement.trainer_workers, or start more nodes"
+                )
+        self._groups: dict[str, PlacementGroup] = {}
+        self._timeout_s = timeout_s
+        for name in dict.fromkeys(s.group for s in slots):
+            self._create(name, [s for s in slots if s.group == name])
+
+    def options(self, slot: Slot) -> dict[str, object]:
+        """Ray options that start an actor in its slot; a group that is not there yet (a late replica) is made."""
+        if slot.group not in self._groups:
+            self._create(slot.group, [slot])
+        return {
+            "num_cpus": slot.cpus,
+            "num_gpus": slot.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._groups[slot.group], placement_group_bundle_index=0
+            ),
+        }
+
+    def remove(self) -> None:
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self._groups.clear()
+
+    def _create(self, name: str, slots: list[Slot]) -> None:
+        bundle = {"CPU": sum(s.cpus for s in slots)}
+        if gpus := sum(s.gpus for s in slots):
+            bundle["GPU"] = gpus
+        group = placement_group([bundle], strategy="STRICT_PACK")
+        if not group.wait(self._timeout_s):
+            remove_placement_group(group)
+            raise UserError(
+                f"no node has room for {name} ({bundle}) within {self._timeout_s:g} s: lower the placement.* keys "
+                f"or start a larger node"
+            )
+        self._groups[name] = group

@@ -1,0 +1,243 @@
+"""The generator fleet: Ray calls on behalf of the state machine in `actors/fleet.py`.
+
+All calls in flight lie in one table; `_pump` waits for any of them and reports to the state machine what came of it.
+A replica that dies is started again in the background, takes the current weights, and joins; its work is handed out
+again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.clips import Encoded
+from actors.fleet import Fleet, ReplicaId, State
+from actors.generator import Generator, SentWeights
+from actors.placement import Placement, generator_slot
+from actors.trainer import TrainerGroup
+from rlvid.config import JobConfig
+from rlvid.errors import UserError
+from rlvid.types import Rollout
+
+logger = logging.getLogger(__name__)
+PING_EVERY_S = 10.0
+CHECKPOINT_VERSION = -1  # what an engine calls the weights of its start
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What was asked of whom, and until when the answer has to come."""
+
+    kind: str  # "start" | "sync" | "ping" | "generate"
+    replica: ReplicaId
+    deadline_s: float
+    detail: Any = None  # sync: the version; generate: the work items
+
+
+class GeneratorFleet:
+    """Replicas that hold the policy's current weights and answer prompts.
+
+    Raises (from every method that waits):
+        UserError: no replica is left, or the engine cannot serve this checkpoint.
+    """
+
+    def __init__(self, folder: Path, cfg: JobConfig, placement: Placement, logs: Path, seed: int):
+        self._folder, self._cfg, self._placement, self._logs, self._seed = folder, cfg, placement, logs, seed
+        n = cfg.rollout.replicas
+        self.fleet: Fleet[int] = Fleet(n, max_restarts=cfg.rollout.max_restarts)
+        self._actors: dict[ReplicaId, ActorHandle[Any]] = {}
+        self._calls: dict[ObjectRef[Any], _Call] = {}
+        self._weights: SentWeights = ()
+        self._work: dict[int, tuple[Encoded, Any]] = {}  # item -> prompt and sampling
+        self._results: dict[int, list[Rollout]] = {}
+        self._checked: set[ReplicaId] = set()  # lives whose first weights had the right checksum
+        self._next_item = 0
+        self._pinged_s = time.monotonic()
+        for replica in self.fleet.members():
+            self._start(replica)
+
+    def wait_ready(self) -> None:
+        """Wait until no replica is starting."""
+        while self.fleet.members(State.STARTING):
+            self._pump()
+
+    def serve_checkpoint(self) -> None:
+        """Serve the weights that the replicas were started with."""
+        self.fleet.publish(CHECKPOINT_VERSION)
+        while not self.fleet.members(State.READY):
+            self._pump()
+
+    def sync(self, trainer: TrainerGroup, version: int) -> None:
+        """Send the trainer's weights to every replica; returns when all that live have taken them.
+
+        Args:
+            version: counts up; the number of training steps behind the weights.
+        """
+        self._weights = trainer.put_weights()
+        self.fleet.publish(version)
+        while self.fleet.members(State.STALE, State.SUSPECT) or not self.fleet.members(State.READY):
+            self._pump()
+
+    def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Rollout]]:
+        """`sampling.n` responses to each prompt, in the order given. Lost work is done again, none counts twice."""
+        items = range(self._next_item, self._next_item + len(prompts))
+        self._next_item = items.stop
+        self._work = {item: (prompt, sampling) for item, prompt in zip(items, prompts, strict=True)}
+        self._hand_out(items)
+        while not self.fleet.is_idle:
+            self._pump()
+        self._work = {}
+        return [self._results.pop(item) for item in items]
+
+    def first_logprob(self, prompt: Encoded, token: int, temperature: float) -> float:
+        """Log-prob of `token` as the first response token, by the first ready replica (parity check)."""
+        actor = self._actors[self.fleet.members(State.READY)[0]]
+        return float(
+            ray.get(actor.first_logprob.remote(prompt.prompt, token, temperature), timeout=self._cfg.rollout.timeout_s)
+        )
+
+    def metrics(self) -> dict[str, float]:
+        counters = self.fleet.counters
+        return {
+            "fleet/ready": len(self.fleet.members(State.READY)),
+            "fleet/restarts": counters.restarts,
+            "fleet/reassigned": counters.reassigned,
+            "fleet/dropped_late": counters.dropped_late,
+        }
+
+    def stop(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+
+    def _start(self, replica: ReplicaId) -> None:
+        slot = generator_slot(
+            self._cfg, replica.slot, shares_gpu=self._cfg.placement.colocate and self._cfg.placement.gpus > 0
+        )
+        log = self._logs / f"generator-{replica}.log"
+        actor = (
+            ray.remote(Generator)
+            .options(max_concurrency=4, **self._placement.options(slot))
+            .remote(log, self._cfg.placement.threads)
+        )
+        self._actors[replica] = actor
+        # Another seed in each life and slot: two engines must not sample the same noise.
+        seed = self._seed + 1000 * replica.slot + replica.life
+        self._track(
+            actor.start.remote(self._folder, self._cfg, slot.gpus > 0, seed),
+            "start",
+            replica,
+            self.fleet.deadlines.start_s,
+        )
+
+    def _refresh(self) -> None:
+        """Every living replica without the current weights is sent them once; the first time with checksums."""
+        version = self.fleet.version
+        if version is None:
+            return
+        waiting = {call.replica for call in self._calls.values() if call.kind == "sync" and call.detail == version}
+        for replica in self.fleet.members(State.STALE):
+            if version == CHECKPOINT_VERSION:
+                self.fleet.synced(replica, version)
+            elif replica not in waiting:
+                ref = self._actors[replica].update_weights.remote(version, self._weights, replica not in self._checked)
+                self._track(ref, "sync", replica, self._cfg.rollout.sync_timeout_s, version)
+
+    def _hand_out(self, work: Sequence[int] = ()) -> None:
+        """One message per replica, however many prompts it gets."""
+        for replica, items in self.fleet.assign(work).items():
+            _, sampling = self._work[items[0]]
+            prompts = [self._work[item][0].prompt for item in items]
+            ref = self._actors[replica].generate.remote(prompts, sampling)
+            self._track(ref, "generate", replica, self._cfg.rollout.timeout_s, items)
+
+    def _track(self, ref: ObjectRef[Any], kind: str, replica: ReplicaId, timeout_s: float, detail: Any = None) -> None:
+        self._calls[ref] = _Call(kind, replica, time.monotonic() + timeout_s, detail)
+
+    def _pump(self) -> None:
+        """Wait for the next answer, a deadline or the next ping; then let the fleet act on it."""
+        self._ping()
+        self._refresh()
+        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=1.0) if self._calls else ([], [])
+        for ref in done:
+            self._answered(ref, self._calls.pop(ref))
+        now = time.monotonic()
+        for ref, call in list(self._calls.items()):
+            if call.deadline_s < now:
+                del self._calls[ref]
+                logger.warning("generator %s did not answer %r in time", call.replica, call.kind)
+                self._bury(call.replica)
+        for replica in self.fleet.tick():
+            self._bury(replica)
+        self._refresh()
+        self._hand_out()
+        if self.fleet.is_lost:
+            raise UserError(
+                f"no generator is left after rollout.max_restarts={self._cfg.rollout.max_restarts} each; see "
+                f"{self._logs}/generator-*.log"
+            )
+
+    def _answered(self, ref: ObjectRef[Any], call: _Call) -> None:
+        try:
+            value = ray.get(ref)
+        except RayActorError:
+            self._bury(call.replica)
+        except RayTaskError as e:
+            self._failed(call, e.as_instanceof_cause())
+        else:
+            self._succeeded(call, value)
+
+    def _succeeded(self, call: _Call, value: Any) -> None:
+        replica = call.replica
+        if call.kind == "start":
+            self.fleet.started(replica)
+        elif call.kind == "sync":
+            self._checked.add(replica)
+            self.fleet.synced(replica, call.detail)
+        elif call.kind == "ping":
+            self.fleet.ping(replica, value)
+        else:
+            for item, rollouts in zip(call.detail, value, strict=True):
+                if self.fleet.done(replica, item):
+                    self._results[item] = rollouts
+
+    def _failed(self, call: _Call, error: Exception) -> None:
+        """The replica lives but could not do it."""
+        logger.warning("generator %s failed to %s: %s", call.replica, call.kind, error)
+        if call.kind == "start" and isinstance(error, UserError):
+            raise error
+        if call.kind == "generate":
+            if self.fleet.failed(call.replica, call.detail):
+                raise UserError(f"the same prompts failed on every generator that tried them: {error}") from error
+            return
+        self._bury(call.replica)  # an engine that half took its weights must not serve: it starts anew
+
+    def _bury(self, replica: ReplicaId) -> None:
+        """Stop what is left of a dead replica and start its next life."""
+        if self.fleet.state(replica) is State.RETIRED or replica not in self._actors:
+            return
+        self.fleet.died(replica)
+        ray.kill(self._actors.pop(replica))
+        self._calls = {ref: call for ref, call in self._calls.items() if call.replica != replica}
+        reborn = self.fleet.restart(replica)
+        if reborn is not None:
+            self._start(reborn)
+
+    def _ping(self) -> None:
+        now = time.monotonic()
+        if now - self._pinged_s < PING_EVERY_S:
+            return
+        self._pinged_s = now
+        waiting = {call.replica for call in self._calls.values() if call.kind == "ping"}
+        for replica in self.fleet.members(State.READY, State.STALE, State.SUSPECT):
+            if replica not in waiting:
+                self._track(self._actors[replica].ping.remote(), "ping", replica, self.fleet.deadlines.suspect_s)

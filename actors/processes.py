@@ -1,0 +1,57 @@
+"""What every actor process does first, and how the driver starts Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import ray
+
+from rlvid.errors import UserError
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names (a submitted job), else start one for this run alone."""
+    if ray.is_initialized():
+        return
+    # Ray's own default would also join a cluster that somebody else left running on this machine.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(
+        address=address,
+        include_dashboard=False if address == "local" else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def enter_process(log_file: Path, threads: int | None) -> None:
+    """Send this process's output to the run's log file and set its number of torch threads."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    set_threads(threads)
+
+
+def set_threads(threads: int | None) -> None:
+    """Torch threads of the calling thread: OpenMP keeps the number per thread, and Ray starts workers with one."""
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+def require_compiler() -> None:
+    """DeepSpeed compiles its communication op at its first start on CPU, with g++ and the ninja of this environment.
+
+    Raises:
+        UserError: no C++ compiler.
+    """
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("no C++ compiler (g++): DeepSpeed compiles one operator on CPU; install g++, or set CXX")
+    os.environ["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"

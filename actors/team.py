@@ -1,0 +1,80 @@
+"""The actors of one job: started together, stopped together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from actors.placement import Placement, plan
+from actors.pool import GeneratorFleet
+from actors.reference import Reference
+from actors.reward import Rewards
+from actors.trainer import GroupRef, TrainerGroup
+from rlvid.config import JobConfig
+
+
+class Team:
+    """Trainer, generators and, where the job asks for it, the reference model. Leaving it stops them.
+
+    Their processes start side by side; `wait_ready` raises what any of them raised.
+    """
+
+    def __init__(self, folder: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
+        slots = plan(cfg, tuple(roles))
+        logs = logs.resolve()
+        self._placement = Placement(slots, cfg.placement)
+        by_role = {role: [s for s in slots if s.role == role] for role in ("trainer", "generator", "reference")}
+        folder = folder.resolve()
+        if by_role["trainer"]:
+            self.trainer = TrainerGroup(folder, cfg, by_role["trainer"], self._placement, logs)
+        if by_role["generator"]:
+            self.fleet = GeneratorFleet(folder, cfg, self._placement, logs, seed)
+        self.reference: Any = None
+        if by_role["reference"]:
+            slot = by_role["reference"][0]
+            self.reference = (
+                ray.remote(Reference)
+                .options(**self._placement.options(slot))
+                .remote(logs / f"{slot.name}.log", cfg.placement.threads)
+            )
+            self._reference_ready = self.reference.start.remote(folder, cfg, slot.gpus > 0)
+        self.rewards = Rewards(cfg.rewards, cfg.placement.reward_workers, cfg.placement.reward_cpus)
+
+    def wait_ready(self) -> None:
+        if hasattr(self, "trainer"):
+            self.trainer.wait_ready()
+        if hasattr(self, "fleet"):
+            self.fleet.wait_ready()
+        if self.reference is not None:
+            ray.get(self._reference_ready)
+
+    def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        return list(ray.get(self.reference.logprobs.remote(groups)))
+
+    def freeze_reference(self, file: Path, is_resumed: bool) -> None:
+        """The reference takes the policy's present weights and keeps them in `file`; a resumed run reads them there."""
+        if self.reference is None:
+            return
+        if is_resumed:
+            ray.get(self.reference.load.remote(file.resolve()))
+        else:
+            ray.get(self.reference.load_weights.remote(self.trainer.put_weights()))
+            ray.get(self.reference.save.remote(file.resolve()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if hasattr(self, "fleet"):
+            self.fleet.stop()
+        if hasattr(self, "trainer"):
+            self.trainer.stop()
+        self.rewards.stop()
+        if self.reference is not None:
+            ray.kill(self.reference)
+        self._placement.remove()

@@ -1,0 +1,179 @@
+"""The trainer: one actor per rank around a `Learner`, and the driver's handle on all of them."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.placement import Placement, Slot
+from actors.processes import enter_process, require_compiler
+from rlvid.config import JobConfig
+from rlvid.errors import UserError
+from rlvid.training.buckets import Bucket
+from rlvid.training.objectives import Objective
+from rlvid.training.packing import Group, Responses
+from rlvid.types import Prompt
+
+STEP_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class GroupRef:
+    """A group whose prompt stays in the object store until a rank needs it."""
+
+    prompt: ObjectRef[Prompt]
+    prompt_cost: int  # Prompt.cost
+    responses: Responses
+
+    @property
+    def cost(self) -> int:
+        return self.prompt_cost + self.responses.n_tokens
+
+
+def fetch(groups: Sequence[GroupRef]) -> list[Group]:
+    """Groups with their prompts, as views into the object store."""
+    prompts = ray.get([g.prompt for g in groups])
+    return [Group(prompt, g.responses) for prompt, g in zip(prompts, groups, strict=True)]
+
+
+class TrainerRank:
+    """One DeepSpeed rank. `start` meets the other ranks, so all are called at once."""
+
+    def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
+        enter_process(log_file, threads)
+        self._on_gpu = on_gpu
+        if not on_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            require_compiler()
+
+    def address(self) -> str:
+        """A free port on this node, for rank 0."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+
+    def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
+        import torch.distributed as dist
+
+        from rlvid.models.families import load_family
+        from rlvid.training.learner import Learner
+
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+        dist.init_process_group(
+            "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
+        )
+        self._checkpoint = folder
+        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, cfg.rollout.temperature)
+
+    def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
+        return self._learner.step(fetch(groups), objective, lr)
+
+    def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        return self._learner.logprobs(fetch(groups))
+
+    def put_weights(self) -> list[tuple[ObjectRef[Bucket], str]]:
+        """Put the weights into the object store: (bucket, digest). Every rank gathers, rank 0 alone puts."""
+        import torch.distributed as dist
+
+        is_sender = dist.get_rank() == 0
+        return [(ray.put(bucket), bucket.digest()) for bucket in self._learner.buckets() if is_sender]
+
+    def save(self, folder: Path) -> None:
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        self._learner.export(folder, self._checkpoint)
+
+
+class TrainerGroup:
+    """All ranks. Every call goes to all of them at once, since they meet in collectives."""
+
+    def __init__(self, folder: Path, cfg: JobConfig, slots: Sequence[Slot], placement: Placement, logs: Path):
+        self._ranks: list[ActorHandle[Any]] = [
+            ray.remote(TrainerRank)
+            .options(**placement.options(slot))
+            .remote(logs / f"{slot.name}.log", cfg.placement.threads, slot.gpus > 0)
+            for slot in slots
+        ]
+        self._started = self._start(folder, cfg)
+
+    def _start(self, folder: Path, cfg: JobConfig) -> list[ObjectRef[None]]:
+        address = ray.get(self._ranks[0].address.remote())
+        n = len(self._ranks)
+        return [rank.start.remote(address, i, n, folder, cfg) for i, rank in enumerate(self._ranks)]
+
+    def wait_ready(self) -> None:
+        """Ranks start in the background, as the engines do; this waits for them and raises what they raised."""
+        ray.get(self._started)
+
+    def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
+        """One optimizer step on a mini-batch. Statistics are those of `Learner.step`."""
+        shares = balance(groups, len(self._ranks))
+        return self._all("step", [(share, objective, lr) for share in shares])[0]
+
+    def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        """Log-probs under the current weights, one array [sum R] per group, in the order given."""
+        order = balance_indices([g.cost for g in groups], len(self._ranks))
+        values: list[npt.NDArray[np.float32] | None] = [None] * len(groups)
+        for indices, part in zip(
+            order, self._all("logprobs", [([groups[i] for i in ix],) for ix in order]), strict=True
+        ):
+            for i, value in zip(indices, part, strict=True):
+                values[i] = value
+        return [v for v in values if v is not None]
+
+    def put_weights(self) -> list[tuple[ObjectRef[Bucket], str]]:
+        return self._all("put_weights", [()] * len(self._ranks))[0]
+
+    def save(self, folder: Path) -> None:
+        self._all("save", [(folder,)] * len(self._ranks))
+
+    def load(self, folder: Path) -> None:
+        self._all("load", [(folder,)] * len(self._ranks))
+
+    def export(self, folder: Path) -> None:
+        self._all("export", [(folder,)] * len(self._ranks))
+
+    def _all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        calls = [getattr(rank, method).remote(*args) for rank, args in zip(self._ranks, arguments, strict=True)]
+        try:
+            return list(ray.get(calls, timeout=STEP_TIMEOUT_S))
+        except ray.exceptions.RayTaskError as e:
+            raise e.as_instanceof_cause() from e
+
+    def stop(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+
+
+def balance(groups: Sequence[GroupRef], n: int) -> list[list[GroupRef]]:
+    """Spread groups over n ranks by cost."""
+    if len(groups) < n:
+        raise UserError(f"{len(groups)} usable prompts in a step for {n} trainer ranks: raise train.batch_size")
+    return [[groups[i] for i in share] for share in balance_indices([g.cost for g in groups], n)]
+
+
+def balance_indices(costs: Sequence[int], n: int) -> list[list[int]]:
+    """Indices of n shares of about equal cost, each with at least one where there are enough: largest first, to the
+    lightest."""
+    shares: list[list[int]] = [[] for _ in range(n)]
+    loads = [(0, i) for i in range(n)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, lightest = heapq.heappop(loads)
+        shares[lightest].append(i)
+        heapq.heappush(loads, (load + costs[i], lightest))
+    return [sorted(share) for share in shares]
