@@ -1,0 +1,222 @@
+"""The `rlvid` command: jobs, synthetic data, reports. Reads arguments, runs one thing, turns errors into exit codes.
+
+Exit codes: 0 done; 1 a fault in rlvid or an engine (traceback in the run's `logs/error.log`, one line on stderr);
+2 something that the message on stderr says how to mend; 130 interrupted.
+
+Heavy modules are imported by the command that needs them: `rlvid --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rlvid.errors import UserError
+
+if TYPE_CHECKING:
+    from rlvid.config import JobConfig, SyntheticConfig
+
+_OVERRIDES_HELP = """\
+overrides:
+  key.sub=value sets one key, the value is YAML: train.steps=200, rollout.replicas=2, data.suffix='Answer: A or B.'
+  lists by index or as a whole:                  rewards.0.weight=2, train.betas=[0.9, 0.99]
+  a whole section, which replaces the file's:    model.tiny={layers: 2}
+Paths, in the file too, are relative to the current directory. Every key and its default: rlvid/config.py.
+Starting a job on its run folder again goes on from the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    module: str  # has run(cfg) -> dict, the result that is printed
+    config: str  # class in rlvid.config
+    help: str
+
+
+_JOBS = {
+    "grpo": _Job("jobs.grpo", "GrpoJobConfig", "group relative policy optimisation on videos"),
+    "sft": _Job("jobs.sft", "SftJobConfig", "supervised fine-tuning on the manifest's answers"),
+    "eval": _Job("jobs.evaluate", "EvalJobConfig", "greedy answers to the held-out manifest, scored"),
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a command line (default: `sys.argv`) and return the exit code."""
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv), prog)
+    run_dir: list[Path] = []  # filled as soon as the config is known, for the traceback of an unexpected error
+    try:
+        if arguments.command in _JOBS:
+            _run_job(arguments, run_dir)
+        elif arguments.command == "synth":
+            _make_synthetic(arguments)
+        else:
+            _write_report(arguments)
+    except UserError as error:
+        print(f"rlvid: error: {_original(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rlvid: interrupted{_how_to_go_on(run_dir)}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        _report_fault(error, run_dir)
+        return 1
+    return 0
+
+
+def job_main(job: str) -> NoReturn:
+    """What `python -m jobs.<job> --config CONFIG.yaml key.sub=value ...` does: the same as `rlvid <job>`."""
+    sys.exit(main([job, *sys.argv[1:]], prog="rlvid"))
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog or "rlvid", description="Align video-language models by reinforcement learning, on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"rlvid {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, job in _JOBS.items():
+        command = commands.add_parser(
+            name,
+            help=job.help,
+            description=job.help.capitalize() + ".",
+            usage=f"rlvid {name} CONFIG.yaml [key.sub=value ...] [--dry-run]",
+            epilog=_OVERRIDES_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("words", nargs="*", metavar="CONFIG.yaml key.sub=value", help=argparse.SUPPRESS)
+        command.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same as the first argument")
+        command.add_argument("--dry-run", action="store_true", help="print the resolved config and the placement only")
+    _add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
+    report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops collecting words at the first option; those behind it are words too
+    unknown = [word for word in rest if word.startswith("-") or arguments.command not in _JOBS]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.command in _JOBS:
+        words = [*arguments.words, *rest]
+        if arguments.config is None:
+            if not words or ("=" in words[0] and not Path(words[0]).exists()):
+                parser.error(f"{arguments.command}: CONFIG.yaml comes first, for example jobs/configs/demo.yaml")
+            arguments.config = Path(words.pop(0))
+        arguments.overrides = words
+    return arguments
+
+
+def _add_synth(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    command.add_argument("--train", metavar="N", help="training clips")
+    command.add_argument("--eval", metavar="N", help="held-out clips")
+    command.add_argument("--size", metavar="PIXELS", help="width and height")
+    command.add_argument("--frames", metavar="N", help="frames in a clip, 8 a second")
+    command.add_argument("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("rlvid")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
+    import rlvid.config
+    from rlvid.config_file import dump_config, load_config
+
+    job = _JOBS[arguments.command]
+    config_class: type[JobConfig] = getattr(rlvid.config, job.config)
+    cfg = load_config(config_class, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from actors.placement import describe
+
+        print(dump_config(cfg) + "\n# placement\n" + "\n".join(f"# {line}" for line in describe(cfg).splitlines()))
+        return
+    run_dir.append(cfg.run.dir)
+    result = importlib.import_module(job.module).run(cfg)
+
+    from rlvid.reporting.console import Console
+
+    Console().result(result)
+
+
+def _make_synthetic(arguments: argparse.Namespace) -> None:
+    from rlvid.config import SyntheticConfig
+    from rlvid.config_file import config_from_options
+
+    names = ("train", "eval", "size", "frames", "kinds")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "kinds" in options:
+        options["kinds"] = f"[{options['kinds']}]"
+    cfg: SyntheticConfig = config_from_options(SyntheticConfig, options)
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
+
+    from rlvid.video.synth import make_synthetic
+
+    for manifest in make_synthetic(arguments.out_dir, cfg, arguments.seed):
+        print(manifest)
+
+
+def _write_report(arguments: argparse.Namespace) -> None:
+    from rlvid.reporting.report import write_report
+    from rlvid.reporting.run_folder import RunFolder
+
+    print(write_report(RunFolder(arguments.run_dir)))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _original(error: BaseException) -> BaseException:
+    """Ray raises an error from a worker as a subclass of its type that prints the worker's traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _how_to_go_on(run_dir: list[Path]) -> str:
+    if not run_dir:
+        return ""
+    from rlvid.reporting.checkpoints import Checkpoints
+
+    newest = Checkpoints(run_dir[0] / "checkpoints").newest()
+    return f"; the same command goes on from step {newest.step} in {run_dir[0]}" if newest else ""
+
+
+def _report_fault(error: Exception, run_dir: list[Path]) -> None:
+    """Traceback to the run's log file, or to stderr where there is none yet; one line on stderr in any case."""
+    place = ""
+    if run_dir and (run_dir[0] / "config.yaml").is_file():
+        log = run_dir[0] / "logs" / "error.log"
+        try:
+            log.parent.mkdir(exist_ok=True)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+                traceback.print_exception(error, file=file)
+            place = f" (traceback in {log})"
+        except OSError:  # the disk is full, say: the traceback goes to stderr
+            place = ""
+    if not place:
+        traceback.print_exception(error)
+    original = _original(error)
+    first_line = next(iter(str(original).strip().splitlines()), "")
+    print(f"rlvid: failed: {type(original).__name__}: {first_line}{place}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""`rlvid grpo`: group relative policy optimisation on videos, after an optional supervised warm start.
+
+DeepSeekMath, arXiv 2402.03300; without the standard deviation: Dr. GRPO, arXiv 2503.20783.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.batch import advantages_of, make_minibatch, rollout_rows, summarize
+from actors.clips import Encoded
+from actors.parity import check_parity, group_of
+from actors.placement import roles_of
+from actors.team import Team
+from jobs.cli import job_main
+from jobs.evaluate import evaluate
+from jobs.session import Session, distinct
+from jobs.sft import warm_start
+from rlvid.algorithms.schedule import lr_multiplier
+from rlvid.config import GrpoJobConfig
+from rlvid.errors import UserError
+from rlvid.reporting.tracker import Tracker
+from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.objectives import Grpo
+from rlvid.types import Rollout
+
+N_REPORTED = 8  # prompts of a step whose rollouts the report shows
+
+
+def run(cfg: GrpoJobConfig) -> dict[str, Any]:
+    """Run or take up the job; returns what the last line of stdout says."""
+    with Session(cfg, "grpo") as session:
+        session.require_training_data()
+        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
+            return train(cfg, session, team)
+
+
+def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
+    team.trainer.wait_ready()
+    start = session.resume(team)
+    tracker = session.open_tracker()
+    if start == 0 and not session.is_resumed and cfg.warm_start.steps:
+        warm_start(session, team, tracker, cfg.warm_start)
+        if session.interrupted:
+            return session.finish(team, {})
+    team.wait_ready()
+    team.freeze_reference(session.folder.dir / "reference.safetensors", session.is_resumed)
+    team.fleet.sync(team.trainer, start)
+    gap = check_parity(team.fleet, team.trainer, session.clips, distinct(session.train, 16), cfg)
+    session.console.message(f"parity: engine and trainer agree within {gap:.1e} and see the video")
+    if not session.is_resumed:
+        session.state["accuracy_before"] = evaluation(session, team, tracker, 0).get("eval/accuracy")
+        session.checkpoint(0, team)
+
+    session.console.phase("GRPO", cfg.train.steps, start)
+    sampling = Sampling(cfg.grpo.group_size, cfg.rollout.temperature, cfg.rollout.max_tokens)
+    offset = cfg.warm_start.steps * cfg.warm_start.batch_size  # go on in the data where the warm start ended
+    for step in session.steps(start, cfg.train.steps):
+        begin = time.monotonic()
+        with session.stage("encode"):
+            prompts = session.next_batch(step, cfg.train.batch_size, offset)
+        if len(prompts) < cfg.placement.trainer_workers * cfg.train.minibatches:
+            raise UserError(
+                f"step {step}: {len(prompts)} readable prompts are too few for trainer ranks and mini-batches"
+            )
+        with session.stage("rollout"):
+            groups = team.fleet.generate(prompts, sampling)
+        with session.stage("reward"):
+            marks = team.rewards([p.sample for p in prompts], groups)
+            advantages = advantages_of(marks, cfg.grpo)
+        with session.stage("train"):
+            stats = optimize(cfg, team, step, prompts, groups, advantages)
+        with session.stage("sync"):
+            team.fleet.sync(team.trainer, step + 1)
+        seconds = time.monotonic() - begin
+        metrics = summarize(groups, marks, cfg.rewards) | stats | session.clip_metrics() | team.fleet.metrics()
+        metrics |= session.take_times() | {"time/step": seconds, "samples_per_s": len(prompts) * sampling.n / seconds}
+        done = step + 1
+        tracker.log(done, metrics)
+        session.console.step(done, metrics)
+        if done % cfg.run.log_rollouts_every == 0 or done == cfg.train.steps:
+            shown = prompts[:N_REPORTED]
+            rows = rollout_rows(done, shown, groups[:N_REPORTED], marks[:N_REPORTED], advantages)
+            session.folder.write_rollouts(
+                done, rows, session.clips.strips(distinct([p.sample for p in shown], N_REPORTED))
+            )
+        if done % cfg.evaluate.every == 0 and done < cfg.train.steps:
+            evaluation(session, team, tracker, done)
+        session.checkpoint_if_due(done, team)
+    after = None if session.interrupted else evaluation(session, team, tracker, cfg.train.steps).get("eval/accuracy")
+    return session.finish(team, {"accuracy_before": session.state.get("accuracy_before"), "accuracy_after": after})
+
+
+def optimize(
+    cfg: GrpoJobConfig,
+    team: Team,
+    step: int,
+    prompts: Sequence[Encoded],
+    groups: Sequence[Sequence[Rollout]],
+    advantages: npt.NDArray[np.float32],
+) -> dict[str, float]:
+    """`train.epochs` passes over the batch, each in `train.minibatches` optimizer steps; means of their statistics."""
+    lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
+    scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
+    old = team.trainer.logprobs(scored) if cfg.grpo.old_logprobs == "trainer" else None
+    reference = team.reference_logprobs(scored) if team.reference is not None else None
+    objective = Grpo(cfg.grpo)
+    all_stats: list[dict[str, float]] = []
+    for _ in range(cfg.train.epochs):
+        for part in np.array_split(np.arange(len(prompts)), cfg.train.minibatches):
+            cut = slice(int(part[0]), int(part[-1]) + 1)
+            minibatch = make_minibatch(
+                prompts[cut],
+                groups[cut],
+                advantages[cut],
+                cfg.grpo,
+                old and old[cut],
+                reference and reference[cut],
+                keep=cfg.placement.trainer_workers,
+            )
+            all_stats.append(team.trainer.step(minibatch, objective, lr))
+    mean = {name: float(np.mean([s[name] for s in all_stats])) for name in all_stats[0]}
+    metrics = {
+        "train/loss": mean["loss"],
+        "train/lr": mean["lr"],
+        "train/grad_norm": mean["grad_norm"],
+        "policy/entropy": mean["entropy"],
+        "policy/ratio": mean["ratio"],
+        "policy/kl_to_old": mean["kl_to_old"],
+        "policy/clip_fraction": mean["clip_low"] + mean["clip_high"],
+        # Before the first update both sides hold the same weights: what differs is arithmetic, or a wrong input.
+        "policy/logprob_gap": all_stats[0]["logprob_gap"],
+    }
+    if reference is not None:
+        metrics["policy/kl"] = mean["kl"]
+    return metrics
+
+
+def evaluation(session: Session, team: Team, tracker: Tracker, step: int) -> dict[str, float]:
+    """Greedy accuracy on the held-out samples; nothing without any."""
+    if not session.held_out:
+        return {}
+    with session.stage("evaluation"):
+        metrics = evaluate(team, session.clips, session.held_out, session.cfg)
+    tracker.log(step, metrics | session.take_times())
+    session.console.evaluation(step, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    job_main("grpo")

@@ -1,0 +1,237 @@
+"""What every job shares: run folder, numbers, samples, the checkpoint to start from, clips; and a clean end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import ray
+
+from actors.clips import ClipStore, Encoded
+from actors.processes import start_ray
+from actors.team import Team
+from rlvid.config import JobConfig
+from rlvid.data.manifest import load_manifest
+from rlvid.data.order import batch_indices
+from rlvid.data.splits import check_disjoint
+from rlvid.errors import BadClip, UserError
+from rlvid.models.families import load_family
+from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.reporting.console import Console
+from rlvid.reporting.report import write_report
+from rlvid.reporting.run_folder import RunFolder
+from rlvid.reporting.tracker import Tracker
+from rlvid.types import Sample
+from rlvid.video.synth import make_synthetic
+
+STATE_FILE = "job.json"
+
+
+class Session:
+    """One job on one run folder. Use as a context manager; leaving it stops Ray and writes the report."""
+
+    train: list[Sample]
+    held_out: list[Sample]
+    model: Path
+    family: QwenVL
+    clips: ClipStore
+
+    def __init__(self, cfg: JobConfig, job: str):
+        self.cfg = cfg
+        self.job = job
+        self.console = Console()
+        self.folder = RunFolder(cfg.run.dir)
+        self.times: dict[str, float] = defaultdict(float)  # seconds per stage since `take_times`
+        self.started_s = time.monotonic()
+        self.interrupted = False
+        self.is_resumed = False
+        self.state: dict[str, Any] = {}  # what a checkpoint keeps beside weights and optimizer
+        self._saved_step = -1
+        self._ahead: tuple[tuple[int, int], list[Future[Encoded | None]]] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:  # what was opened is closed again if a later part fails
+            stack.enter_context(self.console)
+            stack.enter_context(self.folder.start(self.cfg, self.job))
+            self._load_data()
+            self._find_model()
+            stack.callback(self._write_report)
+            start_ray()
+            stack.callback(ray.shutdown)
+            n_clips = len({path for s in (*self.train, *self.held_out) for path in s.videos})
+            self.clips = ClipStore(self.cfg, self.model, n_clips, self._quarantine)
+            stack.callback(self.clips.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]  # the three of the context protocol
+
+    def open_tracker(self) -> Tracker:
+        """Open it after the run folder was rewound to where the run goes on."""
+        tracker = Tracker(self.folder, self.cfg.run, self.cfg.model_dump(mode="json"))
+        return self._stack.enter_context(tracker)
+
+    def samples(self, start: int, count: int) -> list[Sample]:
+        """Training samples at positions [start, start + count) of the endless shuffled stream."""
+        return [self.train[i] for i in batch_indices(len(self.train), self.cfg.seed, start, count)]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of a step."""
+        self.console.working(name)
+        begin = time.monotonic()
+        yield
+        self.times[name] += time.monotonic() - begin
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds per stage since the last call, as metrics."""
+        times = {f"time/{name}": seconds for name, seconds in self.times.items()}
+        self.times.clear()
+        return times
+
+    def next_batch(self, step: int, size: int, offset: int = 0) -> list[Encoded]:
+        """Prompts of step `step`, which began to be encoded a step ago; those of the next begin now.
+
+        The stream is a function of seed and position, so a resumed run goes on with the same data.
+        """
+        at = offset + step * size
+        if self._ahead is None or self._ahead[0] != (at, size):
+            self._ahead = ((at, size), self.clips.submit(self.samples(at, size)))
+        _, pending = self._ahead
+        self._ahead = ((at + size, size), self.clips.submit(self.samples(at + size, size)))
+        return self.clips.collect(pending)
+
+    def clip_metrics(self) -> dict[str, float]:
+        """Clips decoded and found in the cache since the run began, resumed parts included."""
+        before = self.state.get("clips", {})
+        return {
+            "video/decodes": before.get("decodes", 0) + self.clips.decodes,
+            "video/cache_hits": before.get("cache_hits", 0) + self.clips.cache_hits,
+            "video/bad": len(self.clips.bad),
+        }
+
+    def resume(self, team: Team) -> int:
+        """Take up the newest complete checkpoint, if there is one; returns the first step that is still to do."""
+        checkpoint = self.folder.checkpoints.newest()
+        if checkpoint is None:
+            self.folder.rewind(None)
+            return 0
+        team.trainer.load(checkpoint.path.resolve())
+        self.state = json.loads((checkpoint.path / STATE_FILE).read_text())
+        self.folder.rewind(checkpoint.step)
+        self.is_resumed = True
+        self.console.message(f"going on after step {checkpoint.step} ({checkpoint.path})")
+        return checkpoint.step
+
+    def checkpoint(self, step: int, team: Team) -> None:
+        """Write weights, optimizer and this job's state, whole or not at all."""
+        with self.stage("checkpoint"), self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints) as folder:
+            team.trainer.save(folder.resolve())
+            metrics = self.clip_metrics()
+            clips = {"decodes": metrics["video/decodes"], "cache_hits": metrics["video/cache_hits"]}
+            (folder / STATE_FILE).write_text(json.dumps({**self.state, "clips": clips}))
+        self._saved_step = step
+        write_report(self.folder)
+
+    def checkpoint_if_due(self, step: int, team: Team) -> None:
+        if step % self.cfg.run.checkpoint_every == 0 or self.interrupted:
+            self.checkpoint(step, team)
+
+    def finish(self, team: Team, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Last checkpoint, exported policy, report; or, after Ctrl-C, how to go on."""
+        report = str(self.folder.report_file)
+        seconds = round(time.monotonic() - self.started_s, 1)
+        if self.interrupted:
+            self.console.message(
+                f"interrupted. The same command goes on from the last checkpoint in {self.folder.checkpoints.dir}"
+            )
+            raise KeyboardInterrupt
+        if self._saved_step != self.cfg.train.steps:
+            self.checkpoint(self.cfg.train.steps, team)
+        team.trainer.export((self.folder.dir / "policy").resolve())
+        return {**result, "steps": self.cfg.train.steps, "seconds": seconds, "report": report}
+
+    def require_training_data(self) -> None:
+        if not self.train:
+            raise UserError("data.train is empty: give a manifest, or data.synthetic to make a synthetic set")
+
+    def steps(self, start: int, stop: int) -> Iterator[int]:
+        """Step numbers [start, stop). Ctrl-C ends the loop after the step under way; a second one stops at once."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self.console.message("stopping after this step; press Ctrl-C again to stop at once")
+
+        handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(start, stop):
+                yield step
+                if self.interrupted:
+                    return
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _load_data(self) -> None:
+        data = self.cfg.data
+        train, held_out = data.train, data.eval
+        if train is None and data.synthetic is not None:
+            self.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
+            train, made = make_synthetic(self.folder.dir / "data", data.synthetic, self.cfg.seed)
+            held_out = held_out or made
+        self.train = load_manifest(train, data.root, data.system_prompt, data.suffix) if train else []
+        self.held_out = load_manifest(held_out, data.root, data.system_prompt, data.suffix) if held_out else []
+        check_disjoint(self.train, self.held_out)
+        self.folder.record(data={str(path): _sha256(path) for path in (train, held_out) if path})
+
+    def _find_model(self) -> None:
+        model = self.cfg.model
+        if model.path is not None:
+            self.model = model.path
+        else:
+            self.model = self.folder.dir / "model"
+            if not self.model.exists():
+                assert model.tiny is not None  # JobConfig checks it
+                from rlvid.models.tiny import make_tiny_qwen2_vl
+
+                self.console.message("making a tiny random Qwen2-VL")
+                texts = [
+                    text for s in self.train or self.held_out for text in (*(m.text for m in s.messages), s.answer)
+                ]
+                make_tiny_qwen2_vl(self.model, model.tiny, texts, self.cfg.seed)
+        self.family = load_family(self.model)
+        weights = sorted(self.model.glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"model.path: {self.model} holds no *.safetensors weights")
+        template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
+        self.folder.record(model={p.name: _sha256(p) for p in weights}, prompt_templates={"chat": template})
+
+    def _quarantine(self, path: str, reason: str) -> None:
+        self.folder.append_bad_clip(BadClip(path, reason))
+        self.console.message(f"bad clip, left out: {path}: {reason}")
+
+    def _write_report(self) -> None:
+        write_report(self.folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def distinct(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first `count` samples with different ids."""
+    return list({s.id: s for s in samples}.values())[:count]

@@ -1,0 +1,79 @@
+"""`rlvid sft`: supervised fine-tuning on the manifest's answers; also the warm start of `rlvid grpo`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from actors.clips import Encoded
+from actors.team import Team
+from actors.trainer import GroupRef
+from jobs.cli import job_main
+from jobs.session import Session
+from rlvid.algorithms.schedule import lr_multiplier
+from rlvid.config import SftJobConfig, TrainConfig, WarmStartConfig
+from rlvid.errors import UserError
+from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.reporting.tracker import Tracker
+from rlvid.training.objectives import Supervised
+from rlvid.training.packing import Responses
+
+
+def supervised_batch(prompts: list[Encoded], family: QwenVL) -> list[GroupRef]:
+    """Each prompt with its right answer; every token of the batch counts alike."""
+    answers = [family.encode_answer(p.sample.answer) for p in prompts]
+    weight = 1.0 / sum(len(a) for a in answers)
+    return [
+        GroupRef(p.prompt, p.cost, Responses(token_ids=(a,), weights=np.full(len(a), weight, dtype=np.float32)))
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+
+
+def supervised_step(session: Session, team: Team, cfg: TrainConfig | WarmStartConfig, step: int) -> dict[str, float]:
+    """Optimizer step `step` of a supervised phase; the next batch is encoded meanwhile."""
+    with session.stage("encode"):
+        prompts = session.next_batch(step, cfg.batch_size)
+    if not prompts:
+        raise UserError(f"step {step}: none of its {cfg.batch_size} samples has a readable clip; see bad_clips.jsonl")
+    with session.stage("train"):
+        lr = cfg.lr * lr_multiplier(step, cfg.steps, cfg.warmup_steps, cfg.schedule)
+        return team.trainer.step(supervised_batch(prompts, session.family), Supervised(), lr)
+
+
+def warm_start(session: Session, team: Team, tracker: Tracker, cfg: WarmStartConfig) -> None:
+    """Supervised steps before reinforcement learning; not resumed in the middle."""
+    session.console.phase("warm start", cfg.steps)
+    for step in session.steps(0, cfg.steps):
+        begin = time.monotonic()
+        stats = supervised_step(session, team, cfg, step)
+        metrics = {"warm_start/loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
+        metrics |= session.take_times() | {"time/step": time.monotonic() - begin}
+        tracker.log(step + 1, metrics, phase="warm_start")
+        if (step + 1) % 10 == 0 or step + 1 == cfg.steps:
+            session.console.step(step + 1, metrics)
+
+
+def run(cfg: SftJobConfig) -> dict[str, Any]:
+    """Run or take up the job; returns what the last line of stdout says."""
+    with Session(cfg, "sft") as session:
+        session.require_training_data()
+        with Team(session.model, cfg, ("trainer",), session.folder.logs_dir, cfg.seed) as team:
+            team.wait_ready()
+            start = session.resume(team)
+            tracker = session.open_tracker()
+            session.console.phase("supervised fine-tuning", cfg.train.steps, start)
+            for step in session.steps(start, cfg.train.steps):
+                begin = time.monotonic()
+                stats = supervised_step(session, team, cfg.train, step)
+                metrics = {"loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
+                metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
+                tracker.log(step + 1, metrics)
+                session.console.step(step + 1, metrics)
+                session.checkpoint_if_due(step + 1, team)
+            return session.finish(team, {})
+
+
+if __name__ == "__main__":
+    job_main("sft")
