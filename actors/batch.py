@@ -83,7 +83,7 @@ def summarize(groups: Groups, marks: Marks, parts: Sequence[RewardPartConfig]) -
     rewards = totals(marks)
     metrics = {
         "reward/mean": float(np.nanmean(rewards)) if valid else float("nan"),
-        "reward/invalid": float(len(flat) - len(valid)),
+        "groups/invalid_rewards": float(len(flat) - len(valid)),
         "response/length": float(np.mean([len(r.token_ids) for r in rollouts])),
         "response/cut_off": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "groups/zero_variance": zero_variance_share(rewards),

@@ -5,6 +5,7 @@ What comes back are references and small rows; pixels stay in the object store a
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rlvid.config import JobConfig, VideoConfig
+from rlvid.data.stream import ClipStream
 from rlvid.errors import BadClip, UserError
 from rlvid.models.families import load_family
 from rlvid.types import Clip, Prompt, Sample
@@ -117,6 +119,9 @@ class ClipStore:
             cache_bytes=int(cfg.data.cache_gib * 2**30),
             max_prompt_tokens=cfg.rollout.max_model_len - cfg.rollout.max_tokens,
         )
+        self._source = source
+        self._frame_multiple = load_family(model).frame_multiple
+        self._cpus = cfg.placement.encode_cpus
         options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
         self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
         # One thread waits for one encoder: that bounds what is under way and gives each clip a deadline of its own.
@@ -148,6 +153,22 @@ class ClipStore:
     def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
         return self.collect(self.submit(samples, variant))
 
+    def stream(self, samples: Sequence[Sample], seed: int, start: int) -> Iterator[Sample]:
+        """The samples from position `start` of the endless shuffled stream on, their clips decoded ahead by Ray Data.
+
+        For supervised epochs, where the order is known far ahead: frames wait in the cache when `encode` asks for them.
+        Samples with a bad clip come too; `encode` leaves them out.
+        """
+        source = self._source
+        reader = ClipReader(source.video, self._frame_multiple, FrameCache(source.cache_dir, source.cache_bytes))
+        clips = ClipStream(samples, reader, seed, cpus_per_task=self._cpus)
+        for epoch in itertools.count(start // len(samples)):
+            for row in clips.epoch(epoch, start % len(samples) if epoch == start // len(samples) else 0):
+                self.decodes += len(row.clip_ids) - row.n_cached
+                if row.error is not None:
+                    self._set_aside(row.error.path, row.error.reason)
+                yield row.sample
+
     def strips(self, samples: Sequence[Sample]) -> dict[str, list[bytes]]:
         """JPEG frames of each sample, by its id."""
 
@@ -173,6 +194,10 @@ class ClipStore:
         finally:
             self._free.put(encoder)
 
+    def _set_aside(self, path: str, reason: str) -> None:
+        if self.bad.setdefault(path, reason) is reason:
+            self._on_bad(path, reason)
+
     def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
         """One call, waited for in a thread of the pool."""
         if any(path in self.bad for path in sample.videos):
@@ -190,8 +215,6 @@ class ClipStore:
         self.decodes += outcome.decodes
         self.cache_hits += outcome.cache_hits
         if outcome.bad:
-            path, reason = outcome.bad
-            if self.bad.setdefault(path, reason) is reason:
-                self._on_bad(path, reason)
+            self._set_aside(*outcome.bad)
             return None
         return Encoded(sample, prompt, outcome.n_tokens, outcome.cost)

@@ -45,6 +45,10 @@ def check_parity(
         UserError: the check fails; the message says which side differs and how.
     """
     probes = _probes(clips, samples)
+    if not probes:
+        raise UserError(
+            "the parity check needs a sample whose clips can be read; the first ones of data.train have none"
+        )
     sampling = Sampling(N_RESPONSES, cfg.rollout.temperature, min(N_TOKENS, cfg.rollout.max_tokens))
     answers = fleet.generate([p.plain for p in probes], sampling)
     plain = trainer.logprobs([group_of(p.plain, r) for p, r in zip(probes, answers, strict=True)])

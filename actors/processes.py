@@ -14,17 +14,25 @@ from rlvid.errors import UserError
 
 
 def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (a submitted job), else start one for this run alone."""
+    """Join the cluster that RAY_ADDRESS names (a submitted job), else start one for this run alone.
+
+    Raises:
+        UserError: no cluster answers there, or none can be started.
+    """
     if ray.is_initialized():
         return
     # Ray's own default would also join a cluster that somebody else left running on this machine.
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(
-        address=address,
-        include_dashboard=False if address == "local" else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+        where = "Ray does not start here" if address == "local" else f"no Ray cluster answers at RAY_ADDRESS={address}"
+        raise UserError(f"{where}: {str(e).splitlines()[0]}") from e
 
 
 def enter_process(log_file: Path, threads: int | None) -> None:

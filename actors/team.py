@@ -34,6 +34,7 @@ class Team:
             self.trainer = TrainerGroup(folder, cfg, by_role["trainer"], self._placement, logs)
         if by_role["generator"]:
             self.fleet = GeneratorFleet(folder, cfg, self._placement, logs, seed)
+            self.rewards = Rewards(cfg.rewards, cfg.placement.reward_workers, cfg.placement.reward_cpus)
         self.reference: Any = None
         if by_role["reference"]:
             slot = by_role["reference"][0]
@@ -43,7 +44,6 @@ class Team:
                 .remote(logs / f"{slot.name}.log", cfg.placement.threads)
             )
             self._reference_ready = self.reference.start.remote(folder, cfg, slot.gpus > 0)
-        self.rewards = Rewards(cfg.rewards, cfg.placement.reward_workers, cfg.placement.reward_cpus)
 
     def wait_ready(self) -> None:
         if hasattr(self, "trainer"):
@@ -72,9 +72,9 @@ class Team:
     def __exit__(self, *error: object) -> None:
         if hasattr(self, "fleet"):
             self.fleet.stop()
+            self.rewards.stop()
         if hasattr(self, "trainer"):
             self.trainer.stop()
-        self.rewards.stop()
         if self.reference is not None:
             ray.kill(self.reference)
         self._placement.remove()

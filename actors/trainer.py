@@ -53,9 +53,6 @@ class TrainerRank:
     def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
         enter_process(log_file, threads)
         self._on_gpu = on_gpu
-        if not on_gpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"
-            require_compiler()
 
     def address(self) -> str:
         """A free port on this node, for rank 0."""
@@ -64,6 +61,9 @@ class TrainerRank:
             return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
 
     def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
+        if not self._on_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            require_compiler()
         import torch.distributed as dist
 
         from rlvid.models.families import load_family

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import time
 from collections import defaultdict
@@ -66,6 +67,10 @@ class Session:
             self._load_data()
             self._find_model()
             stack.callback(self._write_report)
+            if "RAY_ADDRESS" in os.environ and not self.cfg.run.dir.is_absolute():
+                self.console.message(
+                    "run.dir is relative: in a submitted job it lies in Ray's copy of the working folder"
+                )
             start_ray()
             stack.callback(ray.shutdown)
             n_clips = len({path for s in (*self.train, *self.held_out) for path in s.videos})
@@ -153,9 +158,13 @@ class Session:
         report = str(self.folder.report_file)
         seconds = round(time.monotonic() - self.started_s, 1)
         if self.interrupted:
-            self.console.message(
-                f"interrupted. The same command goes on from the last checkpoint in {self.folder.checkpoints.dir}"
+            newest = self.folder.checkpoints.newest()
+            where = (
+                f"goes on from the last checkpoint, {newest.path}"
+                if newest
+                else "starts again, there is no checkpoint yet"
             )
+            self.console.message(f"interrupted: the same command {where}")
             raise KeyboardInterrupt
         if self._saved_step != self.cfg.train.steps:
             self.checkpoint(self.cfg.train.steps, team)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -31,10 +32,10 @@ def supervised_batch(prompts: list[Encoded], family: QwenVL) -> list[GroupRef]:
     ]
 
 
-def supervised_step(session: Session, team: Team, cfg: TrainConfig | WarmStartConfig, step: int) -> dict[str, float]:
-    """Optimizer step `step` of a supervised phase; the next batch is encoded meanwhile."""
-    with session.stage("encode"):
-        prompts = session.next_batch(step, cfg.batch_size)
+def supervised_step(
+    session: Session, team: Team, cfg: TrainConfig | WarmStartConfig, step: int, prompts: list[Encoded]
+) -> dict[str, float]:
+    """Optimizer step `step` of a supervised phase."""
     if not prompts:
         raise UserError(f"step {step}: none of its {cfg.batch_size} samples has a readable clip; see bad_clips.jsonl")
     with session.stage("train"):
@@ -47,7 +48,9 @@ def warm_start(session: Session, team: Team, tracker: Tracker, cfg: WarmStartCon
     session.console.phase("warm start", cfg.steps)
     for step in session.steps(0, cfg.steps):
         begin = time.monotonic()
-        stats = supervised_step(session, team, cfg, step)
+        with session.stage("encode"):
+            prompts = session.next_batch(step, cfg.batch_size)
+        stats = supervised_step(session, team, cfg, step, prompts)
         metrics = {"warm_start/loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
         metrics |= session.take_times() | {"time/step": time.monotonic() - begin}
         tracker.log(step + 1, metrics, phase="warm_start")
@@ -64,9 +67,12 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
             start = session.resume(team)
             tracker = session.open_tracker()
             session.console.phase("supervised fine-tuning", cfg.train.steps, start)
+            stream = session.clips.stream(session.train, cfg.seed, start * cfg.train.batch_size)
             for step in session.steps(start, cfg.train.steps):
                 begin = time.monotonic()
-                stats = supervised_step(session, team, cfg.train, step)
+                with session.stage("encode"):
+                    prompts = session.clips.encode(list(itertools.islice(stream, cfg.train.batch_size)))
+                stats = supervised_step(session, team, cfg.train, step, prompts)
                 metrics = {"loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
                 metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
                 tracker.log(step + 1, metrics)

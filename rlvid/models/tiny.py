@@ -4,6 +4,7 @@ downloaded."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,10 +25,16 @@ def make_tiny_qwen2_vl(folder: Path, cfg: TinyModelConfig, texts: Iterable[str],
     absent.
     """
     torchvision_ops.ensure()
+    is_chosen = "DS_ACCELERATOR" in os.environ
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # transformers imports DeepSpeed, which would warn that it has to guess
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
     from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
     from transformers.utils import logging as transformers_logging
 
+    if not is_chosen:
+        del os.environ["DS_ACCELERATOR"]  # processes that are started later choose for themselves
     transformers_logging.disable_progress_bar()
     tokenizer = _train_tokenizer(texts, cfg.vocab_size)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS}

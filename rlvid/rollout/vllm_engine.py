@@ -21,8 +21,8 @@ from rlvid.rollout import vllm_plugin
 from rlvid.training.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
 
-# The smallest block of vLLM's CPU attention. Its default of 128 is longer than many prompts, which then are computed once
-# per response: 32 prompts of 44 tokens, 8 responses each, take 0.15 s instead of 0.24.
+# The smallest block of vLLM's CPU attention. Its default of 128 is longer than many prompts, which then are computed
+# once per response: 32 prompts of 44 tokens, 8 responses each, take 0.15 s instead of 0.24.
 CPU_BLOCK = 32
 BAN = -100.0  # the strongest bias that vLLM takes; exp(-100) is 0 beside any sampled token in float32
 

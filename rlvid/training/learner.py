@@ -158,7 +158,9 @@ class Learner:
 
         It would clip there too, but forgets the norm.
         """
-        self._clipped_norm = float(torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.cfg.max_grad_norm))
+        self._clipped_norm = float(
+            torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.cfg.max_grad_norm)
+        )
 
     def _last_grad_norm(self) -> float:
         return float(self.engine.get_global_grad_norm()) if self._clipped_norm is None else self._clipped_norm

@@ -32,7 +32,7 @@ NUMBERS = ("one", "two", "three", "four")
 QUESTIONS = {
     "colour": "What colour is the moving shape?",
     "shape": "Which shape is moving?",
-    "direction": "In which direction does the shape move?",
+    "direction": "Does the shape move {} or {}?",  # left or right, up or down
     "order": "Which colour comes first?",
     "count": "How many shapes are there?",
 }
@@ -91,10 +91,16 @@ def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.
     return {
         "id": name,
         "video": str(video),
-        "question": QUESTIONS[kind],
+        "question": _question(kind, answer),
         "answer": answer,
         "problem_type": kind,
     }
+
+
+def _question(kind: str, answer: str) -> str:
+    if kind != "direction":
+        return QUESTIONS[kind]
+    return QUESTIONS[kind].format(*(("left", "right") if answer in ("left", "right") else ("up", "down")))
 
 
 def _draw_scene(kind: str, cfg: SyntheticConfig, rng: np.random.Generator) -> tuple[list[Figure], str]:

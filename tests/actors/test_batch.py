@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize, totals
+from actors.clips import Encoded
+from actors.trainer import GroupRef, balance, balance_indices
+from rlvid.config import GrpoConfig, RewardPartConfig
+from rlvid.errors import UserError
+from rlvid.training.packing import Responses
+from rlvid.types import Reward, Rollout, WeightSpan
+from tests.prompts import sample_of
+
+PARTS = (RewardPartConfig(kind="format", tags=("a",)), RewardPartConfig(kind="exact", weight=2.0, name="right"))
+
+
+def rollout(n: int, logprob: float = -0.5, reason: str = "stop") -> Rollout:
+    ids = np.arange(n, dtype=np.int32)
+    return Rollout("s", ids, np.full(n, logprob, np.float32), "text", reason, (WeightSpan(3, 0, n),))
+
+
+def mark(form: float, right: float) -> Reward:
+    return Reward({"format": form, "right": right}, form + 2 * right)
+
+
+def prompts(n: int) -> list[Encoded]:
+    return [Encoded(sample_of(sample_id=str(i)), f"ref-{i}", 10, 50) for i in range(n)]  # type: ignore[arg-type]
+
+
+GROUPS = [[rollout(2, -1.0), rollout(3, -2.0)], [rollout(1), rollout(4, reason="length")]]
+MARKS = [[mark(1, 1), mark(1, 0)], [mark(0, 1), Reward.invalid("judge is down")]]
+
+
+def test_an_invalid_reward_is_no_number_and_has_no_advantage() -> None:
+    assert np.array_equal(totals(MARKS), [[3, 1], [2, math.nan]], equal_nan=True)
+    # group 1: mean 2, sample std sqrt(2); group 2 has one valid reward
+    expected = 1 / (math.sqrt(2) + 1e-4)
+    assert np.allclose(advantages_of(MARKS, GrpoConfig()), [[expected, -expected], [0, 0]])
+
+
+def test_minibatch_weights_are_those_of_all_its_tokens() -> None:
+    advantages = np.array([[1, -1], [0.5, -0.5]], np.float32)
+    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig())
+    assert [g.responses.weights.tolist() for g in batch] == [pytest.approx([0.1] * 5), pytest.approx([0.1] * 5)]
+    assert batch[0].responses.advantages is not None and batch[0].responses.advantages.tolist() == [1, 1, -1, -1, -1]
+    assert batch[0].responses.old_logprobs is not None and batch[0].responses.old_logprobs.tolist() == [
+        -1,
+        -1,
+        -2,
+        -2,
+        -2,
+    ]
+    by_sequence = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(loss_average="sequence"))
+    assert by_sequence[0].responses.weights.tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12])
+
+
+def test_a_group_that_trains_nothing_is_left_out_but_counts_in_the_average() -> None:
+    advantages = np.array([[1, -1], [0, 0]], np.float32)
+    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig())
+    assert [g.prompt for g in batch] == ["ref-0"]
+    assert batch[0].responses.weights.tolist() == pytest.approx([0.1] * 5)  # of 10 tokens, not of 5
+
+
+def test_a_kl_term_trains_every_group() -> None:
+    advantages = np.array([[1, -1], [0, 0]], np.float32)
+    reference = [np.zeros(5, np.float32), np.ones(5, np.float32)]
+    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(kl_coef=0.1), reference=reference)
+    assert len(batch) == 2 and batch[1].responses.ref_logprobs is reference[1]
+
+
+def test_every_rank_keeps_something_to_do() -> None:
+    batch = make_minibatch(prompts(2), GROUPS, np.zeros((2, 2), np.float32), GrpoConfig(), keep=2)
+    assert len(batch) == 2
+
+
+def test_summary_counts_invalid_rewards_apart() -> None:
+    metrics = summarize(GROUPS, MARKS, PARTS)
+    assert metrics == {
+        "reward/mean": 2.0,  # of 3, 1 and 2
+        "groups/invalid_rewards": 1.0,
+        "response/length": 2.5,  # of 2, 3, 1 and 4
+        "response/cut_off": 0.25,
+        "groups/zero_variance": 0.5,
+        "reward/format": pytest.approx(2 / 3),
+        "reward/right": pytest.approx(2 / 3),
+        "train/accuracy": pytest.approx(2 / 3),
+    }
+
+
+def test_accuracy_is_the_first_part_that_marks_answers() -> None:
+    assert accuracy_part(PARTS) == "right"
+    assert accuracy_part([RewardPartConfig(kind="length")]) is None
+
+
+def test_rows_hold_all_that_the_report_shows() -> None:
+    from rlvid.reporting.rollout_tables import SCHEMA
+
+    rows: list[dict[str, Any]] = rollout_rows(7, prompts(2), GROUPS, MARKS, np.array([[1, -1], [0, 0]], np.float32))
+    assert all(set(row) == set(SCHEMA.names) for row in rows)
+    assert [(r["sample_id"], r["group_index"], r["reward_total"]) for r in rows] == [
+        ("0", 0, 3),
+        ("0", 1, 1),
+        ("1", 0, 2),
+        ("1", 1, None),
+    ]
+    assert rows[3]["invalid_reason"] == "judge is down"
+    assert json.loads(rows[1]["weight_versions"]) == [[3, 0, 3]]
+
+
+def test_ranks_get_shares_of_about_equal_cost() -> None:
+    shares = balance_indices([10, 1, 1, 8, 1, 1], 2)
+    assert sorted(i for share in shares for i in share) == list(range(6))
+    loads = [sum([10, 1, 1, 8, 1, 1][i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= 1
+    assert balance_indices([5], 1) == [[0]]
+
+
+def test_too_few_groups_for_the_ranks_is_an_error() -> None:
+    group = GroupRef("ref", 1, Responses(token_ids=(np.zeros(1, np.int32),), weights=np.zeros(1, np.float32)))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="2 trainer ranks"):
+        balance([group], 2)

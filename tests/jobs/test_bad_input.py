@@ -1,0 +1,75 @@
+"""One readable error each, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run `rlvid grpo` on a small config with overrides; returns the error it printed."""
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {tiny: {}}\ndata: {synthetic: {train: 8, eval: 4}}\nrun: {wandb: disabled}\n")
+
+    def run(*overrides: str) -> str:
+        folder = tmp_path / "run"
+        code = main(["grpo", str(config), f"run.dir={folder}", *overrides])
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert "Traceback" not in error
+        assert not folder.exists()
+        return error
+
+    return run
+
+
+def manifest(path: Path, **row: object) -> str:
+    row = {"id": "a", "video": "a.mp4", "question": "What?", "answer": "red", **row}
+    path.write_text(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
+    return str(path)
+
+
+def test_mistyped_key_names_the_nearest(refused: Refused) -> None:
+    error = refused("train.stesp=3")
+    assert "train.stesp" in error and "train.steps" in error
+
+
+def test_missing_model_folder(refused: Refused, tmp_path: Path) -> None:
+    assert "model.path" in refused(f"model.path={tmp_path / 'nowhere'}", "model.tiny=null")
+
+
+def test_row_without_answer(refused: Refused, tmp_path: Path) -> None:
+    error = refused(f"data.train={manifest(tmp_path / 'm.jsonl', answer=None)}")
+    assert "m.jsonl:1" in error and "answer" in error
+
+
+def test_answer_outside_the_choices(refused: Refused, tmp_path: Path) -> None:
+    error = refused(f"data.train={manifest(tmp_path / 'm.jsonl', choices=['blue', 'green'])}")
+    assert "m.jsonl:1" in error and "'red'" in error
+
+
+def test_train_and_eval_share_ids(refused: Refused, tmp_path: Path) -> None:
+    path = manifest(tmp_path / "m.jsonl")
+    assert "ids stand in both (a)" in refused(f"data.train={path}", f"data.eval={path}")
+
+
+def test_gpu_that_is_not_there(refused: Refused) -> None:
+    error = refused("placement.gpus=8")
+    assert "GPU" in error and "placement" in error
+
+
+def test_no_compiler(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "g++" in refused()
+
+
+def test_frame_size_that_does_not_fit_the_family(refused: Refused) -> None:
+    assert "28" in refused("video.height=50", "video.width=56")

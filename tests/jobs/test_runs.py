@@ -1,0 +1,143 @@
+"""Whole runs as a person starts them: real clips, Ctrl-C, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.timeout(600)
+
+SMALL = """
+model: {{tiny: {{layers: 1, vision_layers: 1}}}}
+data: {data}
+run: {{wandb: disabled, checkpoint_every: 1, log_rollouts_every: 1}}
+rollout: {{max_tokens: 4, max_model_len: 2048, max_sequences: 32}}
+train: {{steps: {steps}, batch_size: 4, lr: 1.0e-4}}
+grpo: {{group_size: 2}}
+evaluate: {{every: 100}}
+video: {video}
+"""
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.grpo", "--config", str(config), *overrides]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("".join(process.communicate()))
+        time.sleep(0.05)
+
+
+def test_real_clips_with_bad_ones_among_them(real_clips: Path, tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    shutil.copytree(real_clips, clips)
+    clips.chmod(0o755)
+    shutil.copy(real_clips.parent / "decode_edge_cases" / "corrupted.mp4", clips / "corrupted.mp4")
+    names = [*sorted(p.name for p in real_clips.iterdir()), "corrupted.mp4", "missing.mp4"]
+    rows = [{"id": name, "video": f"clips/{name}", "question": "What is seen?", "answer": "people"} for name in names]
+    (tmp_path / "real.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "config.yaml"
+    data = f"{{train: {tmp_path}/real.jsonl, cache_dir: {tmp_path}/cache}}"
+    config.write_text(SMALL.format(data=data, steps=3, video="{frames: 8, max_pixels: 25088}"))
+
+    first = tmp_path / "first"
+    result = finish(start(config, f"run.dir={first}", "train.batch_size=10"))
+    assert result["steps"] == 3 and Path(result["report"]).is_file()
+    bad = {
+        Path(row["path"]).name: row["reason"]
+        for row in map(json.loads, (first / "bad_clips.jsonl").read_text().splitlines())
+    }
+    assert set(bad) == {"corrupted.mp4", "missing.mp4"} and all(bad.values())
+    last = metrics_of(first)[-1]
+    assert last["video/decodes"] == 8 and last["video/cache_hits"] > 0
+    page = (first / "report.html").read_text()
+    assert "corrupted.mp4" in page and "data:image/jpeg;base64" in page
+
+    second = tmp_path / "second"
+    finish(start(config, f"run.dir={second}", "train.batch_size=10", "train.steps=1"))
+    assert metrics_of(second)[-1]["video/decodes"] == 0
+
+
+def test_run_goes_on_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"
+    config.write_text(SMALL.format(data=data, steps=400, video="{height: 56, width: 56}"))
+    arguments = (
+        f"run.dir={run}",
+        "warm_start.steps=2",
+        "warm_start.batch_size=4",
+        "grpo.kl_coef=0.05",
+        "train.epochs=2",
+    )
+
+    def newest() -> int:
+        return max(
+            (int(p.name.split("_")[1]) for p in run.glob("checkpoints/step_*") if p.suffix != ".tmp"), default=-1
+        )
+
+    process = start(config, *arguments)
+    wait_for(lambda: newest() >= 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "goes on from the last checkpoint" in out and "Traceback" not in out + err
+    stopped = newest()
+    assert metrics_of(run)[-1]["step"] == stopped  # Ctrl-C saved the step it waited for
+    seen = {(r.get("phase"), r["step"]): r for r in metrics_of(run)}
+
+    process = start(config, *arguments)
+    wait_for(lambda: newest() >= stopped + 2, process)
+    process.kill()  # kill -9
+    process.communicate(timeout=60)
+    killed = newest()
+
+    result = finish(start(config, *arguments, f"train.steps={killed + 2}"))
+    assert result["steps"] == killed + 2
+    rows = [r for r in metrics_of(run) if "reward/mean" in r]
+    assert [r["step"] for r in rows] == list(range(1, killed + 3))  # each step once
+    assert all(rows[i]["reward/mean"] == seen[(None, i + 1)]["reward/mean"] for i in range(stopped))
+    assert rows[-1]["video/decodes"] == 18 and all("policy/kl" in r for r in rows)
+    assert [r["step"] for r in metrics_of(run) if r.get("phase") == "warm_start"] == [1, 2]
+    assert (run / "policy" / "model.safetensors").is_file()
+    assert newest() == killed + 2
+
+
+def test_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    data = f"{{synthetic: {{train: 8, eval: 4}}, cache_dir: {tmp_path}/cache}}"
+    config.write_text(SMALL.format(data=data, steps=1, video="{height: 56, width: 56}"))
+    finish(start(config, f"run.dir={run}"))
+    process = start(config, f"run.dir={run}", "grpo.group_size=4")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "grpo.group_size" in err and "Traceback" not in err

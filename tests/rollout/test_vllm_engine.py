@@ -1,0 +1,234 @@
+"""The real engine against the real trainer network, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from actors.clips import Encoded
+from actors.parity import check_parity
+from actors.trainer import GroupRef
+from rlvid.config import GrpoJobConfig, RolloutConfig
+from rlvid.errors import UserError
+from rlvid.models.families import load_family
+from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.loading import load_model
+from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.training.buckets import to_buckets
+from rlvid.training.packing import Group, PackedPolicy, Responses, normalise, pack
+from rlvid.types import Prompt, Rollout, Sample, WeightSpan
+from rlvid.video.probes import Variant, probe
+from tests.prompts import clip_of, noise, prompt_of, sample_of
+
+
+class Both:
+    """Engine and trainer network with the same weights."""
+
+    def __init__(self, folder: Path):
+        self.family = load_family(folder)
+        self.policy = PackedPolicy(load_model(folder, "float32"), self.family, temperature=1.0)
+        cfg = RolloutConfig(max_model_len=512, max_sequences=32)
+        self.engine = VllmEngine(folder, self.family, cfg, "float32", seed=0, on_gpu=False)
+        self.version = 0
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int = 2, max_tokens: int = 8, temperature: float = 1.0
+    ) -> list[list[Rollout]]:
+        ids = [self.engine.submit(p, Sampling(n, temperature, max_tokens)) for p in prompts]
+        ended: dict[str, list[Rollout]] = {}
+        while self.engine.is_busy:
+            ended |= dict(self.engine.step())
+        return [ended[i] for i in ids]
+
+    @torch.no_grad()
+    def by_trainer(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> npt.NDArray[np.float32]:
+        ids = tuple(r.token_ids for r in rollouts)
+        weights = np.zeros(sum(map(len, ids)), dtype=np.float32)
+        return self.policy(pack([Group(prompt, Responses(token_ids=ids, weights=weights))]))[0].numpy()
+
+    def gap(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> float:
+        by_engine = np.concatenate([r.logprobs for r in rollouts])
+        return float(np.abs(by_engine - self.by_trainer(prompt, rollouts)).max())
+
+    def sync(self) -> None:
+        self.version += 1
+        self.engine.update_weights(self.version, list(to_buckets(self.policy.network.named_parameters(), 2**20)))
+
+    @torch.no_grad()
+    def move_weights(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.policy.network.parameters():
+            p.add_(0.03 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def both(tiny_model: Path) -> Iterator[Both]:
+    yield Both(tiny_model)
+
+
+def test_engine_and_trainer_agree_on_every_kind_of_prompt(both: Both) -> None:
+    prompts = [
+        prompt_of(both.family, (16, 56, 56)),  # merged T = 8 > max(H, W) = 2, where transformers' positions differ
+        prompt_of(both.family, (4, 84, 112)),
+        prompt_of(both.family, (7, 28, 56), (4, 56, 28), seed=5),  # two clips, one with an odd number of frames
+        prompt_of(both.family),  # text alone
+    ]
+    for prompt, rollouts in zip(prompts, both.generate(prompts), strict=True):
+        assert both.gap(prompt, rollouts) < 1e-4
+
+
+def test_logprobs_are_those_of_the_tempered_distribution(both: Both) -> None:
+    prompt = prompt_of(both.family, (8, 56, 56), seed=1)
+    (rollouts,) = both.generate([prompt], temperature=0.6)
+    both.policy.temperature = 0.6
+    try:
+        assert both.gap(prompt, rollouts) < 1e-4
+    finally:
+        both.policy.temperature = 1.0
+
+
+def test_placeholders_are_never_sampled(both: Both) -> None:
+    rollouts = [
+        r for group in both.generate([prompt_of(both.family, (4, 56, 56))] * 4, n=16, max_tokens=48) for r in group
+    ]
+    seen = np.concatenate([r.token_ids for r in rollouts])
+    assert len(seen) > 1000 and not np.isin(seen, both.family.banned_tokens).any()
+
+
+def test_new_weights_reach_every_layer_and_no_cache_keeps_old_ones(both: Both) -> None:
+    prompt = prompt_of(both.family, (8, 56, 56), seed=2)
+    (before,) = both.generate([prompt])
+    both.move_weights(seed=1)
+    assert both.gap(prompt, before) > 1e-2  # the trainer has moved away
+    both.sync()
+    (after,) = both.generate([prompt])  # the same prompt: encoder and prefix cache knew it
+    assert both.gap(prompt, after) < 1e-4
+    assert after[0].versions == (WeightSpan(both.version, 0, len(after[0].token_ids)),)
+    assert both.engine.weight_version == both.version
+
+
+def test_weights_change_between_two_steps_of_a_request(both: Both) -> None:
+    both.sync()
+    old = both.version
+    both.engine.submit(prompt_of(both.family, (8, 56, 56), seed=3), Sampling(1, 1.0, 200))
+    ended: list[tuple[str, list[Rollout]]] = []
+    for _ in range(6):
+        ended += both.engine.step()
+    both.move_weights(seed=2)
+    both.sync()
+    while both.engine.is_busy:
+        ended += both.engine.step()
+    ((_, (rollout,)),) = ended
+    if rollout.finish_reason == "stop" and len(rollout.token_ids) < 6:
+        pytest.skip("the random model ended its turn before the update")
+    assert [s.version for s in rollout.versions] == [old, both.version]
+    assert rollout.versions[0].end == rollout.versions[1].start
+    assert rollout.versions[1].end == len(rollout.token_ids)
+
+
+class LocalFleet:
+    def __init__(self, both: Both):
+        self.both = both
+
+    def generate(self, prompts: Sequence[Encoded], sampling: Sampling) -> list[list[Rollout]]:
+        return self.both.generate([p.prompt for p in prompts], sampling.n, sampling.max_tokens, sampling.temperature)  # type: ignore[misc]
+
+    def first_logprob(self, prompt: Encoded, token: int, temperature: float) -> float:
+        return self.both.engine.first_logprob(prompt.prompt, token, temperature)  # type: ignore[arg-type]
+
+
+class LocalTrainer:
+    def __init__(self, both: Both):
+        self.both = both
+
+    @torch.no_grad()
+    def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        return [self.both.policy(pack([Group(g.prompt, g.responses)]))[0].numpy() for g in groups]  # type: ignore[arg-type]
+
+
+class LocalClips:
+    """Two samples of noise; what the encoders do, without Ray."""
+
+    def __init__(self, family: QwenVL):
+        self.family = family
+
+    def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
+        encoded = []
+        for sample in samples:
+            clip = clip_of(noise(8, 84, 84, seed=int(sample.id)), f"noise-{sample.id}")
+            prompt = self.family.encode(sample, [probe(clip, variant, self.family.frame_multiple)])
+            encoded.append(Encoded(sample, prompt, prompt.length, prompt.cost))  # type: ignore[arg-type]
+        return encoded
+
+
+def run_check(both: Both) -> float:
+    both.sync()
+    cfg = GrpoJobConfig.model_validate({"model": {"tiny": {}}, "data": {"synthetic": {}}})
+    samples = [sample_of(sample_id="1"), sample_of(sample_id="2")]
+    return check_parity(LocalFleet(both), LocalTrainer(both), LocalClips(both.family), samples, cfg)  # type: ignore[arg-type]
+
+
+def test_parity_check_passes_where_all_is_well(both: Both) -> None:
+    assert run_check(both) < 1e-4
+
+
+def test_parity_check_finds_transformers_positions(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = both.policy.network.model
+    plain = network.forward
+
+    def with_their_positions(**inputs: object) -> object:
+        """Positions of each prompt by transformers' rule; responses count on from them."""
+        layout = inputs["attention_mask"]["full_attention"]  # type: ignore[index]
+        ids, positions = inputs["input_ids"], inputs["position_ids"].clone()  # type: ignore[attr-defined]
+        prompt = layout.prompt_index[0][layout.prompt_index[0] >= 0]
+        theirs, _ = network.get_rope_index(
+            ids[:, prompt],
+            (ids[:, prompt] == both.family.video_token).int() * 2,
+            video_grid_thw=inputs["video_grid_thw"],
+        )
+        shift = positions[:, 0, prompt].max() - theirs.max()
+        positions[:, :, prompt] = theirs
+        positions[:, :, len(prompt) :] -= shift
+        return plain(**{**inputs, "position_ids": positions})
+
+    monkeypatch.setattr(network, "forward", with_their_positions)
+    with pytest.raises(UserError, match=r"2 \(tall\): log-probs of engine and trainer differ") as e:
+        run_check(both)
+    assert "(as is)" not in str(e.value)  # T <= max(H, W) there: both rules agree
+
+
+def test_parity_check_finds_pixels_normalised_twice(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = both.family.engine_input
+
+    def normalised_before(prompt: Prompt) -> object:
+        given = plain(prompt)
+        for item in given["mm_kwargs"]["video"]:
+            pixels = item["pixel_values_videos"]
+            pixels.data = normalise(pixels.data, both.family, torch.float32)
+        given["mm_hashes"]["video"] = [f"{h}-normalised" for h in given["mm_hashes"]["video"]]
+        return given
+
+    monkeypatch.setattr(both.family, "engine_input", normalised_before)
+    with pytest.raises(UserError, match="log-probs of engine and trainer differ"):
+        run_check(both)
+
+
+def test_parity_check_finds_a_dropped_video(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.inputs import tokens_input
+
+    monkeypatch.setattr(both.family, "engine_input", lambda prompt: tokens_input(prompt.token_ids.tolist()))
+    with pytest.raises(UserError, match="the engine does not see the video"):
+        run_check(both)
+
+
+def test_parity_check_finds_a_trainer_without_video(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "rlvid.training.packing.normalise", lambda patches, family, dtype: torch.zeros(patches.shape, dtype=dtype)
+    )
+    with pytest.raises(UserError, match="the trainer does not see the video"):
+        run_check(both)
