@@ -86,6 +86,8 @@ def summarize(groups: Groups, marks: Marks, parts: Sequence[RewardPartConfig]) -
         "groups/invalid_rewards": float(len(flat) - len(valid)),
         "response/length": float(np.mean([len(r.token_ids) for r in rollouts])),
         "response/cut_off": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        # -log p of sampled tokens is an unbiased estimate of the entropy, over all groups, the silent ones too
+        "policy/entropy": float(-np.concatenate([r.logprobs for r in rollouts]).mean()),
         "groups/zero_variance": zero_variance_share(rewards),
     }
     for part in parts:

@@ -6,6 +6,7 @@ What comes back are references and small rows; pixels stay in the object store a
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlvid.config import JobConfig, VideoConfig
 from rlvid.data.stream import ClipStream
@@ -28,6 +29,8 @@ from rlvid.video.cache import FrameCache
 from rlvid.video.clips import ClipReader
 from rlvid.video.probes import Variant, probe, thumbnails
 
+logger = logging.getLogger(__name__)
+TRIES = 2
 ENCODER_START_S = 60.0  # the first call waits for its process
 
 
@@ -119,8 +122,9 @@ class ClipStore:
             cache_bytes=int(cfg.data.cache_gib * 2**30),
             max_prompt_tokens=cfg.rollout.max_model_len - cfg.rollout.max_tokens,
         )
-        self._source = source
-        self._frame_multiple = load_family(model).frame_multiple
+        # Made here too: a size or a cache folder that does not work is an error of the run, not of its first clip.
+        cache = FrameCache(source.cache_dir, source.cache_bytes)
+        self._reader = ClipReader(source.video, load_family(model).frame_multiple, cache)
         self._cpus = cfg.placement.encode_cpus
         options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
         self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
@@ -159,12 +163,11 @@ class ClipStore:
         For supervised epochs, where the order is known far ahead: frames wait in the cache when `encode` asks for them.
         Samples with a bad clip come too; `encode` leaves them out.
         """
-        source = self._source
-        reader = ClipReader(source.video, self._frame_multiple, FrameCache(source.cache_dir, source.cache_bytes))
-        clips = ClipStream(samples, reader, seed, cpus_per_task=self._cpus)
+        clips = ClipStream(samples, self._reader, seed, cpus_per_task=self._cpus)
         for epoch in itertools.count(start // len(samples)):
             for row in clips.epoch(epoch, start % len(samples) if epoch == start // len(samples) else 0):
-                self.decodes += len(row.clip_ids) - row.n_cached
+                self.decodes += row.n_decoded
+                self.cache_hits += row.n_cached
                 if row.error is not None:
                     self._set_aside(row.error.path, row.error.reason)
                 yield row.sample
@@ -173,8 +176,12 @@ class ClipStore:
         """JPEG frames of each sample, by its id."""
 
         def strip(sample: Sample) -> list[bytes]:
-            with self._encoder() as encoder:
-                return list(ray.get(encoder.strip.remote(sample)))
+            try:
+                with self._encoder() as encoder:
+                    return list(ray.get(encoder.strip.remote(sample), timeout=self._timeout_s))
+            except (GetTimeoutError, RayError) as e:  # a picture that is missing in the report ends no run
+                logger.warning("no frames of sample %s for the report: %s", sample.id, e)
+                return []
 
         return dict(zip((s.id for s in samples), self._pool.map(strip, samples), strict=True))
 
@@ -199,19 +206,26 @@ class ClipStore:
             self._on_bad(path, reason)
 
     def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
-        """One call, waited for in a thread of the pool."""
-        if any(path in self.bad for path in sample.videos):
+        """One call, waited for in a thread of the pool; after a process that hangs or dies it is tried on a new one."""
+        # Where a sample has several videos it is not known which one was being read: the sample is set aside, not they.
+        name = " + ".join(sample.videos)
+        if name in self.bad or any(path in self.bad for path in sample.videos):
             return None
-        try:
-            with self._encoder() as encoder:
-                prompt, row = encoder.encode.remote(sample, variant)
-                outcome: Outcome = ray.get(row, timeout=self._timeout_s)
-        except GetTimeoutError:
-            outcome = Outcome(bad=(sample.videos[0], f"not read within {self._timeout_s:g} s"))
-        except RayActorError:
-            outcome = Outcome(bad=(sample.videos[0], "the process that read it crashed"))
-        except RayTaskError as e:
-            raise e.as_instanceof_cause() from None
+        reason = ""
+        for _ in range(TRIES):
+            try:
+                with self._encoder() as encoder:
+                    prompt, row = encoder.encode.remote(sample, variant)
+                    outcome: Outcome = ray.get(row, timeout=self._timeout_s)
+                break
+            except GetTimeoutError:
+                reason = f"not read within {self._timeout_s:g} s"
+            except RayActorError:
+                reason = "the process that read it crashed"
+            except RayTaskError as e:
+                raise e.as_instanceof_cause() from None
+        else:
+            outcome = Outcome(bad=(name, reason))
         self.decodes += outcome.decodes
         self.cache_hits += outcome.cache_hits
         if outcome.bad:

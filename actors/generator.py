@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray import ObjectRef
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from rlvid.rollout.vllm_engine import Sampling, VllmEngine
 
 logger = logging.getLogger(__name__)
-SentWeights = Sequence[tuple[ObjectRef[Bucket], str]]  # buckets and their digests
+SentWeights = Sequence[tuple[ObjectRef[Bucket], str | None]]  # buckets, and digests where they are checked
 
 
 class EngineLoop(threading.Thread):
@@ -104,21 +106,21 @@ class Generator:
     def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout]]:
         return self._loop.generate(ray.get(list(prompts)), sampling)
 
-    def update_weights(self, version: int, sent: SentWeights, is_checked: bool) -> int:
-        """Take the weights; with `is_checked` compare the checksum of every bucket first. Returns the version held."""
+    def update_weights(self, version: int, sent: SentWeights) -> int:
+        """Take the weights; where they come with checksums, compare them first. Returns the version."""
         buckets = ray.get([ref for ref, _ in sent])
-        if is_checked:
-            for bucket, (_, digest) in zip(buckets, sent, strict=True):
-                if bucket.digest() != digest:
-                    raise RuntimeError(
-                        f"weights {version}: a bucket arrived with another checksum than it was sent with"
-                    )
+        for bucket, (_, digest) in zip(buckets, sent, strict=True):
+            if digest is not None and bucket.digest() != digest:
+                raise RuntimeError(f"weights {version}: a bucket arrived with another checksum than it was sent with")
         self._loop.call(lambda engine: engine.update_weights(version, buckets))
         return version
 
-    def first_logprob(self, prompt: Prompt, token: int, temperature: float) -> float:
-        """Log-prob of `token` as the first response token (parity check). Ray resolves the prompt's reference."""
-        return float(self._loop.call(lambda engine: engine.first_logprob(prompt, token, temperature)))
+    def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
+        """Log-probs of `tokens` as first response token (parity check). Ray resolves the prompt's reference."""
+        values: npt.NDArray[np.float32] = self._loop.call(
+            lambda engine: engine.first_logprobs(prompt, tokens, temperature)
+        )
+        return values
 
     def ping(self) -> int:
         """The weight version held; answers only while the loop turns."""

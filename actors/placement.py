@@ -7,13 +7,14 @@ its GPUs; on CPU there is nothing to share and colocation only says that nobody 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlvid.config import GrpoJobConfig, JobConfig, PlacementConfig
+from rlvid.config import EvalJobConfig, GrpoJobConfig, JobConfig, PlacementConfig, SftJobConfig
 from rlvid.errors import UserError
 
 
@@ -58,7 +59,11 @@ def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
 
 
 def roles_of(cfg: JobConfig) -> tuple[str, ...]:
-    """The roles that a GRPO job starts: no reference model without a KL term."""
+    """The roles that a job starts: no reference model without a KL term."""
+    if isinstance(cfg, SftJobConfig):
+        return ("trainer",)
+    if isinstance(cfg, EvalJobConfig):
+        return ("generator",)
     needs_reference = isinstance(cfg, GrpoJobConfig) and cfg.grpo.kl_coef > 0
     return ("trainer", "generator", "reference") if needs_reference else ("trainer", "generator")
 
@@ -68,7 +73,8 @@ def describe(cfg: JobConfig) -> str:
     lines = [f"{s.name:<14} in group {s.group:<14} {s.cpus:g} CPU, {s.gpus:g} GPU" for s in plan(cfg, roles_of(cfg))]
     place = cfg.placement
     lines.append(f"{'encoders':<14} {place.encoders} wherever there is room, {place.encode_cpus:g} CPU each")
-    lines.append(f"{'rewards':<14} {place.reward_workers} wherever there is room, {place.reward_cpus:g} CPU each")
+    if "generator" in roles_of(cfg):
+        lines.append(f"{'rewards':<14} {place.reward_workers} wherever there is room, {place.reward_cpus:g} CPU each")
     return "\n".join(lines)
 
 
@@ -83,10 +89,10 @@ class Placement:
         UserError: the cluster cannot hold the plan.
     """
 
-    def __init__(self, slots: list[Slot], place: PlacementConfig, timeout_s: float = 120.0):
+    def __init__(self, slots: list[Slot], place: PlacementConfig):
         need = {"CPU": sum(s.cpus for s in slots) + _cpus_beside(place), "GPU": sum(s.gpus for s in slots)}
         have = ray.cluster_resources()
-        for kind, amount in need.items():
+        for kind, amount in need.items() if "RAY_ADDRESS" not in os.environ else ():  # a cluster may still grow
             if amount > have.get(kind, 0.0) + 1e-6:
                 raise UserError(
                     f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower the "
@@ -94,7 +100,7 @@ class Placement:
                     f"keys, rollout.replicas or placement.trainer_workers, or start more nodes"
                 )
         self._groups: dict[str, PlacementGroup] = {}
-        self._timeout_s = timeout_s
+        self._timeout_s = place.timeout_s
         for name in dict.fromkeys(s.group for s in slots):
             self._create(name, [s for s in slots if s.group == name])
 

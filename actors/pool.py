@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -22,15 +24,21 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.clips import Encoded
 from actors.fleet import Fleet, ReplicaId, State
 from actors.generator import Generator, SentWeights
-from actors.placement import Placement, generator_slot
+from actors.placement import Placement, Slot
 from actors.trainer import TrainerGroup
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
+from rlvid.training.buckets import Bucket
 from rlvid.types import Rollout
 
 logger = logging.getLogger(__name__)
 PING_EVERY_S = 10.0
 CHECKPOINT_VERSION = -1  # what an engine calls the weights of its start
+
+
+@ray.remote(num_cpus=0)
+def _digest(bucket: Bucket) -> str:
+    return bucket.digest()
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,12 @@ class GeneratorFleet:
         UserError: no replica is left, or the engine cannot serve this checkpoint.
     """
 
-    def __init__(self, folder: Path, cfg: JobConfig, placement: Placement, logs: Path, seed: int):
+    def __init__(
+        self, folder: Path, cfg: JobConfig, slots: Sequence[Slot], placement: Placement, logs: Path, seed: int
+    ):
         self._folder, self._cfg, self._placement, self._logs, self._seed = folder, cfg, placement, logs, seed
-        n = cfg.rollout.replicas
-        self.fleet: Fleet[int] = Fleet(n, max_restarts=cfg.rollout.max_restarts)
+        self._slots = slots
+        self.fleet: Fleet[int] = Fleet(len(slots), max_restarts=cfg.rollout.max_restarts)
         self._actors: dict[ReplicaId, ActorHandle[Any]] = {}
         self._calls: dict[ObjectRef[Any], _Call] = {}
         self._weights: SentWeights = ()
@@ -82,7 +92,8 @@ class GeneratorFleet:
         Args:
             version: counts up; the number of training steps behind the weights.
         """
-        self._weights = trainer.put_weights()
+        is_checked = any(replica not in self._checked for replica in self.fleet.members())
+        self._weights = trainer.put_weights(is_checked)
         self.fleet.publish(version)
         while self.fleet.members(State.STALE, State.SUSPECT) or not self.fleet.members(State.READY):
             self._pump()
@@ -98,12 +109,12 @@ class GeneratorFleet:
         self._work = {}
         return [self._results.pop(item) for item in items]
 
-    def first_logprob(self, prompt: Encoded, token: int, temperature: float) -> float:
-        """Log-prob of `token` as the first response token, by the first ready replica (parity check)."""
+    def first_logprobs(self, prompt: Encoded, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
+        """Log-probs of `tokens` as first response token, by the first ready replica (parity check)."""
         actor = self._actors[self.fleet.members(State.READY)[0]]
-        return float(
-            ray.get(actor.first_logprob.remote(prompt.prompt, token, temperature), timeout=self._cfg.rollout.timeout_s)
-        )
+        call = actor.first_logprobs.remote(prompt.prompt, tokens, temperature)
+        values: npt.NDArray[np.float32] = ray.get(call, timeout=self._cfg.rollout.timeout_s)
+        return values
 
     def metrics(self) -> dict[str, float]:
         counters = self.fleet.counters
@@ -120,9 +131,7 @@ class GeneratorFleet:
         self._actors.clear()
 
     def _start(self, replica: ReplicaId) -> None:
-        slot = generator_slot(
-            self._cfg, replica.slot, shares_gpu=self._cfg.placement.colocate and self._cfg.placement.gpus > 0
-        )
+        slot = self._slots[replica.slot]
         log = self._logs / f"generator-{replica}.log"
         actor = (
             ray.remote(Generator)
@@ -149,7 +158,9 @@ class GeneratorFleet:
             if version == CHECKPOINT_VERSION:
                 self.fleet.synced(replica, version)
             elif replica not in waiting:
-                ref = self._actors[replica].update_weights.remote(version, self._weights, replica not in self._checked)
+                if replica not in self._checked:  # the first weights of a life arrive with checksums
+                    self._weights = [(ref, digest or ray.get(_digest.remote(ref))) for ref, digest in self._weights]
+                ref = self._actors[replica].update_weights.remote(version, self._weights)
                 self._track(ref, "sync", replica, self._cfg.rollout.sync_timeout_s, version)
 
     def _hand_out(self, work: Sequence[int] = ()) -> None:
@@ -168,8 +179,11 @@ class GeneratorFleet:
         self._ping()
         self._refresh()
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=1.0) if self._calls else ([], [])
+        if done:  # what came meanwhile counts too, before any deadline is held against it
+            done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         for ref in done:
-            self._answered(ref, self._calls.pop(ref))
+            if call := self._calls.pop(ref, None):
+                self._answered(ref, call)
         now = time.monotonic()
         for ref, call in list(self._calls.items()):
             if call.deadline_s < now:
@@ -237,7 +251,7 @@ class GeneratorFleet:
         if now - self._pinged_s < PING_EVERY_S:
             return
         self._pinged_s = now
-        waiting = {call.replica for call in self._calls.values() if call.kind == "ping"}
+        waiting = {call.replica for call in self._calls.values() if call.kind in ("ping", "sync")}
         for replica in self.fleet.members(State.READY, State.STALE, State.SUSPECT):
             if replica not in waiting:
                 self._track(self._actors[replica].ping.remote(), "ping", replica, self.fleet.deadlines.suspect_s)

@@ -26,7 +26,7 @@ class Reference:
         from rlvid.models.loading import load_model
         from rlvid.training.packing import PackedPolicy
 
-        network = load_model(folder, cfg.model.dtype, cfg.model.trust_remote_code)
+        network = load_model(folder, cfg.model.dtype)
         self._policy = PackedPolicy(network, load_family(folder), cfg.rollout.temperature).eval()
         self._policy.to("cuda" if on_gpu else "cpu")
         self._budget = cfg.train.micro_batch_tokens

@@ -12,6 +12,7 @@ import ray
 
 from actors.placement import Placement, plan
 from actors.pool import GeneratorFleet
+from actors.processes import require_compiler
 from actors.reference import Reference
 from actors.reward import Rewards
 from actors.trainer import GroupRef, TrainerGroup
@@ -25,6 +26,8 @@ class Team:
     """
 
     def __init__(self, folder: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
+        if "trainer" in roles and not cfg.placement.gpus:
+            require_compiler()
         slots = plan(cfg, tuple(roles))
         logs = logs.resolve()
         self._placement = Placement(slots, cfg.placement)
@@ -33,7 +36,7 @@ class Team:
         if by_role["trainer"]:
             self.trainer = TrainerGroup(folder, cfg, by_role["trainer"], self._placement, logs)
         if by_role["generator"]:
-            self.fleet = GeneratorFleet(folder, cfg, self._placement, logs, seed)
+            self.fleet = GeneratorFleet(folder, cfg, by_role["generator"], self._placement, logs, seed)
             self.rewards = Rewards(cfg.rewards, cfg.placement.reward_workers, cfg.placement.reward_cpus)
         self.reference: Any = None
         if by_role["reference"]:
@@ -63,7 +66,7 @@ class Team:
         if is_resumed:
             ray.get(self.reference.load.remote(file.resolve()))
         else:
-            ray.get(self.reference.load_weights.remote(self.trainer.put_weights()))
+            ray.get(self.reference.load_weights.remote(self.trainer.put_weights(is_checked=False)))
             ray.get(self.reference.save.remote(file.resolve()))
 
     def __enter__(self) -> Self:

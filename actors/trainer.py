@@ -82,12 +82,16 @@ class TrainerRank:
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.logprobs(fetch(groups))
 
-    def put_weights(self) -> list[tuple[ObjectRef[Bucket], str]]:
-        """Put the weights into the object store: (bucket, digest). Every rank gathers, rank 0 alone puts."""
+    def put_weights(self, is_checked: bool) -> list[tuple[ObjectRef[Bucket], str | None]]:
+        """Put the weights into the object store: (bucket, digest if asked for). Ranks gather together, rank 0 puts."""
         import torch.distributed as dist
 
-        is_sender = dist.get_rank() == 0
-        return [(ray.put(bucket), bucket.digest()) for bucket in self._learner.buckets() if is_sender]
+        if dist.get_rank() == 0:
+            return [(ray.put(b), b.digest() if is_checked else None) for b in self._learner.buckets()]
+        if self._learner.cfg.zero_stage == 3:
+            for _ in self._learner.buckets():
+                pass
+        return []
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
@@ -127,6 +131,8 @@ class TrainerGroup:
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the current weights, one array [sum R] per group, in the order given."""
+        if (missing := len(self._ranks) - len(groups)) > 0:  # every rank has to take part in the forward
+            return self.logprobs([*groups, *(groups[0] for _ in range(missing))])[: len(groups)]
         order = balance_indices([g.cost for g in groups], len(self._ranks))
         values: list[npt.NDArray[np.float32] | None] = [None] * len(groups)
         for indices, part in zip(
@@ -136,8 +142,11 @@ class TrainerGroup:
                 values[i] = value
         return [v for v in values if v is not None]
 
-    def put_weights(self) -> list[tuple[ObjectRef[Bucket], str]]:
-        return self._all("put_weights", [()] * len(self._ranks))[0]
+    def put_weights(self, is_checked: bool) -> list[tuple[ObjectRef[Bucket], str | None]]:
+        """The weights in the object store, with digests if they are to be checked on arrival."""
+        by_rank: list[list[tuple[ObjectRef[Bucket], str | None]]]
+        by_rank = self._all("put_weights", [(is_checked,)] * len(self._ranks))
+        return by_rank[0]
 
     def save(self, folder: Path) -> None:
         self._all("save", [(folder,)] * len(self._ranks))

@@ -7,6 +7,7 @@ from typing import Any
 
 from actors.batch import accuracy_part
 from actors.clips import ClipStore
+from actors.placement import roles_of
 from actors.team import Team
 from jobs.cli import job_main
 from jobs.session import Session
@@ -16,14 +17,14 @@ from rlvid.evaluation.metrics import accuracy_report
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.types import Sample
 
+NO_ACCURACY_PART = "evaluation needs a reward part that says what is right: add one of kind exact, choice or number"
+
 
 def evaluate(team: Team, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig) -> dict[str, float]:
     """Share of right greedy answers (sample-weighted, n given), over all and by problem type."""
     name = accuracy_part(cfg.rewards)
     if name is None:
-        raise UserError(
-            "evaluation needs a reward part that says what is right: add one of kind exact, choice or number"
-        )
+        raise UserError(NO_ACCURACY_PART)
     samples = samples[: cfg.evaluate.max_samples]
     verdicts: list[bool | None] = []
     types: list[str | None] = []
@@ -36,6 +37,11 @@ def evaluate(team: Team, clips: ClipStore, samples: Sequence[Sample], cfg: JobCo
         marks = team.rewards([p.sample for p in prompts], answers)
         verdicts += [m[0].parts[name] == 1.0 if m[0].is_valid else None for m in marks]
         types += [p.sample.problem_type for p in prompts]
+    missing = len(samples) - len(verdicts)  # bad clips: they count as not marked
+    verdicts += [None] * missing
+    types += [None] * missing
+    if all(v is None for v in verdicts):
+        raise UserError(f"none of the {len(samples)} held-out samples could be marked; see bad_clips.jsonl and rewards")
     return {f"eval/{key}": value for key, value in accuracy_report(verdicts, types).as_metrics().items()}
 
 
@@ -44,7 +50,7 @@ def run(cfg: EvalJobConfig) -> dict[str, Any]:
     with Session(cfg, "eval") as session:
         if not session.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
-        with Team(session.model, cfg, ("generator",), session.folder.logs_dir, cfg.seed) as team:
+        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
             team.wait_ready()
             team.fleet.serve_checkpoint()
             tracker = session.open_tracker()

@@ -12,22 +12,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.batch import advantages_of, make_minibatch, rollout_rows, summarize
+from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize
 from actors.clips import Encoded
 from actors.parity import check_parity, group_of
 from actors.placement import roles_of
 from actors.team import Team
 from jobs.cli import job_main
-from jobs.evaluate import evaluate
+from jobs.evaluate import NO_ACCURACY_PART, evaluate
 from jobs.session import Session, distinct
 from jobs.sft import warm_start
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
 from rlvid.reporting.tracker import Tracker
+from rlvid.rewards.rules import RuleRewards
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.objectives import Grpo
-from rlvid.types import Rollout
+from rlvid.types import Reward, Rollout
 
 N_REPORTED = 8  # prompts of a step whose rollouts the report shows
 
@@ -36,6 +37,9 @@ def run(cfg: GrpoJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
     with Session(cfg, "grpo") as session:
         session.require_training_data()
+        RuleRewards(cfg.rewards)  # a wrong configuration is an error before anything starts
+        if session.held_out and accuracy_part(cfg.rewards) is None:
+            raise UserError(NO_ACCURACY_PART)
         with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
             return train(cfg, session, team)
 
@@ -64,14 +68,15 @@ def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
         begin = time.monotonic()
         with session.stage("encode"):
             prompts = session.next_batch(step, cfg.train.batch_size, offset)
-        if len(prompts) < cfg.placement.trainer_workers * cfg.train.minibatches:
-            raise UserError(
-                f"step {step}: {len(prompts)} readable prompts are too few for trainer ranks and mini-batches"
-            )
+        if len(prompts) < cfg.placement.trainer_workers:
+            session.console.message(f"step {step + 1} is left out: {len(prompts)} of its prompts have readable clips")
+            session.checkpoint_if_due(step + 1, team)
+            continue
         with session.stage("rollout"):
             groups = team.fleet.generate(prompts, sampling)
         with session.stage("reward"):
             marks = team.rewards([p.sample for p in prompts], groups)
+            refuse_all_invalid(marks)
             advantages = advantages_of(marks, cfg.grpo)
         with session.stage("train"):
             stats = optimize(cfg, team, step, prompts, groups, advantages)
@@ -92,6 +97,7 @@ def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
         if done % cfg.evaluate.every == 0 and done < cfg.train.steps:
             evaluation(session, team, tracker, done)
         session.checkpoint_if_due(done, team)
+    session.checkpoint_last(team)
     after = None if session.interrupted else evaluation(session, team, tracker, cfg.train.steps).get("eval/accuracy")
     return session.finish(team, {"accuracy_before": session.state.get("accuracy_before"), "accuracy_after": after})
 
@@ -104,15 +110,16 @@ def optimize(
     groups: Sequence[Sequence[Rollout]],
     advantages: npt.NDArray[np.float32],
 ) -> dict[str, float]:
-    """`train.epochs` passes over the batch, each in `train.minibatches` optimizer steps; means of their statistics."""
+    """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; means of their statistics."""
     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
     scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
     old = team.trainer.logprobs(scored) if cfg.grpo.old_logprobs == "trainer" else None
     reference = team.reference_logprobs(scored) if team.reference is not None else None
     objective = Grpo(cfg.grpo)
     all_stats: list[dict[str, float]] = []
-    for _ in range(cfg.train.epochs):
-        for part in np.array_split(np.arange(len(prompts)), cfg.train.minibatches):
+    most = len(prompts) // cfg.placement.trainer_workers  # bad clips may leave fewer prompts than mini-batches
+    for _ in range(cfg.grpo.epochs):
+        for part in np.array_split(np.arange(len(prompts)), min(cfg.grpo.minibatches, most)):
             cut = slice(int(part[0]), int(part[-1]) + 1)
             minibatch = make_minibatch(
                 prompts[cut],
@@ -129,16 +136,35 @@ def optimize(
         "train/loss": mean["loss"],
         "train/lr": mean["lr"],
         "train/grad_norm": mean["grad_norm"],
-        "policy/entropy": mean["entropy"],
+        "policy/entropy_trained": mean["entropy"],  # of the groups that train; `policy/entropy` is of all rollouts
         "policy/ratio": mean["ratio"],
         "policy/kl_to_old": mean["kl_to_old"],
         "policy/clip_fraction": mean["clip_low"] + mean["clip_high"],
         # Before the first update both sides hold the same weights: what differs is arithmetic, or a wrong input.
-        "policy/logprob_gap": all_stats[0]["logprob_gap"],
+        "policy/logprob_gap": all_stats[0]["logprob_gap"] if old is None else gap_to(groups, old),
     }
     if reference is not None:
         metrics["policy/kl"] = mean["kl"]
     return metrics
+
+
+def gap_to(groups: Sequence[Sequence[Rollout]], scored: Sequence[npt.NDArray[np.float32]]) -> float:
+    """Mean difference of log-probs between the rollouts and the trainer that scored them."""
+    by_engine = np.concatenate([r.logprobs for rollouts in groups for r in rollouts])
+    return float(np.abs(by_engine - np.concatenate(scored)).mean())
+
+
+def refuse_all_invalid(marks: Sequence[Sequence[Reward]]) -> None:
+    """A step without a single valid reward teaches nothing: stop and say why.
+
+    Raises:
+        UserError: all rewards are invalid.
+    """
+    flat = [m for group in marks for m in group]
+    if not any(m.is_valid for m in flat):
+        raise UserError(
+            f"none of the step's {len(flat)} rewards is valid: {flat[0].invalid_reason}; see rewards in the config"
+        )
 
 
 def evaluation(session: Session, team: Team, tracker: Tracker, step: int) -> dict[str, float]:

@@ -132,8 +132,22 @@ class Session:
         if checkpoint is None:
             self.folder.rewind(None)
             return 0
-        team.trainer.load(checkpoint.path.resolve())
         self.state = json.loads((checkpoint.path / STATE_FILE).read_text())
+        ranks, was = self.cfg.placement.trainer_workers, self.state.get("trainer_workers", 1)
+        if self.cfg.train.zero_stage and ranks != was:
+            raise UserError(
+                f"{checkpoint.path} was written by {was} trainer ranks: ZeRO {self.cfg.train.zero_stage} cannot go "
+                f"on with "
+                f"{ranks}; set placement.trainer_workers={was}"
+            )
+        if checkpoint.step > self.cfg.train.steps:
+            raise UserError(
+                f"{self.folder.dir} is at step {checkpoint.step} already, train.steps={self.cfg.train.steps} lies "
+                f"before it; "
+                f"give another run.dir, or more steps"
+            )
+        team.trainer.load(checkpoint.path.resolve())
+        self._saved_step = checkpoint.step
         self.folder.rewind(checkpoint.step)
         self.is_resumed = True
         self.console.message(f"going on after step {checkpoint.step} ({checkpoint.path})")
@@ -145,7 +159,9 @@ class Session:
             team.trainer.save(folder.resolve())
             metrics = self.clip_metrics()
             clips = {"decodes": metrics["video/decodes"], "cache_hits": metrics["video/cache_hits"]}
-            (folder / STATE_FILE).write_text(json.dumps({**self.state, "clips": clips}))
+            (folder / STATE_FILE).write_text(
+                json.dumps({**self.state, "clips": clips, "trainer_workers": self.cfg.placement.trainer_workers})
+            )
         self._saved_step = step
         write_report(self.folder)
 
@@ -153,8 +169,13 @@ class Session:
         if step % self.cfg.run.checkpoint_every == 0 or self.interrupted:
             self.checkpoint(step, team)
 
+    def checkpoint_last(self, team: Team) -> None:
+        """The checkpoint of the last step, unless it is there. Comes before what may still fail, the evaluation."""
+        if not self.interrupted and self._saved_step != self.cfg.train.steps:
+            self.checkpoint(self.cfg.train.steps, team)
+
     def finish(self, team: Team, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Last checkpoint, exported policy, report; or, after Ctrl-C, how to go on."""
+        """Exported policy and report; or, after Ctrl-C, how to go on."""
         report = str(self.folder.report_file)
         seconds = round(time.monotonic() - self.started_s, 1)
         if self.interrupted:
@@ -164,10 +185,8 @@ class Session:
                 if newest
                 else "starts again, there is no checkpoint yet"
             )
-            self.console.message(f"interrupted: the same command {where}")
+            self.console.message(f"interrupted: the same rlvid command {where}")
             raise KeyboardInterrupt
-        if self._saved_step != self.cfg.train.steps:
-            self.checkpoint(self.cfg.train.steps, team)
         team.trainer.export((self.folder.dir / "policy").resolve())
         return {**result, "steps": self.cfg.train.steps, "seconds": seconds, "report": report}
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from actors.clips import Encoded
+from actors.placement import roles_of
 from actors.team import Team
 from actors.trainer import GroupRef
 from jobs.cli import job_main
 from jobs.session import Session
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import SftJobConfig, TrainConfig, WarmStartConfig
-from rlvid.errors import UserError
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.reporting.tracker import Tracker
 from rlvid.training.objectives import Supervised
@@ -36,8 +36,9 @@ def supervised_step(
     session: Session, team: Team, cfg: TrainConfig | WarmStartConfig, step: int, prompts: list[Encoded]
 ) -> dict[str, float]:
     """Optimizer step `step` of a supervised phase."""
-    if not prompts:
-        raise UserError(f"step {step}: none of its {cfg.batch_size} samples has a readable clip; see bad_clips.jsonl")
+    if len(prompts) < session.cfg.placement.trainer_workers:
+        session.console.message(f"step {step + 1} is left out: {len(prompts)} of its samples have readable clips")
+        return {"loss": float("nan"), "lr": 0.0, "grad_norm": 0.0}
     with session.stage("train"):
         lr = cfg.lr * lr_multiplier(step, cfg.steps, cfg.warmup_steps, cfg.schedule)
         return team.trainer.step(supervised_batch(prompts, session.family), Supervised(), lr)
@@ -62,7 +63,7 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
     with Session(cfg, "sft") as session:
         session.require_training_data()
-        with Team(session.model, cfg, ("trainer",), session.folder.logs_dir, cfg.seed) as team:
+        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
             team.wait_ready()
             start = session.resume(team)
             tracker = session.open_tracker()
@@ -78,6 +79,7 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
                 tracker.log(step + 1, metrics)
                 session.console.step(step + 1, metrics)
                 session.checkpoint_if_due(step + 1, team)
+            session.checkpoint_last(team)
             return session.finish(team, {})
 
 

@@ -23,7 +23,7 @@ class TinyModelConfig(Section):
     Built into `model.path` (or the run folder) when there is none: nothing is downloaded.
     """
 
-    hidden_size: int = Field(128, ge=64)
+    hidden_size: int = Field(128, ge=64, multiple_of=64)
     """Width of the language model. One head per 64 (vLLM on CPU refuses a head size of 16)."""
     layers: int = Field(4, ge=1)
     """Layers of the language model."""
@@ -42,16 +42,6 @@ class ModelConfig(Section):
     """Make a tiny random model where `path` is empty."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and activations. float32 on CPU (bfloat16 dies with SIGILL on many), bfloat16 on GPU."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Needs `revision`."""
-    revision: str | None = None
-    """Pinned revision of a checkpoint that brings its own code."""
-
-    @model_validator(mode="after")
-    def _remote_code_is_pinned(self) -> ModelConfig:
-        if self.trust_remote_code and not self.revision:
-            raise ValueError("trust_remote_code needs a pinned revision")
-        return self
 
 
 class SyntheticConfig(Section):
@@ -61,7 +51,7 @@ class SyntheticConfig(Section):
     """Training clips."""
     eval: int = Field(256, ge=1)
     """Held-out clips."""
-    size: int = Field(56, ge=28)
+    size: int = Field(56, ge=28, multiple_of=2)
     """Width and height, pixels."""
     frames: int = Field(16, ge=4)
     """Frames in a file, 8 a second."""
@@ -73,6 +63,12 @@ class SyntheticConfig(Section):
         "count",
     )
     """Kinds of question, in equal shares."""
+
+    @model_validator(mode="after")
+    def _has_kinds(self) -> SyntheticConfig:
+        if not self.kinds:
+            raise ValueError("kinds is empty: name at least one kind of question")
+        return self
 
 
 class DataConfig(Section):
@@ -141,30 +137,26 @@ class RunConfig(Section):
     """Steps between rollout tables (parquet) for the report."""
 
 
-class OptimizerConfig(Section):
+class ScheduleConfig(Section):
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up, over the phase's steps."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this global norm."""
 
 
-class TrainConfig(OptimizerConfig):
+class TrainConfig(ScheduleConfig):
     steps: int = Field(100, ge=0)
     """Rollout batches (GRPO) or optimizer steps (SFT)."""
     batch_size: int = Field(32, ge=1)
     """Prompts (GRPO) or samples (SFT) in a step."""
-    minibatches: int = Field(1, ge=1)
-    """Optimizer steps per pass over a rollout batch."""
-    epochs: int = Field(1, ge=1)
-    """Passes over a rollout batch."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW; of the warm start too, which uses the same optimizer."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Tokens in one forward, padding and vision patches counted."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -173,7 +165,7 @@ class TrainConfig(OptimizerConfig):
     """Forward a group's prompt once for all its responses."""
 
 
-class WarmStartConfig(OptimizerConfig):
+class WarmStartConfig(ScheduleConfig):
     """Supervised steps on the training manifest's answers before reinforcement learning, with the same optimizer."""
 
     steps: int = Field(0, ge=0)
@@ -185,6 +177,10 @@ class WarmStartConfig(OptimizerConfig):
 class GrpoConfig(Section):
     group_size: int = Field(8, ge=2)
     """Responses per prompt."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per pass over a rollout batch."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a rollout batch."""
     normalise_std: bool = True
     """Divide the advantage by the group's standard deviation (off: Dr. GRPO)."""
     clip_low: float = Field(0.2, ge=0, lt=1)
@@ -285,6 +281,8 @@ class PlacementConfig(Section):
     """Actors that compute rewards."""
     reward_cpus: float = Field(0.1, gt=0)
     """CPUs reserved per reward worker."""
+    timeout_s: float = Field(900.0, gt=0)
+    """How long to wait for room in the cluster; nodes may have to be started."""
     threads: int | None = Field(None, ge=1)
     """Torch threads of each actor on CPU; default: the machine's cores."""
 
@@ -303,6 +301,19 @@ class JobConfig(Section):
     rewards: tuple[RewardPartConfig, ...] = (RewardPartConfig(kind="exact"),)
     evaluate: EvaluateConfig = EvaluateConfig()
     placement: PlacementConfig = PlacementConfig()
+
+    @model_validator(mode="after")
+    def _responses_fit(self) -> JobConfig:
+        if self.rollout.max_tokens >= self.rollout.max_model_len:
+            raise ValueError(
+                f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
+                f"rollout.max_model_len={self.rollout.max_model_len}"
+            )
+        if self.placement.gpus > 1 and self.placement.gpus % 1:
+            raise ValueError(f"placement.gpus={self.placement.gpus:g}: fractions of GPUs go up to 1")
+        if self.placement.colocate and self.placement.gpus and self.rollout.tensor_parallel > 1:
+            raise ValueError("an engine over several GPUs shares none: set placement.colocate to false")
+        return self
 
     @model_validator(mode="after")
     def _has_model_and_data(self) -> JobConfig:
@@ -329,8 +340,13 @@ class GrpoJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> GrpoJobConfig:
-        if self.train.batch_size % self.train.minibatches:
+        if self.train.batch_size % self.grpo.minibatches:
             raise ValueError(
-                f"train.minibatches={self.train.minibatches} must divide train.batch_size={self.train.batch_size}"
+                f"grpo.minibatches={self.grpo.minibatches} must divide train.batch_size={self.train.batch_size}"
+            )
+        if self.train.batch_size < self.placement.trainer_workers * self.grpo.minibatches:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} gives {self.placement.trainer_workers} trainer ranks and "
+                f"{self.grpo.minibatches} mini-batches less than one prompt each"
             )
         return self

@@ -81,8 +81,8 @@ def test_override_value_may_hold_an_equals_sign_and_an_empty_text(config_path: P
 
 
 def test_anchors_and_merges_work(config_path: Path) -> None:
-    config_path.write_text(GOOD + "  betas: &b [0.5, 0.6]\nwarm_start:\n  betas: *b\n")
-    assert load(config_path).warm_start.betas == (0.5, 0.6)
+    config_path.write_text(GOOD + "  warmup_steps: &w 7\nwarm_start:\n  warmup_steps: *w\n")
+    assert load(config_path).warm_start.warmup_steps == 7
 
 
 def test_home_is_expanded_everywhere(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_key_in_the_wrong_section_is_pointed_to_the_right_one(config_path: Path)
 
 def test_unknown_key_without_neighbour_lists_the_section(config_path: Path) -> None:
     message = mistake(config_path, text=GOOD + "grpo:\n  zzzzzz: 4\n")
-    assert "unknown key grpo.zzzzzz; known here: group_size, normalise_std" in message
+    assert "unknown key grpo.zzzzzz; known here: group_size, minibatches, epochs" in message
 
 
 def test_unknown_key_in_override_names_the_override(config_path: Path) -> None:
@@ -198,10 +198,10 @@ def test_wrong_value_in_the_file_names_its_line(config_path: Path) -> None:
 
 
 def test_rule_over_several_sections_names_the_file(config_path: Path) -> None:
-    message = mistake(config_path, "train.minibatches=5")
-    assert message == 'override "train.minibatches=5": train.minibatches=5 must divide train.batch_size=32'
-    message = mistake(config_path, text=GOOD + "  minibatches: 5\n")
-    assert message == f"{config_path}:10: train.minibatches=5 must divide train.batch_size=32"
+    message = mistake(config_path, "grpo.minibatches=5")
+    assert message == 'override "grpo.minibatches=5": grpo.minibatches=5 must divide train.batch_size=32'
+    message = mistake(config_path, text=GOOD + "grpo:\n  minibatches: 5\n")
+    assert message == f"{config_path}:11: grpo.minibatches=5 must divide train.batch_size=32"
     assert mistake(config_path, text="seed: 1\n").startswith(f"{config_path}: model.path is empty")
     assert mistake(config_path, text="").startswith(f"{config_path}: model.path is empty")
 

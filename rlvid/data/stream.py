@@ -42,6 +42,7 @@ class StreamRow:
     clip_ids: tuple[str, ...]  # one per video; empty if one of them is bad
     frames: tuple[npt.NDArray[np.uint8], ...] | None  # [T, H, W, 3] each, read-only; None unless asked for
     n_cached: int  # videos that were in the frame cache already
+    n_decoded: int  # videos that had to be decoded
     error: BadClip | None
 
 
@@ -125,6 +126,7 @@ class ClipStream:
             clip_ids=tuple(row["clip_ids"]),
             frames=_unpack(row["pixels"], row["shapes"]) if self._with_frames else None,
             n_cached=row["n_cached"],
+            n_decoded=row["n_decoded"],
             error=BadClip(row["bad_path"], row["bad_reason"]) if row["bad_reason"] else None,
         )
 
@@ -149,6 +151,7 @@ def _read_row(
                 clip, was_cached = reader.read(path)
             clips.append(clip)
             result["n_cached"] += was_cached
+            result["n_decoded"] += not was_cached
         result["clip_ids"] = [clip.clip_id for clip in clips]
         if with_frames and clips:
             # Laid end to end: Arrow stores and maps one-dimensional arrays of any length without pickling them.
@@ -170,6 +173,7 @@ def _empty_row(offset: int) -> dict[str, Any]:
         "pixels": np.zeros(0, dtype=np.uint8),
         "shapes": [],
         "n_cached": 0,
+        "n_decoded": 0,
         "bad_path": "",
         "bad_reason": "",
         "user_error": "",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_model(folder: Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The policy network with packed attention, in training precision, on the CPU.
 
     Raises:
@@ -26,11 +26,13 @@ def load_model(folder: Path, dtype: str, trust_remote_code: bool = False) -> Pre
     from rlvid.models.attention import TEXT_ATTENTION, VISION_ATTENTION, block_attention, shared_prefix_attention
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
         )
     except OSError as e:
         raise UserError(f"model.path: cannot load {folder}: {e}") from e
+    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise UserError(f"model.path: {folder} lacks {len(missing)} weights, for example {missing[0]}")
     if "sliding_attention" in (model.config.text_config.layer_types or ()):
         raise UserError(
             f"{folder / 'config.json'}: sliding-window layers are not supported; set use_sliding_window to false"

@@ -41,7 +41,7 @@ MAY_CHANGE_ON_RESUME = {
     "train.steps": "a run may be made longer or shorter",
     "train.micro_batch_tokens": "how a batch is cut into forwards; the gradient is the same up to rounding",
     "evaluate": "evaluation only looks on",
-    "placement": "a run may go on with other machines",
+    "placement": "a run may go on with other machines (trainer_workers only without ZeRO, see Session.resume)",
     "data.cache_dir": "a cached clip equals a decoded one",
     "data.cache_gib": "a cached clip equals a decoded one",
     "data.max_bad_fraction": "when to give up, not what is learned",
@@ -348,6 +348,12 @@ class RunFolder:
         has_logs = self.logs_dir.is_dir() and any(self.logs_dir.iterdir())
         if self._is_created and not has_logs:
             shutil.rmtree(self.dir, ignore_errors=True)
+        elif self._is_created:
+            for path in self.dir.iterdir():
+                if path.is_dir() and path != self.logs_dir:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.is_file():
+                    path.unlink()
         elif self._is_new_run:
             for path in (self.config_file, self.manifest_file, self.report_file):
                 path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from rlvid.config import RolloutConfig
 from rlvid.errors import UserError
@@ -42,6 +43,9 @@ def set_environment(on_gpu: bool, kv_cache_gib: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not on_gpu:
+        # One small op of the vision tower would be compiled at the first prompt: 4 s and more, for nothing on this
+        # scale.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
@@ -122,16 +126,16 @@ class VllmEngine:
         self._prompts[request_id] = prompt
         return request_id
 
-    def first_logprob(self, prompt: Prompt, token: int, temperature: float) -> float:
-        """Log-prob of `token` as the first response token. Only while nothing else is queued."""
+    def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
+        """Log-prob of each of `tokens` as the first response token. Only while nothing else is queued."""
         from vllm import SamplingParams
 
         if self.is_busy:
-            raise RuntimeError("first_logprob needs an idle engine")
+            raise RuntimeError("first_logprobs needs an idle engine")
         params = SamplingParams(
             temperature=temperature,
             max_tokens=1,
-            logprob_token_ids=[token],
+            logprob_token_ids=list(tokens),
             logit_bias=dict.fromkeys(self.family.banned_tokens, BAN),
             detokenize=False,
         )
@@ -140,7 +144,8 @@ class VllmEngine:
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
-                    return float(output.outputs[0].logprobs[0][token].logprob)
+                    first = output.outputs[0].logprobs[0]
+                    return np.array([first[token].logprob for token in tokens], dtype=np.float32)
         raise RuntimeError("the engine ended a request without an answer")
 
     def step(self) -> list[tuple[str, list[Rollout]]]:
@@ -157,12 +162,10 @@ class VllmEngine:
                 )
         return ended
 
-    def abort_all(self) -> None:
-        self.engine.abort_request(list(self._prompts))
-        self._prompts.clear()
-
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Take new weights between two steps; caches computed with the old ones are dropped."""
+        """Take new weights between two steps; caches computed with the old ones are dropped. Older ones are ignored."""
+        if version <= self.weight_version:
+            return
         rpc = self.engine.collective_rpc
         rpc("start_weight_update")
         for bucket in buckets:

@@ -2,7 +2,8 @@
 
 The trainer cuts its parameters into buckets of bytes (`rlvid/training/buckets.py`); Ray's object store carries them
 without a copy; vLLM's weight-transfer API takes them in through `BucketEngine`, registered under the name "buckets" by
-`vllm_plugin.py`. Never one call per parameter. vLLM's own `nccl` and `ipc` engines serve GPUs.
+`vllm_plugin.py`. Never one call per parameter. It works on GPUs too (one copy to the device); vLLM's own `nccl` and
+`ipc` engines are not wired yet.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
-from rlvid.training.objectives import Objective
+from rlvid.training.objectives import Objective, Supervised
 from rlvid.training.packing import Group, PackedPolicy, micro_batches, pack
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
@@ -62,9 +62,11 @@ class Learner:
 
     def __init__(self, folder: Path, family: QwenVL, model: ModelConfig, cfg: TrainConfig, temperature: float):
         self.cfg = cfg
-        policy = PackedPolicy(load_model(folder, model.dtype, model.trust_remote_code), family, temperature)
+        self.temperature = temperature
+        self.policy = PackedPolicy(load_model(folder, model.dtype), family, temperature)
         self.world_size = dist.get_world_size()
-        self.engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config(cfg, model.dtype, self.world_size))
+        settings = deepspeed_config(cfg, model.dtype, self.world_size)
+        self.engine, *_ = deepspeed.initialize(model=self.policy, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
@@ -81,6 +83,8 @@ class Learner:
         """
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
+        # The likelihood of given answers is not tempered; that of sampled ones is, as they were sampled.
+        self.policy.temperature = 1.0 if isinstance(objective, Supervised) else self.temperature
         rows = self._rows(groups)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i in range(self._most(len(rows))):
@@ -101,6 +105,7 @@ class Learner:
     def logprobs(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
         """Log-probs of every response token under the current weights: one array [sum R] per group."""
         self.engine.eval()
+        self.policy.temperature = self.temperature
         rows = self._rows(groups)
         values: list[npt.NDArray[np.float32]] = []
         for i in range(self._most(len(rows))):

@@ -85,6 +85,7 @@ def test_summary_counts_invalid_rewards_apart() -> None:
         "groups/invalid_rewards": 1.0,
         "response/length": 2.5,  # of 2, 3, 1 and 4
         "response/cut_off": 0.25,
+        "policy/entropy": pytest.approx((2 * 1.0 + 3 * 2.0 + 5 * 0.5) / 10),
         "groups/zero_variance": 0.5,
         "reward/format": pytest.approx(2 / 3),
         "reward/right": pytest.approx(2 / 3),

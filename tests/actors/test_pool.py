@@ -111,13 +111,13 @@ def test_reference_has_the_policys_logprobs_until_the_policy_moves(stage: Stage,
 
 def test_a_corrupted_bucket_is_refused(stage: Stage) -> None:
     fleet = stage.team.fleet
-    (ref, digest), *_ = stage.team.trainer.put_weights()
+    (ref, digest), *_ = stage.team.trainer.put_weights(is_checked=True)
     bucket: Bucket = ray.get(ref)
     data = bucket.data.copy()
     data[100] ^= 1
     actor = next(iter(fleet._actors.values()))
     with pytest.raises(RuntimeError, match="another checksum"):
-        ray.get(actor.update_weights.remote(9, [(ray.put(Bucket(data, bucket.entries)), digest)], True))
+        ray.get(actor.update_weights.remote(9, [(ray.put(Bucket(data, bucket.entries)), digest)]))
 
 
 def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stage) -> None:

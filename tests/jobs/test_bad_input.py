@@ -25,7 +25,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         error = capsys.readouterr().err
         assert code == 2, error
         assert "Traceback" not in error
-        assert not folder.exists()
+        assert not folder.exists() or [p.name for p in folder.iterdir()] == ["logs"]
         return error
 
     return run

@@ -97,7 +97,7 @@ def test_run_goes_on_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
         "warm_start.steps=2",
         "warm_start.batch_size=4",
         "grpo.kl_coef=0.05",
-        "train.epochs=2",
+        "grpo.epochs=2",
     )
 
     def newest() -> int:

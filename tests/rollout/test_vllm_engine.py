@@ -138,8 +138,8 @@ class LocalFleet:
     def generate(self, prompts: Sequence[Encoded], sampling: Sampling) -> list[list[Rollout]]:
         return self.both.generate([p.prompt for p in prompts], sampling.n, sampling.max_tokens, sampling.temperature)  # type: ignore[misc]
 
-    def first_logprob(self, prompt: Encoded, token: int, temperature: float) -> float:
-        return self.both.engine.first_logprob(prompt.prompt, token, temperature)  # type: ignore[arg-type]
+    def first_logprobs(self, prompt: Encoded, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
+        return self.both.engine.first_logprobs(prompt.prompt, tokens, temperature)  # type: ignore[arg-type]
 
 
 class LocalTrainer:
@@ -160,7 +160,7 @@ class LocalClips:
     def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
         encoded = []
         for sample in samples:
-            clip = clip_of(noise(8, 84, 84, seed=int(sample.id)), f"noise-{sample.id}")
+            clip = clip_of(noise(8, 112, 112, seed=int(sample.id)), f"noise-{sample.id}")
             prompt = self.family.encode(sample, [probe(clip, variant, self.family.frame_multiple)])
             encoded.append(Encoded(sample, prompt, prompt.length, prompt.cost))  # type: ignore[arg-type]
         return encoded

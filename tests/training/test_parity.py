@@ -12,20 +12,20 @@ def seen(
 
 
 def test_agreement_within_tolerance_is_well() -> None:
-    assert verdict([seen([-1.0, -2.0], [-1.00005, -2.0])], 1e-4) == []
+    assert verdict([seen([-1.0, -2.0], [-1.00005, -2.0])], "float32") == []
 
 
 def test_largest_difference_is_named() -> None:
-    (problem,) = verdict([seen([-1.0, -2.0], [-1.0, -2.5])], 1e-4)
+    (problem,) = verdict([seen([-1.0, -2.0], [-1.0, -2.5])], "float32")
     assert "differ by 0.5" in problem and "token 1: -2.00000 and -2.50000" in problem
 
 
 def test_nan_is_a_difference() -> None:
-    assert len(verdict([seen([float("nan")], [-1.0])], 1e-4)) == 1
+    assert len(verdict([seen([float("nan")], [-1.0])], "float32")) == 1
 
 
 def test_each_blind_side_is_named() -> None:
-    problems = verdict([seen([-1.0], [-1.0], engine_change=0.0, trainer_change=1e-6)], 1e-4)
+    problems = verdict([seen([-1.0], [-1.0], engine_change=0.0, trainer_change=1e-6)], "float32")
     assert [p.split(":")[1] for p in problems] == [
         " the engine does not see the video",
         " the trainer does not see the video",

@@ -63,13 +63,18 @@ class QwenVL:
             folder / "processor_config.json",
         )
         processor = processor.get("video_processor", processor)
-        self.architecture: str = config["architectures"][0]
-        vision = config["vision_config"]
-        self.patch_size: int = vision.get("patch_size", 14)
-        self.merge_size: int = vision.get("spatial_merge_size", 2)
-        self.temporal_patch: int = vision.get("temporal_patch_size", 2)
-        self.pixel_mean: list[float] = processor["image_mean"]
-        self.pixel_std: list[float] = processor["image_std"]
+        try:
+            self.architecture: str = config["architectures"][0]
+            vision = config["vision_config"]
+            self.patch_size: int = vision.get("patch_size", 14)
+            self.merge_size: int = vision.get("spatial_merge_size", 2)
+            self.temporal_patch: int = vision.get("temporal_patch_size", 2)
+            self.pixel_mean: list[float] = processor["image_mean"]
+            self.pixel_std: list[float] = processor["image_std"]
+        except (KeyError, IndexError, TypeError) as e:
+            raise UserError(
+                f"{folder}: config.json or the processor's configuration lacks {e}: no Qwen2-VL checkpoint?"
+            ) from e
         tokenizer_file = folder / "tokenizer.json"
         if not tokenizer_file.exists():
             raise UserError(
@@ -268,7 +273,10 @@ def rotary_positions(
 def _read_json(*paths: Path) -> dict[str, Any]:
     for path in paths:
         if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as e:
+                raise UserError(f"{path}: not valid JSON: {e}") from e
     raise UserError(f"{paths[0]} is missing: model.path must name a Hugging Face checkpoint folder")
 
 
