@@ -19,7 +19,7 @@ from actors.placement import roles_of
 from actors.team import Team
 from jobs.cli import job_main
 from jobs.evaluate import NO_ACCURACY_PART, evaluate
-from jobs.session import Session, distinct
+from jobs.session import WARM_START_STEP, Session, distinct
 from jobs.sft import warm_start
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
@@ -48,16 +48,18 @@ def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
     team.trainer.wait_ready()
     start = session.resume(team)
     tracker = session.open_tracker()
-    if start == 0 and not session.is_resumed and cfg.warm_start.steps:
+    has_begun = "accuracy_before" in session.state  # the warm start is done, the first evaluation too
+    if not has_begun:
         warm_start(session, team, tracker, cfg.warm_start)
         if session.interrupted:
             return session.finish(team, {})
     team.wait_ready()
-    team.freeze_reference(session.folder.dir / "reference.safetensors", session.is_resumed)
+    team.freeze_reference(session.folder.dir / "reference.safetensors", has_begun)
     team.fleet.sync(team.trainer, start)
     gap = check_parity(team.fleet, team.trainer, session.clips, distinct(session.train, 16), cfg)
     session.console.message(f"parity: engine and trainer agree within {gap:.1e} and see the video")
-    if not session.is_resumed:
+    if not has_begun:
+        session.state.pop(WARM_START_STEP, None)
         session.state["accuracy_before"] = evaluation(session, team, tracker, 0).get("eval/accuracy")
         session.checkpoint(0, team)
 

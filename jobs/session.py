@@ -35,6 +35,7 @@ from rlvid.types import Sample
 from rlvid.video.synth import make_synthetic
 
 STATE_FILE = "job.json"
+WARM_START_STEP = "warm_start_step"  # in a checkpoint's state: a warm start is under way, so many steps are done
 
 
 class Session:
@@ -54,7 +55,6 @@ class Session:
         self.times: dict[str, float] = defaultdict(float)  # seconds per stage since `take_times`
         self.started_s = time.monotonic()
         self.interrupted = False
-        self.is_resumed = False
         self.state: dict[str, Any] = {}  # what a checkpoint keeps beside weights and optimizer
         self._saved_step = -1
         self._ahead: tuple[tuple[int, int], list[Future[Encoded | None]]] | None = None
@@ -148,9 +148,13 @@ class Session:
             )
         team.trainer.load(checkpoint.path.resolve())
         self._saved_step = checkpoint.step
-        self.folder.rewind(checkpoint.step)
-        self.is_resumed = True
-        self.console.message(f"going on after step {checkpoint.step} ({checkpoint.path})")
+        warm_start_step = self.state.get(WARM_START_STEP)
+        if warm_start_step is None:
+            self.folder.rewind(checkpoint.step)
+            self.console.message(f"going on after step {checkpoint.step} ({checkpoint.path})")
+        else:
+            self.folder.rewind(warm_start_step, phase="warm_start")
+            self.console.message(f"going on after step {warm_start_step} of the warm start ({checkpoint.path})")
         return checkpoint.step
 
     def checkpoint(self, step: int, team: Team) -> None:

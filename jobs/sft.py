@@ -13,7 +13,7 @@ from actors.placement import roles_of
 from actors.team import Team
 from actors.trainer import GroupRef
 from jobs.cli import job_main
-from jobs.session import Session
+from jobs.session import WARM_START_STEP, Session
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import SftJobConfig, TrainConfig, WarmStartConfig
 from rlvid.models.families.qwen_vl import QwenVL
@@ -45,9 +45,12 @@ def supervised_step(
 
 
 def warm_start(session: Session, team: Team, tracker: Tracker, cfg: WarmStartConfig) -> None:
-    """Supervised steps before reinforcement learning; not resumed in the middle."""
-    session.console.phase("warm start", cfg.steps)
-    for step in session.steps(0, cfg.steps):
+    """Supervised steps before reinforcement learning; their checkpoints are those of step 0."""
+    start = session.state.get(WARM_START_STEP, 0)
+    if start >= cfg.steps:
+        return
+    session.console.phase("warm start", cfg.steps, start)
+    for step in session.steps(start, cfg.steps):
         begin = time.monotonic()
         with session.stage("encode"):
             prompts = session.next_batch(step, cfg.batch_size)
@@ -57,6 +60,9 @@ def warm_start(session: Session, team: Team, tracker: Tracker, cfg: WarmStartCon
         tracker.log(step + 1, metrics, phase="warm_start")
         if (step + 1) % 10 == 0 or step + 1 == cfg.steps:
             session.console.step(step + 1, metrics)
+        session.state[WARM_START_STEP] = step + 1
+        if session.interrupted or (step + 1) % session.cfg.run.checkpoint_every == 0:
+            session.checkpoint(0, team)
 
 
 def run(cfg: SftJobConfig) -> dict[str, Any]:

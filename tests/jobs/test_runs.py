@@ -132,6 +132,26 @@ def test_run_goes_on_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
     assert newest() == killed + 2
 
 
+def test_warm_start_goes_on_where_ctrl_c_stopped_it(tmp_path: Path) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"
+    config.write_text(SMALL.format(data=data, steps=1, video="{height: 56, width: 56}"))
+    arguments = (f"run.dir={run}", "warm_start.steps=5000", "warm_start.batch_size=4")
+
+    def done() -> int:
+        return len(metrics_of(run)) if (run / "metrics.jsonl").exists() else 0
+
+    for _ in range(2):
+        before = done()
+        process = start(config, *arguments)
+        wait_for(lambda before=before: done() > before + 2, process)  # type: ignore[misc]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 130, out + err
+    assert [(r["phase"], r["step"]) for r in metrics_of(run)] == [("warm_start", i + 1) for i in range(done())]
+    assert f"going on after step {before} of the warm start" in out
+
+
 def test_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     data = f"{{synthetic: {{train: 8, eval: 4}}, cache_dir: {tmp_path}/cache}}"
