@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -24,13 +25,16 @@ def start_ray() -> None:
     # Ray's own default would also join a cluster that somebody else left running on this machine.
     address = os.environ.get("RAY_ADDRESS", "local")
     try:
+        host, colon, port = address.rpartition(":")
+        if colon and port.isdigit() and "/" not in host:  # Ray itself tries a dead address for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(
             address=address,
             include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
         where = "Ray does not start here" if address == "local" else f"no Ray cluster answers at RAY_ADDRESS={address}"
         raise UserError(f"{where}: {str(e).splitlines()[0]}") from e
 

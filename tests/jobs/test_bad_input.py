@@ -66,6 +66,11 @@ def test_gpu_that_is_not_there(refused: Refused) -> None:
     assert "GPU" in error and "placement" in error
 
 
+def test_cluster_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port: nobody listens
+    assert "RAY_ADDRESS=127.0.0.1:9" in refused()
+
+
 def test_no_compiler(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "g++" in refused()
