@@ -48,6 +48,7 @@ class BucketEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
         pass
 
     def start_weight_update(self) -> None:
+        self._awaited = {name for name, _ in self.model.named_parameters()}  # a tied head is not named twice
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -55,10 +56,14 @@ class BucketEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in update_info.bucket.tensors())
+        self._awaited -= self.model.load_weights(
+            (name, tensor.to(self.device)) for name, tensor in update_info.bucket.tensors()
+        )
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self._awaited:  # vLLM would only warn, and serve these with their old values
+            raise RuntimeError(f"{len(self._awaited)} weights did not arrive, for example {min(self._awaited)}")
         # A head tied to the embedding is not in the checkpoint, so the reload leaves it alone; on CPU it computes with
         # a packed copy of its own, which would keep the old weights (log-probs off by 0.9 in a test).
         for layer in self.model.modules():

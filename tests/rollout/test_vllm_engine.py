@@ -232,3 +232,11 @@ def test_parity_check_finds_a_trainer_without_video(both: Both, monkeypatch: pyt
     )
     with pytest.raises(UserError, match="the trainer does not see the video"):
         run_check(both)
+
+
+def test_an_update_that_lacks_a_weight_is_an_error(both: Both) -> None:
+    """The last test of the module: an engine that half took its weights is of no use, the fleet starts another."""
+    named = [(n, p) for n, p in both.policy.network.named_parameters() if "layers.2.mlp.down_proj" not in n]
+    both.version += 1
+    with pytest.raises(RuntimeError, match=r"1 weights did not arrive.*layers\.2\.mlp\.down_proj"):
+        both.engine.update_weights(both.version, list(to_buckets(named)))
