@@ -1,0 +1,63 @@
+"""What the benchmarks share: contestants take turns, medians are quoted, the last line is JSON.
+
+Two busy cores are noisy: only ratios of contestants that were timed in turns within one process are worth quoting.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+Contestants = Mapping[str, Callable[[], object]]
+
+
+def in_turns(contestants: Contestants, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Wall seconds of each contestant in each round; A B C, A B C, ... so that drift of the machine hits all alike."""
+    return _measure(contestants, rounds, warmup, time.perf_counter)
+
+
+def cpu_in_turns(contestants: Contestants, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """CPU seconds (all threads of this process) of each contestant in each round."""
+    return _measure(contestants, rounds, warmup, time.process_time)
+
+
+def _measure(contestants: Contestants, rounds: int, warmup: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(warmup + rounds):
+        for name, run in contestants.items():
+            gc.collect()
+            begin = clock()
+            run()
+            if i >= warmup:
+                seconds[name].append(clock() - begin)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """Median of the ratios round by round: what slows a whole round down cancels."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def machine() -> str:
+    """The machine in a few words, for the table in docs/performance.md."""
+    model = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def finish(result: Mapping[str, float | int | str | None]) -> None:
+    """Print the result as the last line, JSON, floats rounded to four significant digits."""
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
+    print(json.dumps(rounded), flush=True)
