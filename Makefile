@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: .venv demo test lint format lock clean help
+.PHONY: .venv demo bench test lint format docs lock clean help
 
 # cpu or gpu; what .venv was made with, unless told otherwise
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
@@ -45,18 +45,26 @@ demo: .venv  ## teach a tiny model from videos: warm start, GRPO, report (SEED=7
 	@rm -rf runs/demo  # a demo starts anew; `rlvid grpo jobs/configs/demo.yaml` goes on with an interrupted one
 	exec rlvid grpo jobs/configs/demo.yaml $(if $(SEED),seed=$(SEED))
 
+bench: .venv  ## run the benchmarks, write their table into docs/performance.md (NAMES="driver memory" for some)
+	@python -c 'import trl' 2>/dev/null || uv pip install --quiet --python .venv/bin/python trl  # the peer, no dependency
+	python -m benchmarks $(NAMES)
+
 test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
 	@pytest $(ARGS)
 
-lint: .venv  ## check style, types and the direction of imports
+lint: .venv  ## check style, types, the direction of imports and docs/configuration.md
 	@ruff check .
 	ruff format --check .
 	mypy rlvid actors
 	lint-imports
+	python -m rlvid.config_docs --check
 
 format: .venv  ## format the code and mend what ruff can mend
 	@ruff check --fix .
 	ruff format .
+
+docs: .venv  ## write docs/configuration.md from rlvid/config.py
+	@python -m rlvid.config_docs
 
 lock: .venv  ## resolve the pinned versions again
 	@compile="uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra dev"

@@ -1,4 +1,6 @@
-"""The `rlvid` command: jobs, synthetic data, reports. Reads arguments, runs one thing, turns errors into exit codes.
+"""The `rlvid` command: jobs, synthetic data, reports, a check of the installation.
+
+Reads arguments, runs one thing, turns errors into exit codes.
 
 Exit codes: 0 done; 1 a fault in rlvid or an engine (traceback in the run's `logs/error.log`, one line on stderr);
 2 something that the message on stderr says how to mend; 130 interrupted.
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
 
 _OVERRIDES_HELP = """\
 overrides:
-  key.sub=value sets one key, the value is YAML: train.steps=200, rollout.replicas=2, data.suffix='Answer: A or B.'
+  key.sub=value sets one key, the value is YAML: train.steps=200, rollout.replicas=2, 'data.suffix="Answer: A or B."'
   lists by index or as a whole:                  rewards.0.weight=2, train.betas=[0.9, 0.99]
   a whole section, which replaces the file's:    model.tiny={layers: 2}
-Paths, in the file too, are relative to the current directory. Every key and its default: rlvid/config.py.
+Paths, in the file too, are relative to the current directory. Every key and its default: docs/configuration.md.
 Starting a job on its run folder again goes on from the newest checkpoint."""
 
 
@@ -56,6 +58,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             _run_job(arguments, run_dir)
         elif arguments.command == "synth":
             _make_synthetic(arguments)
+        elif arguments.command == "doctor":
+            from jobs.doctor import doctor
+
+            doctor(arguments.json)
         else:
             _write_report(arguments)
     except UserError as error:
@@ -99,6 +105,8 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
     _add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    doctor = commands.add_parser("doctor", help="say what is installed, what works, and how to mend what does not")
+    doctor.add_argument("--json", action="store_true", help="print one JSON list of findings")
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting words at the first option; those behind it are words too

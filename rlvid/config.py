@@ -23,6 +23,8 @@ class TinyModelConfig(Section):
     Built into `model.path` (or the run folder) when there is none: nothing is downloaded.
     """
 
+    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3"] = "qwen2_vl"
+    """Architecture. The last two have no vision tower."""
     hidden_size: int = Field(128, ge=64, multiple_of=64)
     """Width of the language model. One head per 64 (vLLM on CPU refuses a head size of 16)."""
     layers: int = Field(4, ge=1)
@@ -35,11 +37,27 @@ class TinyModelConfig(Section):
     """Tokens of the byte-level BPE tokenizer, special tokens included."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on the language model (LoRA, arXiv 2106.09685): only they are trained and sent to the engines,
+    and the reference is the model with the adapters off."""
+
+    rank: int = Field(16, ge=1, le=512)
+    """Rank of the adapters."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter's output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter, by the last part of their names."""
+
+
 class ModelConfig(Section):
+    """The policy's checkpoint, or a tiny random model in its place."""
+
     path: Path | None = None
     """Folder of a Hugging Face checkpoint (config, safetensors, tokenizer). Empty: `tiny` must be given."""
     tiny: TinyModelConfig | None = None
     """Make a tiny random model where `path` is empty."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the whole model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and activations. float32 on CPU (bfloat16 dies with SIGILL on many), bfloat16 on GPU."""
 
@@ -72,6 +90,8 @@ class SyntheticConfig(Section):
 
 
 class DataConfig(Section):
+    """Manifests, the clips they name, and how many bad ones are borne."""
+
     train: Path | None = None
     """Manifest of training samples (JSON lines). Empty: the `synthetic` set is made."""
     eval: Path | None = None
@@ -93,6 +113,8 @@ class DataConfig(Section):
 
 
 class VideoConfig(Section):
+    """How clips are read: decoder, which frames, what size."""
+
     reader: Literal["pyav", "decord"] = "pyav"
     """Decoder. decord returns wrong frames for some files without an error: for comparison only."""
     sampling: Literal["linspace", "mid_segment", "fps", "first_seconds"] = "linspace"
@@ -123,6 +145,8 @@ class VideoConfig(Section):
 
 
 class RunConfig(Section):
+    """Run folder, checkpoints and tracking."""
+
     dir: Path = Path("runs/run")
     """Run folder: configuration, metrics, rollouts, checkpoints, report."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
@@ -138,6 +162,8 @@ class RunConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """The learning rate over the steps of a phase."""
+
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -147,6 +173,8 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(ScheduleConfig):
+    """Steps, batches, optimizer and memory of the trainer."""
+
     steps: int = Field(100, ge=0)
     """Rollout batches (GRPO) or optimizer steps (SFT)."""
     batch_size: int = Field(32, ge=1)
@@ -175,6 +203,8 @@ class WarmStartConfig(ScheduleConfig):
 
 
 class GrpoConfig(Section):
+    """Groups, clipping, KL term and averages."""
+
     group_size: int = Field(8, ge=2)
     """Responses per prompt."""
     minibatches: int = Field(1, ge=1)
@@ -194,11 +224,13 @@ class GrpoConfig(Section):
     loss_average: Literal["token", "sequence"] = "token"
     """Mean over all response tokens of the batch, or over each response first."""
     old_logprobs: Literal["rollout", "trainer"] = "rollout"
-    """Log-probs that the ratio is taken to: the engine's own, or one more forward of the trainer before its first
-    update."""
+    """Log-probs that the ratio is taken to: the engine's own, or the trainer's before its first update (one more
+    forward, unless there is only one update)."""
 
 
 class RolloutConfig(Section):
+    """Generation: sampling, lengths, engines and their deadlines."""
+
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the trainer's log-probs are tempered alike."""
     max_tokens: int = Field(64, ge=1)
@@ -224,6 +256,10 @@ class RolloutConfig(Section):
     """Share of a GPU's memory for an engine."""
     timeout_s: float = Field(600.0, gt=0)
     """Deadline of one generate call."""
+    weight_transfer: Literal["auto", "buckets", "nccl", "ipc"] = "auto"
+    """How weights reach the engines. buckets: through Ray's object store, on CPU and GPU. nccl: from GPU to GPU. ipc:
+    between processes on the same GPU. auto: buckets on CPU and for adapters; ipc where trainer and engine share a GPU;
+    else nccl."""
     sync_timeout_s: float = Field(300.0, gt=0)
     """Deadline of one weight update."""
     max_restarts: int = Field(3, ge=0)
@@ -231,6 +267,8 @@ class RolloutConfig(Section):
 
 
 class RewardPartConfig(Section):
+    """One rule. The reward of a response is the weighted sum of all rules."""
+
     kind: Literal["exact", "choice", "number", "format", "length"]
     """exact: answer equal after normalisation. choice: letter or text of the right choice. number: equal value.
     format: the response has the tags. length: number of tokens inside the window."""
@@ -250,6 +288,8 @@ class RewardPartConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """Greedy answers to the held-out manifest while a run goes on."""
+
     every: int = Field(50, ge=1)
     """Steps between greedy evaluations; one is always made before the first and after the last step."""
     max_samples: int | None = Field(None, ge=1)
@@ -313,6 +353,26 @@ class JobConfig(Section):
             raise ValueError(f"placement.gpus={self.placement.gpus:g}: fractions of GPUs go up to 1")
         if self.placement.colocate and self.placement.gpus and self.rollout.tensor_parallel > 1:
             raise ValueError("an engine over several GPUs shares none: set placement.colocate to false")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_travel(self) -> JobConfig:
+        place, way = self.placement, self.rollout.weight_transfer
+        key = f"rollout.weight_transfer={way}"
+        if way not in ("nccl", "ipc"):
+            return self
+        if not place.gpus:
+            raise ValueError(f"{key} needs GPUs: set placement.gpus, or leave it at auto")
+        if self.model.lora:
+            raise ValueError(f"{key} sends the whole model, model.lora trains adapters: leave it at auto")
+        shares = place.colocate and place.gpus <= 1
+        if way == "nccl" and (shares or place.gpus < 1):
+            raise ValueError(f"{key} needs a GPU per process: set placement.colocate to false, or leave it at auto")
+        if way == "ipc" and (not shares or self.rollout.replicas > place.trainer_workers):
+            raise ValueError(
+                f"{key} needs every engine on the GPU of a trainer rank: set placement.colocate to true, "
+                f"placement.gpus to 1 and rollout.replicas to at most placement.trainer_workers, or leave it at auto"
+            )
         return self
 
     @model_validator(mode="after")

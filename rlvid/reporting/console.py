@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from rlvid.reporting import safe_json
@@ -106,10 +108,10 @@ class Console:
             self._progress.add_task(_printable(name), total=steps, completed=done)
             self._progress.start()
 
-    def working(self, stage: str) -> None:
-        """Say beside the progress bar what the step is at. Shown on a terminal only."""
+    def working(self, stage: str, done: int | None = None) -> None:
+        """Say beside the progress bar what the step is at, and how many are done. Shown on a terminal only."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], description=_printable(stage))
+            self._progress.update(self._progress.task_ids[0], description=_printable(stage), completed=done)
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One line: step, the numbers of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
@@ -143,6 +145,21 @@ class Console:
 
     def message(self, text: str) -> None:
         self._print(text)
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+        """Rows under headings, as wide as they need; on a terminal long cells are wrapped. `Text` keeps its style."""
+        self._stop_progress()
+        table = Table(box=SIMPLE_HEAD if self._is_terminal else None, pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell if isinstance(cell, Text) else Text(_printable(cell)) for cell in row))
+        with self._console.capture() as capture:
+            self._console.print(table)
+        self._stream.write(
+            "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+        )  # rich pads the last cell
+        self._stream.flush()
 
     def result(self, result: Mapping[str, Any]) -> None:
         """The result of the job as one line of JSON, the last line of stdout."""

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from rich.text import Text
 
 from rlvid.reporting.console import Console
 
@@ -118,3 +119,10 @@ def test_terminal_without_unicode_does_not_stop_a_run() -> None:
     Console(stream).phase("GRPO")
     stream.seek(0)
     assert "GRPO" in stream.read()
+
+
+def test_table_is_plain_and_aligned_in_a_pipe_and_takes_no_markup() -> None:
+    stream = io.StringIO()
+    with Console(stream) as console:
+        console.table(("", "check"), [("ok", "[red]ray"), (Text("fail", style="bold red"), "two\nlines \x1b[2J")])
+    assert stream.getvalue() == "      check\nok    [red]ray\nfail  two\n      lines \ufffd[2J\n"
