@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import ray
 from ray import ObjectRef
 
 from actors.processes import enter_process, set_threads
+from actors.weights import weight_backend
 from rlvid.config import JobConfig
 from rlvid.training.buckets import Bucket
 from rlvid.types import Prompt, Rollout
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from rlvid.rollout.vllm_engine import Sampling, VllmEngine
 
 logger = logging.getLogger(__name__)
+CONCURRENCY_GROUPS = {"weights": 1}
+TransferStep = Literal["init_transfer", "start_update", "receive_update", "finish_update"]  # methods of VllmEngine
 SentWeights = Sequence[tuple[ObjectRef[Bucket], str | None]]  # buckets, and digests where they are checked
 
 
@@ -76,7 +79,7 @@ class EngineLoop(threading.Thread):
 
     def _obey(self, engine: VllmEngine) -> None:
         """Run what was asked for; wait for something to be asked while there is nothing to generate."""
-        while not self._commands.empty() or not engine.is_busy:
+        while not self._commands.empty() or not engine.is_busy or engine.is_updating:
             command, future = self._commands.get()
             try:
                 future.set_result(command(engine))
@@ -85,7 +88,10 @@ class EngineLoop(threading.Thread):
 
 
 class Generator:
-    """`generate` may run several times at once, with `update_weights` and `ping` in between (`max_concurrency`)."""
+    """`generate` may run several times at once, with `update_weights` and `ping` in between (`max_concurrency`).
+
+    Buckets are taken one at a time, in the order of the calls (`CONCURRENCY_GROUPS`).
+    """
 
     def __init__(self, log_file: Path, threads: int | None):
         self._threads = threads
@@ -97,7 +103,11 @@ class Generator:
             from rlvid.rollout.vllm_engine import VllmEngine
 
             set_threads(self._threads)
-            return VllmEngine(folder, load_family(folder), cfg.rollout, cfg.model.dtype, seed, on_gpu)
+            backend = weight_backend(cfg)
+            return VllmEngine(
+                folder, load_family(folder), cfg.rollout, cfg.model.dtype, seed, on_gpu, cfg.model.lora, backend
+            )
+
 
         self._loop = EngineLoop(build)
         self._loop.start()
@@ -106,14 +116,25 @@ class Generator:
     def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout]]:
         return self._loop.generate(ray.get(list(prompts)), sampling)
 
+    @ray.method(concurrency_group="weights")
     def update_weights(self, version: int, sent: SentWeights) -> int:
-        """Take the weights; where they come with checksums, compare them first. Returns the version."""
+        """Take buckets of the weights, in their order; where they come with checksums, compare them first. Nothing is
+        generated between the first and the last bucket of a version. Returns the version held afterwards."""
         buckets = ray.get([ref for ref, _ in sent])
         for bucket, (_, digest) in zip(buckets, sent, strict=True):
             if digest is not None and bucket.digest() != digest:
                 raise RuntimeError(f"weights {version}: a bucket arrived with another checksum than it was sent with")
-        self._loop.call(lambda engine: engine.update_weights(version, buckets))
-        return version
+
+        def take(engine: VllmEngine) -> int:
+            engine.update_weights(version, buckets)
+            return engine.weight_version
+
+        return int(self._loop.call(take))
+
+    @ray.method(concurrency_group="weights")
+    def transfer(self, step: TransferStep, *arguments: Any) -> None:
+        """A step of a transfer from GPU to GPU (`actors/weights.py`)."""
+        self._loop.call(lambda engine: getattr(engine, step)(*arguments))
 
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-probs of `tokens` as first response token (parity check). Ray resolves the prompt's reference."""

@@ -7,6 +7,7 @@ log-probs of the answers equal the engine's, and (2) both sides' log-probs chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,14 +34,14 @@ FIRST_TOKENS = (40, 50, 60, 70)
 @dataclass(frozen=True)
 class _Probe:
     plain: Encoded
-    altered: Encoded
+    altered: Encoded | None  # None: a sample without video
     name: str
 
 
 def check_parity(
     fleet: GeneratorFleet, trainer: TrainerGroup, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig
 ) -> float:
-    """Run the check on the first two samples with readable video.
+    """Run the check on the first two samples with readable video; where no sample has any, compare log-probs alone.
 
     Returns:
         The largest difference of log-probs seen.
@@ -54,10 +55,12 @@ def check_parity(
     temperature = cfg.rollout.temperature
     answers = fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS))
     by_trainer = trainer.logprobs([group_of(p.plain, r) for p, r in zip(probes, answers, strict=True)])
-    trainer_changes = _changes(trainer.logprobs([_first_tokens(e) for p in probes for e in (p.plain, p.altered)]))
-    engine_changes = _changes(
-        [fleet.first_logprobs(e, FIRST_TOKENS, temperature) for p in probes for e in (p.plain, p.altered)]
-    )
+    pairs = [e for p in probes if p.altered is not None for e in (p.plain, p.altered)]
+    if pairs:
+        trainer_changes = _changes(trainer.logprobs([_first_tokens(e) for e in pairs]))
+        engine_changes = _changes([fleet.first_logprobs(e, FIRST_TOKENS, temperature) for e in pairs])
+    else:  # no video that a side could be blind to
+        trainer_changes = engine_changes = [math.inf] * len(probes)
     observations = [
         Observation(p.name, np.concatenate([r.logprobs for r in rollouts]), scored, engine_change, trainer_change)
         for p, rollouts, scored, engine_change, trainer_change in zip(
@@ -91,7 +94,9 @@ def group_of(prompt: Encoded, rollouts: Sequence[Rollout]) -> GroupRef:
 
 
 def _probes(clips: ClipStore, samples: Sequence[Sample]) -> list[_Probe]:
-    """The first two samples whose clips can be read: one as it is, one cut tall."""
+    """The first two samples whose clips can be read: one as it is, one cut tall. Without any video: the first two."""
+    if not any(s.videos for s in samples):
+        return [_Probe(e, None, e.sample.id) for e in clips.encode(samples[:2])]
     probes: list[_Probe] = []
     for sample in (s for s in samples if s.videos):
         variants = ("as_is", "altered") if not probes else ("tall", "tall_altered")

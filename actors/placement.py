@@ -59,12 +59,12 @@ def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
 
 
 def roles_of(cfg: JobConfig) -> tuple[str, ...]:
-    """The roles that a job starts: no reference model without a KL term."""
+    """The roles that a job starts. No reference model without a KL term, nor with adapters: the trainer is it then."""
     if isinstance(cfg, SftJobConfig):
         return ("trainer",)
     if isinstance(cfg, EvalJobConfig):
         return ("generator",)
-    needs_reference = isinstance(cfg, GrpoJobConfig) and cfg.grpo.kl_coef > 0
+    needs_reference = isinstance(cfg, GrpoJobConfig) and cfg.grpo.kl_coef > 0 and cfg.model.lora is None
     return ("trainer", "generator", "reference") if needs_reference else ("trainer", "generator")
 
 

@@ -54,11 +54,8 @@ class Reference:
         """One array [sum R] per group."""
         import torch
 
-        from rlvid.training.packing import micro_batches, pack
+        from rlvid.training.rows import score
 
         device = next(self._policy.parameters()).device
-        flat = []
         with torch.no_grad():
-            for row in micro_batches(fetch(groups), self._budget):
-                flat.append(self._policy(pack(row).to(device))[0].float().cpu().numpy())
-        return np.split(np.concatenate(flat), np.cumsum([g.responses.n_tokens for g in groups])[:-1])
+            return score(lambda row: self._policy(row.to(device))[0], fetch(groups), self._budget)

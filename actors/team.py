@@ -57,17 +57,22 @@ class Team:
             ray.get(self._reference_ready)
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        if self.reference is None:  # adapters: the trainer is its own reference
+            return self.trainer.reference_logprobs(groups)
         return list(ray.get(self.reference.logprobs.remote(groups)))
 
     def freeze_reference(self, file: Path, is_resumed: bool) -> None:
         """The reference takes the policy's present weights and keeps them in `file`; a resumed run reads them there."""
-        if self.reference is None:
-            return
-        if is_resumed:
-            ray.get(self.reference.load.remote(file.resolve()))
+        file = file.resolve()
+        if self.reference is None and is_resumed:
+            self.trainer.load_reference(file)
+        elif self.reference is None:
+            self.trainer.freeze_reference(file)
+        elif is_resumed:
+            ray.get(self.reference.load.remote(file))
         else:
-            ray.get(self.reference.load_weights.remote(self.trainer.put_weights(is_checked=False)))
-            ray.get(self.reference.save.remote(file.resolve()))
+            ray.get(self.reference.load_weights.remote(list(self.trainer.put_weights(is_checked=False))))
+            ray.get(self.reference.save.remote(file))
 
     def __enter__(self) -> Self:
         return self

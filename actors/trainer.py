@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 
 from actors.placement import Placement, Slot
 from actors.processes import enter_process, require_compiler
+from actors.weights import WeightSender, weight_backend
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
 from rlvid.training.buckets import Bucket
@@ -53,6 +54,7 @@ class TrainerRank:
     def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
         enter_process(log_file, threads)
         self._on_gpu = on_gpu
+        self._sender: WeightSender | None = None
 
     def address(self) -> str:
         """A free port on this node, for rank 0."""
@@ -73,7 +75,7 @@ class TrainerRank:
         dist.init_process_group(
             "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
         )
-        self._checkpoint = folder
+        self._checkpoint, self._cfg = folder, cfg
         self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, cfg.rollout.temperature)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
@@ -82,16 +84,35 @@ class TrainerRank:
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.logprobs(fetch(groups))
 
-    def put_weights(self, is_checked: bool) -> list[tuple[ObjectRef[Bucket], str | None]]:
-        """Put the weights into the object store: (bucket, digest if asked for). Ranks gather together, rank 0 puts."""
+    def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        return self._learner.reference_logprobs(fetch(groups))
+
+    def freeze_reference(self, file: Path) -> None:
+        self._learner.freeze_reference()
+        self._learner.save_reference(file)
+
+    def load_reference(self, file: Path) -> None:
+        self._learner.load_reference(file)
+
+    def put_weights(self, is_checked: bool) -> Iterator[tuple[ObjectRef[Bucket], str | None]]:
+        """Put the weights into the object store: (bucket, digest if asked for), each reported as soon as it is there.
+        Ranks gather together, rank 0 puts."""
         import torch.distributed as dist
 
         if dist.get_rank() == 0:
-            return [(ray.put(b), b.digest() if is_checked else None) for b in self._learner.buckets()]
-        if self._learner.cfg.zero_stage == 3:
+            for bucket in self._learner.buckets():
+                yield ray.put(bucket), bucket.digest() if is_checked else None
+        elif self._learner.cfg.zero_stage == 3:
             for _ in self._learner.buckets():
                 pass
-        return []
+
+    def send_weights(self, version: int, replicas: Mapping[str, ActorHandle[Any]]) -> dict[str, str]:
+        """Send the weights from GPU to GPU; see `WeightSender.send`."""
+        import torch.distributed as dist
+
+        if self._sender is None:
+            self._sender = WeightSender(weight_backend(self._cfg), self._learner, dist.get_rank(), self._cfg)
+        return self._sender.send(version, replicas)
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
@@ -131,22 +152,57 @@ class TrainerGroup:
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the current weights, one array [sum R] per group, in the order given."""
+        return self._score("logprobs", groups)
+
+    def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        """The same under the reference, which with adapters is part of the trainer."""
+        return self._score("reference_logprobs", groups)
+
+    def freeze_reference(self, file: Path) -> None:
+        """The present adapters are the reference's from now on; kept in `file`."""
+        self._all("freeze_reference", [(file,)] * len(self._ranks))
+
+    def load_reference(self, file: Path) -> None:
+        self._all("load_reference", [(file,)] * len(self._ranks))
+
+    def _score(self, method: str, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         if (missing := len(self._ranks) - len(groups)) > 0:  # every rank has to take part in the forward
-            return self.logprobs([*groups, *(groups[0] for _ in range(missing))])[: len(groups)]
+            return self._score(method, [*groups, *(groups[0] for _ in range(missing))])[: len(groups)]
         order = balance_indices([g.cost for g in groups], len(self._ranks))
         values: list[npt.NDArray[np.float32] | None] = [None] * len(groups)
-        for indices, part in zip(
-            order, self._all("logprobs", [([groups[i] for i in ix],) for ix in order]), strict=True
-        ):
+        for indices, part in zip(order, self._all(method, [([groups[i] for i in ix],) for ix in order]), strict=True):
             for i, value in zip(indices, part, strict=True):
                 values[i] = value
         return [v for v in values if v is not None]
 
-    def put_weights(self, is_checked: bool) -> list[tuple[ObjectRef[Bucket], str | None]]:
-        """The weights in the object store, with digests if they are to be checked on arrival."""
-        by_rank: list[list[tuple[ObjectRef[Bucket], str | None]]]
-        by_rank = self._all("put_weights", [(is_checked,)] * len(self._ranks))
-        return by_rank[0]
+    def put_weights(self, is_checked: bool) -> Iterator[tuple[ObjectRef[Bucket], str | None]]:
+        """The weights in the object store, with digests if they are to be checked on arrival. A bucket comes as soon as
+        it is there, while the next is written."""
+        streams = [rank.put_weights.remote(is_checked) for rank in self._ranks]
+        try:
+            for sent in streams[0]:
+                yield ray.get(sent)
+            ray.get([stream.completed() for stream in streams], timeout=STEP_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as e:
+            raise e.as_instanceof_cause() from e
+
+    def send_weights(
+        self, version: int, replicas: Mapping[str, ActorHandle[Any]], timeout_s: float
+    ) -> dict[str, str]:
+        """Send the weights from GPU to GPU. Returns the replicas that did not take them, with the reason.
+
+        Raises:
+            RuntimeError: no end within the deadline; a replica that dies in the middle leaves NCCL waiting for ever.
+        """
+        calls = [rank.send_weights.remote(version, replicas) for rank in self._ranks]
+        try:
+            failed: dict[str, str] = ray.get(calls, timeout=timeout_s)[0]
+        except ray.exceptions.GetTimeoutError as e:
+            raise RuntimeError(
+                f"weights {version} were not taken within rollout.sync_timeout_s={timeout_s:g} by "
+                f"{', '.join(replicas)}; start the job again, it goes on from its last checkpoint"
+            ) from e
+        return failed
 
     def save(self, folder: Path) -> None:
         self._all("save", [(folder,)] * len(self._ranks))

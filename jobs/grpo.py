@@ -54,7 +54,8 @@ def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
         if session.interrupted:
             return session.finish(team, {})
     team.wait_ready()
-    team.freeze_reference(session.folder.dir / "reference.safetensors", has_begun)
+    if cfg.grpo.kl_coef:
+        team.freeze_reference(session.folder.dir / "reference.safetensors", has_begun)
     team.fleet.sync(team.trainer, start)
     gap = check_parity(team.fleet, team.trainer, session.clips, distinct(session.train, 16), cfg)
     session.console.message(f"parity: engine and trainer agree within {gap:.1e} and see the video")
@@ -115,9 +116,12 @@ def optimize(
     """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; means of their statistics."""
     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
     scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
-    old = team.trainer.logprobs(scored) if cfg.grpo.old_logprobs == "trainer" else None
-    reference = team.reference_logprobs(scored) if team.reference is not None else None
-    objective = Grpo(cfg.grpo)
+    updates = cfg.grpo.epochs * cfg.grpo.minibatches
+    by_trainer = cfg.grpo.old_logprobs == "trainer"
+    # With a single update the trainer's log-probs before it are those of the update's own forward.
+    old = team.trainer.logprobs(scored) if by_trainer and updates > 1 else None
+    reference = team.reference_logprobs(scored) if cfg.grpo.kl_coef else None
+    objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
     all_stats: list[dict[str, float]] = []
     most = len(prompts) // cfg.placement.trainer_workers  # bad clips may leave fewer prompts than mini-batches
     for _ in range(cfg.grpo.epochs):

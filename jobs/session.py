@@ -26,7 +26,7 @@ from rlvid.data.order import batch_indices
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
 from rlvid.models.families import load_family
-from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.chat import ChatFamily
 from rlvid.reporting.console import Console
 from rlvid.reporting.report import write_report
 from rlvid.reporting.run_folder import RunFolder
@@ -44,7 +44,7 @@ class Session:
     train: list[Sample]
     held_out: list[Sample]
     model: Path
-    family: QwenVL
+    family: ChatFamily
     clips: ClipStore
 
     def __init__(self, cfg: JobConfig, job: str):
@@ -237,13 +237,13 @@ class Session:
             self.model = self.folder.dir / "model"
             if not self.model.exists():
                 assert model.tiny is not None  # JobConfig checks it
-                from rlvid.models.tiny import make_tiny_qwen2_vl
+                from rlvid.models.tiny import make_tiny
 
-                self.console.message("making a tiny random Qwen2-VL")
+                self.console.message(f"making a tiny random {model.tiny.family}")
                 texts = [
                     text for s in self.train or self.held_out for text in (*(m.text for m in s.messages), s.answer)
                 ]
-                make_tiny_qwen2_vl(self.model, model.tiny, texts, self.cfg.seed)
+                make_tiny(self.model, model.tiny, texts, self.cfg.seed)
         self.family = load_family(self.model)
         weights = sorted(self.model.glob("*.safetensors"))
         if not weights:

@@ -16,13 +16,13 @@ from jobs.cli import job_main
 from jobs.session import WARM_START_STEP, Session
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import SftJobConfig, TrainConfig, WarmStartConfig
-from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.chat import ChatFamily
 from rlvid.reporting.tracker import Tracker
 from rlvid.training.objectives import Supervised
 from rlvid.training.packing import Responses
 
 
-def supervised_batch(prompts: list[Encoded], family: QwenVL) -> list[GroupRef]:
+def supervised_batch(prompts: list[Encoded], family: ChatFamily) -> list[GroupRef]:
     """Each prompt with its right answer; every token of the batch counts alike."""
     answers = [family.encode_answer(p.sample.answer) for p in prompts]
     weight = 1.0 / sum(len(a) for a in answers)

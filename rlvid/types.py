@@ -71,7 +71,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Span:
-    """Half-open run of placeholder tokens `token_ids[offset : offset + length]` of one video."""
+    """Half-open run of placeholder tokens `token_ids[offset : offset + length]`."""
 
     offset: int
     length: int
@@ -89,9 +89,10 @@ class Prompt:
     token_ids: npt.NDArray[np.int32]  # [P]
     patches: npt.NDArray[np.uint8]  # [N, C * temporal_patch * patch * patch], all videos one after another
     grid_thw: npt.NDArray[np.int64]  # [V, 3] patches along time, height and width (before merging)
-    spans: tuple[Span, ...]  # V placeholder spans; length = t * h * w / merge**2
-    positions: npt.NDArray[np.int32]  # [3, P] rotary positions (time, height, width)
+    spans: tuple[Span, ...]  # placeholder runs in order: one a video, or one a temporal patch (Qwen3-VL)
+    positions: npt.NDArray[np.int32]  # [3, P] rotary positions (time, height, width); [1, P] without vision
     clip_ids: tuple[str, ...]  # V
+    seconds_per_patch: tuple[float, ...] = ()  # V seconds from one temporal patch to the next
 
     @property
     def length(self) -> int:
@@ -104,7 +105,7 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Rotary position of the first response token, equal on all three axes."""
+        """Rotary position of the first response token, equal on all axes."""
         return int(self.positions.max()) + 1
 
 

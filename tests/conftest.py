@@ -24,15 +24,24 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> Path:
-    """Folder of a random Qwen2-VL that knows the synthetic questions' words."""
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> dict[str, Path]:
+    """Folders of random models, by family, that know the synthetic questions' words."""
     from rlvid.config import TinyModelConfig
-    from rlvid.models.tiny import make_tiny_qwen2_vl
+    from rlvid.models.tiny import make_tiny
 
     rows = [json.loads(line) for line in (synthetic / "train.jsonl").read_text().splitlines()]
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_tiny_qwen2_vl(folder, TinyModelConfig(), [f"{r['question']} {r['answer']}" for r in rows], seed=0)
-    return folder
+    texts = [f"{r['question']} {r['answer']}" for r in rows]
+    folders = {}
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3"):
+        folders[family] = tmp_path_factory.mktemp("model") / "tiny"
+        make_tiny(folders[family], TinyModelConfig(family=family), texts, seed=0)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_models: dict[str, Path]) -> Path:
+    """Folder of a random Qwen2-VL."""
+    return tiny_models["qwen2_vl"]
 
 
 @pytest.fixture(scope="session")

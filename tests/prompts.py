@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.chat import ChatFamily
 from rlvid.types import Clip, Message, Prompt, Sample, VideoRef
 
 
@@ -26,7 +26,7 @@ def sample_of(n_videos: int = 1, question: str = "Which shape is moving?", sampl
 
 
 def prompt_of(
-    family: QwenVL, *shapes: tuple[int, int, int], seed: int = 0, question: str = "Which shape is moving?"
+    family: ChatFamily, *shapes: tuple[int, int, int], seed: int = 0, question: str = "Which shape is moving?"
 ) -> Prompt:
     """A prompt with one noise clip (t, h, w) per shape."""
     clips = [clip_of(noise(*shape, seed=seed + i), f"{shape}-{seed + i}") for i, shape in enumerate(shapes)]

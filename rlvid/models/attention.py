@@ -1,8 +1,9 @@
 """Attention over packed tokens: all groups of a micro-batch lie one after another in one row, without padding.
 
 A group is `[prompt | response 1 | ... | response G]`. Each prompt token sees the prompt up to itself; each response
-token sees the whole prompt and its own response up to itself. No mask of the square of the row is built: prompts and
-responses are gathered into two rectangles, and their scores are exactly those of separate sequences.
+token sees the whole prompt and its own response up to itself. No mask of the square of the row is built: on CPU,
+prompts and responses are gathered into two rectangles; on GPU, FlexAttention skips the blocks that nobody may see and
+keeps no scores. Both are exactly the scores of separate sequences.
 
 The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`).
 """
@@ -10,12 +11,16 @@ The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCT
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 TEXT_ATTENTION = "rlvid_shared_prefix"
 VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower hands over block boundaries only where the name says flash
@@ -49,6 +54,33 @@ class SharedPrefixLayout:
                 at += n
         return cls(torch.from_numpy(prompts), torch.from_numpy(responses.reshape(len(groups), -1)), size)
 
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's mask of the row, made once for all layers: which blocks of it anybody sees."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        group, response = self.owners()
+
+        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            is_own = (group[q] == group[k]) & ((response[k] < 0) | (response[q] == response[k]))
+            return is_own & (k <= q)
+
+        n = len(group)
+        return create_block_mask(sees, None, None, n, n, device=str(group.device))
+
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """Group [N] of each token, and its response in that group [N], -1 for the tokens of a prompt."""
+        n = int(max(self.prompt_index.max(), self.response_index.max())) + 1
+        group = torch.full((n,), -1, dtype=torch.int64, device=self.prompt_index.device)
+        response = group.clone()
+        for index in (self.prompt_index, self.response_index):
+            kept = index >= 0
+            b, column = kept.nonzero(as_tuple=True)
+            group[index[kept]] = b
+            if index is self.response_index:
+                response[index[kept]] = column // (index.shape[1] // self.group_size)
+        return group, response
+
     def to(self, device: torch.device) -> SharedPrefixLayout:
         return SharedPrefixLayout(self.prompt_index.to(device), self.response_index.to(device), self.group_size)
 
@@ -77,6 +109,8 @@ def shared_prefix_attention(
         raise ValueError("shared-prefix attention has no dropout: set attention_dropout to 0")
     heads, n, dim = query.shape[1:]
     scale = dim**-0.5 if scaling is None else scaling
+    if query.is_cuda:
+        return flex_attend(query, key, value, layout, scale, is_compiled=True).transpose(1, 2), None
     repeats = heads // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     if repeats > 1:
@@ -88,6 +122,25 @@ def shared_prefix_attention(
     out = q.new_zeros(n, heads, dim)
     out = _put(out, layout.prompt_index, prompts)
     return _put(out, layout.response_index, responses).unsqueeze(0), None
+
+
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, is_compiled: bool) -> Tensor:
+    """Attention of a packed row by FlexAttention: q [1, heads, N, D], k and v [1, kv_heads, N, D] -> like q.
+
+    Compiled it needs memory of the order of N; not compiled (for tests) it builds the scores.
+    """
+    n, named = q.shape[2], layout.block_mask.shape[-1]
+    q, k, v = (x[:, :, :named] for x in (q, k, v))  # behind them may lie a clip that no group owns: it sees nothing
+    flex = _flex_attention(is_compiled)
+    out: Tensor = flex(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return F.pad(out, (0, 0, 0, n - named))
+
+
+@cache
+def _flex_attention(is_compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if is_compiled else flex_attention
 
 
 def _attend_responses(

@@ -1,26 +1,33 @@
 """vLLM in this process: requests join at any time, weights change between two steps.
 
 The owner calls `step()` as long as there is work; this class keeps no thread. Prompts go in as engine input
-(`QwenVL.engine_input`), never through `LLM.generate`, which drops the video without a warning (vLLM 0.32).
+(a family's `engine_input`), never through `LLM.generate`, which drops the video without a warning (vLLM 0.32).
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from rlvid.config import RolloutConfig
+from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
+from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
 from rlvid.training.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 # The smallest block of vLLM's CPU attention. Its default of 128 is longer than many prompts, which then are computed
 # once per response: 32 prompts of 44 tokens, 8 responses each, take 0.15 s instead of 0.24.
@@ -50,20 +57,47 @@ def set_environment(on_gpu: bool, kv_cache_gib: int) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
+def _lora_options(lora: LoraConfig | None) -> dict[str, Any]:
+    """Engine arguments for one adapter; vLLM knows only some ranks, and takes smaller ones in their room."""
+    if lora is None:
+        return {}
+    from vllm.config.lora import MaxLoRARanks
+
+    rank = min(r for r in get_args(MaxLoRARanks) if r >= lora.rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+
+
 class VllmEngine:
     """One engine replica.
+
+    Args:
+        lora: the checkpoint's own weights are served as they are, and what `update_weights` brings are adapters.
+        weight_backend: of vLLM's weight transfer; with another than ours the update comes in steps, `init_transfer` to
+            `finish_update`.
 
     Raises:
         UserError: the checkpoint cannot be served.
     """
 
-    def __init__(self, folder: Path, family: QwenVL, cfg: RolloutConfig, dtype: str, seed: int, on_gpu: bool):
+    def __init__(
+        self,
+        folder: Path,
+        family: ChatFamily,
+        cfg: RolloutConfig,
+        dtype: str,
+        seed: int,
+        on_gpu: bool,
+        lora: LoraConfig | None = None,
+        weight_backend: str = vllm_plugin.WEIGHT_BACKEND,
+    ):
         set_environment(on_gpu, cfg.kv_cache_gib)
         vllm_plugin.register()  # torchvision has to be importable before vLLM is
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if not on_gpu:
+            vllm_plugin.keep_plain_weights()
         if torchvision_ops.ensure():
             vllm_plugin.register_model_class(family.architecture, family.vllm_module)
         self.family = family
@@ -77,7 +111,7 @@ class VllmEngine:
                     max_model_len=cfg.max_model_len,
                     tensor_parallel_size=cfg.tensor_parallel,
                     gpu_memory_utilization=cfg.gpu_memory_utilization,
-                    limit_mm_per_prompt={"video": cfg.max_videos},
+                    limit_mm_per_prompt={"video": cfg.max_videos} if isinstance(family, QwenVL) else {},
                     max_num_seqs=cfg.max_sequences,
                     max_num_batched_tokens=cfg.max_batched_tokens,
                     block_size=cfg.block_size or (None if on_gpu else CPU_BLOCK),
@@ -85,15 +119,21 @@ class VllmEngine:
                     # The trainer compares with the distribution that was sampled from; vLLM's default is the raw one.
                     logprobs_mode="processed_logprobs",
                     mm_processor_cache_gb=0,  # prompts arrive processed
-                    weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.WEIGHT_BACKEND),
+                    weight_transfer_config=WeightTransferConfig(backend=weight_backend),
                     disable_log_stats=True,
+                    **_lora_options(lora),
                 )
             )
         except ValueError as e:
             raise UserError(f"vLLM cannot serve {folder}: {e}") from e
-        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        if weight_backend == vllm_plugin.WEIGHT_BACKEND:
+            self.init_transfer({})  # the others meet the trainer later
         self._prompts: dict[str, Prompt] = {}
         self._count = 0
+        self.is_updating = False  # between the first and the last bucket there is no model that could answer
+        self._arrived: list[Bucket] = []  # of adapters, which are taken all at once
+        self._lora = lora
+        self._adapter: LoRARequest | None = None  # what new requests are answered with
 
     @property
     def is_busy(self) -> bool:
@@ -122,7 +162,7 @@ class VllmEngine:
         )
         request_id = str(self._count)
         self._count += 1
-        self.engine.add_request(request_id, self.family.engine_input(prompt), params)
+        self.engine.add_request(request_id, self.family.engine_input(prompt), params, lora_request=self._adapter)
         self._prompts[request_id] = prompt
         return request_id
 
@@ -139,7 +179,9 @@ class VllmEngine:
             logit_bias=dict.fromkeys(self.family.banned_tokens, BAN),
             detokenize=False,
         )
-        self.engine.add_request(f"first-{self._count}", self.family.engine_input(prompt), params)
+        self.engine.add_request(
+            f"first-{self._count}", self.family.engine_input(prompt), params, lora_request=self._adapter
+        )
         self._count += 1
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
@@ -163,17 +205,57 @@ class VllmEngine:
         return ended
 
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Take new weights between two steps; caches computed with the old ones are dropped. Older ones are ignored."""
+        """Take all of the new weights, or the next part of them, between two steps; with the last bucket the caches
+        computed with the old ones are dropped. Older versions are ignored."""
         if version <= self.weight_version:
             return
-        rpc = self.engine.collective_rpc
-        rpc("start_weight_update")
-        for bucket in buckets:
-            rpc("update_weights", kwargs={"update_info": {"bucket": bucket}})
-        rpc("finish_weight_update")
+        if self._lora:
+            self._arrived += buckets
+            if not buckets[-1].is_last:
+                return
+            self._take_adapter(self._lora, self._arrived)
+            self._arrived = []
+        else:
+            if not self.is_updating:
+                self.start_update()
+            for bucket in buckets:
+                self.receive_update({"bucket": bucket})
+            if not buckets[-1].is_last:
+                return
+        self.finish_update(version)
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        """Meet the trainer. `info`, here and below, is what vLLM's weight-transfer backend wants."""
+        self.engine.collective_rpc("shutdown_weight_transfer_engine")  # an earlier group had other members
+        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+    def start_update(self) -> None:
+        self.engine.collective_rpc("start_weight_update")
+        self.is_updating = True
+
+    def receive_update(self, info: dict[str, Any]) -> None:
+        self.engine.collective_rpc("update_weights", kwargs={"update_info": info})
+
+    def finish_update(self, version: int) -> None:
+        """The weights are whole; what was computed with the old ones is dropped."""
+        if self.is_updating:
+            self.engine.collective_rpc("finish_weight_update")
+            self.is_updating = False
         self.engine.set_weight_version(str(version))
         self.engine.reset_encoder_cache()
         self.engine.reset_prefix_cache(reset_running_requests=self.is_busy)
+
+    def _take_adapter(self, lora: LoraConfig, buckets: Sequence[Bucket]) -> None:
+        """Put new adapters in the place of the old ones. vLLM reads them from a folder only."""
+        from vllm.lora.request import LoRARequest
+
+        with tempfile.TemporaryDirectory(prefix="rlvid-adapter-") as folder:
+            save_adapter(Path(folder), {name: t for bucket in buckets for name, t in bucket.tensors()}, lora)
+            adapter = LoRARequest("policy", 1, folder, load_inplace=True)
+            if not self.engine.add_lora(adapter):
+                raise RuntimeError("vLLM did not take the adapter")
+        # Requests name the adapter that is loaded: with load_inplace each of them would have it read again.
+        self._adapter = LoRARequest("policy", 1, folder)
 
     def _rollout(self, prompt: Prompt, completion) -> Rollout:  # type: ignore[no-untyped-def]  # vLLM is imported late
         ids = list(completion.token_ids)

@@ -7,7 +7,7 @@ by all ranks, so every public method is called on every rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlvid.config import ModelConfig, TrainConfig
-from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
+from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.objectives import Objective, Supervised
-from rlvid.training.packing import Group, PackedPolicy, micro_batches, pack
+from rlvid.training.packing import Group, PackedPolicy, pack
+from rlvid.training.rows import micro_batches, score
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
 
@@ -56,17 +59,23 @@ class Learner:
     """Policy, optimizer and the steps on them.
 
     Args:
-        folder: Hugging Face checkpoint folder of the policy.
+        folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights stay as they are, and
+            adapters beside them are trained.
         temperature: log-probs are those of sampling at this temperature.
     """
 
-    def __init__(self, folder: Path, family: QwenVL, model: ModelConfig, cfg: TrainConfig, temperature: float):
+    def __init__(self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, temperature: float):
         self.cfg = cfg
         self.temperature = temperature
         self.policy = PackedPolicy(load_model(folder, model.dtype), family, temperature)
+        self.lora = model.lora
+        if self.lora:
+            add_adapters(self.policy.network, self.lora)
+        self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
-        self.engine, *_ = deepspeed.initialize(model=self.policy, config=settings)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=self.policy, model_parameters=trained, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
@@ -85,7 +94,7 @@ class Learner:
             parameters["lr"] = lr
         # The likelihood of given answers is not tempered; that of sampled ones is, as they were sampled.
         self.policy.temperature = 1.0 if isinstance(objective, Supervised) else self.temperature
-        rows = self._rows(groups)
+        rows = micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i in range(self._most(len(rows))):
             # Collectives want as many micro-batches on every rank: one with fewer repeats a row that counts nothing.
@@ -106,57 +115,130 @@ class Learner:
         """Log-probs of every response token under the current weights: one array [sum R] per group."""
         self.engine.eval()
         self.policy.temperature = self.temperature
-        rows = self._rows(groups)
-        values: list[npt.NDArray[np.float32]] = []
-        for i in range(self._most(len(rows))):
-            row = rows[min(i, len(rows) - 1)]
-            flat = self.engine(pack(row).to(self.device))[0].float().cpu().numpy()
-            if i < len(rows):
-                values.append(flat)
+        values = score(
+            lambda row: self.engine(row.to(self.device))[0],
+            groups,
+            self.cfg.micro_batch_tokens,
+            self.cfg.shared_prefix,
+            rounds=self._most,
+        )
         self.engine.train()
-        flat = np.concatenate(values)
-        return np.split(flat, np.cumsum([g.responses.n_tokens for g in groups])[:-1])
+        return values
+
+    def reference_logprobs(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+        """Log-probs under the reference, which is this model with its adapters off, or as `freeze_reference` left them.
+
+        Raises:
+            RuntimeError: the whole model is trained; its reference is a model of its own.
+        """
+        if self.lora is None:
+            raise RuntimeError("without adapters the reference is no part of the trainer")
+        if not self._reference:
+            with adapters_off(self.policy.network):
+                return self.logprobs(groups)
+        present = self._adapters()
+        self._put_adapters(self._reference)
+        try:
+            return self.logprobs(groups)
+        finally:
+            self._put_adapters(present)
+
+    def freeze_reference(self) -> None:
+        """From now on the reference has the adapters of this moment; none at all while they change nothing."""
+        adapters = self._adapters()
+        changes = any(".lora_B." in name and bool(t.any()) for name, t in adapters.items())
+        self._reference = adapters if changes else {}
+
+    def save_reference(self, file: Path) -> None:
+        """Keep the frozen adapters for a resumed run. Rank 0 writes."""
+        if dist.get_rank() == 0:
+            save_file(self._reference, file)
+
+    def load_reference(self, file: Path) -> None:
+        self._reference = {name: t.to(self.device) for name, t in load_file(file).items()}
 
     def buckets(self, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
-        """The weights under the checkpoint's names, in buckets; the same on every rank.
+        """What the engines need, in buckets, the same on every rank: the weights under the checkpoint's names, or the
+        adapters under those of an adapter file.
 
         Under ZeRO-3 each bucket's parameters are gathered together, in the same order on every rank.
         """
-        named = [(name.removeprefix(NETWORK), p) for name, p in self.engine.module.named_parameters()]
-        if self.cfg.zero_stage < 3:
-            yield from to_buckets(named, bucket_bytes)
-            return
+        if self.lora:
+            return self._buckets(lambda name: file_name(name) if is_adapter(name) else None, bucket_bytes)
+        return self._buckets(lambda name: name, bucket_bytes)
+
+    def _buckets(self, rename: Callable[[str], str | None], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+        """Buckets of the parameters to which `rename` gives a name."""
+        parameters = ((rename(n.removeprefix(NETWORK)), p) for n, p in self.engine.module.named_parameters())
+        named = [(name, p) for name, p in parameters if name is not None]
+        for part, is_last in self._gathered(named, bucket_bytes):
+            yield from to_buckets(part, max(bucket_bytes, sum(t.nbytes for _, t in part)), is_last)
+
+    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and whole shape of every weight, in the order of `weights`."""
+        named = self.policy.network.named_parameters()
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under the checkpoint's name, whole, on this rank's device; all ranks iterate together."""
+        for part, _ in self._gathered(list(self.policy.network.named_parameters()), BUCKET_BYTES):
+            for name, parameter in part:
+                yield name, parameter.data  # a reference of its own: ZeRO-3 empties the parameter when it is done
+
+    def _gathered(
+        self, named: Sequence[tuple[str, Tensor]], part_bytes: int
+    ) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
+        """Parts of about `part_bytes`, and whether it is the last. Under ZeRO-3 a part is whole until the next one."""
         chosen: list[tuple[str, Tensor]] = []
         size = 0
-        for name, parameter in [*named, ("", None)]:
-            nbytes = parameter.ds_numel * parameter.element_size() if parameter is not None else bucket_bytes
-            if chosen and size + nbytes > bucket_bytes:
-                with GatheredParameters([p for _, p in chosen]):
-                    yield from to_buckets(chosen, max(size, bucket_bytes))
-                chosen, size = [], 0
+        for i, (name, parameter) in enumerate(named):
             chosen.append((name, parameter))
-            size += nbytes
+            size += _nbytes(parameter)
+            is_last = i == len(named) - 1
+            if is_last or size + _nbytes(named[i + 1][1]) > part_bytes:
+                with GatheredParameters([p for _, p in chosen], enabled=self.cfg.zero_stage == 3):
+                    yield chosen, is_last
+                chosen, size = [], 0
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimizer; `folder` is shared by all ranks."""
-        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=False)
+        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self.lora is not None)
 
     def load(self, folder: Path) -> None:
         """Take up weights and optimizer from `save`, on as many ranks as saved them."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.lora is None)
         if path is None:
             raise FileNotFoundError(f"no trainer state in {folder}")
 
     def export(self, folder: Path, checkpoint: Path) -> None:
         """Write the policy as a Hugging Face checkpoint, tokenizer and processor copied from `checkpoint`. Rank 0
-        writes."""
-        state = {name: tensor.clone() for bucket in self.buckets() for name, tensor in bucket.tensors()}
+        writes. Adapters are merged into the weights, and stand in `folder/adapter` by themselves too."""
+        buckets = self._buckets(lambda name: name)
+        state = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors()}
         if dist.get_rank() == 0:
-            self.engine.module.network.save_pretrained(folder, state_dict=state)
+            network = self.engine.module.network
+            if self.lora:
+                adapters = {file_name(name): t for name, t in state.items() if is_adapter(name)}
+                save_adapter(folder / "adapter", adapters, self.lora, base=str(checkpoint))
+                state = merged(state, self.lora)
+            network.save_pretrained(folder, state_dict=state)
             for file in checkpoint.iterdir():
                 if file.is_file() and not (folder / file.name).exists() and "safetensors" not in file.name:
                     (folder / file.name).write_bytes(file.read_bytes())
         dist.barrier()
+
+    def _adapters(self) -> dict[str, Tensor]:
+        """Copies of the adapters, whole on every rank."""
+        named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
+        with GatheredParameters([p for _, p in named], enabled=self.cfg.zero_stage == 3):
+            return {name: p.detach().clone() for name, p in named}
+
+    @torch.no_grad()
+    def _put_adapters(self, state: Mapping[str, Tensor]) -> None:
+        named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
+        with GatheredParameters([p for _, p in named], modifier_rank=0, enabled=self.cfg.zero_stage == 3):
+            for name, parameter in named:
+                parameter.copy_(state[name])
 
     def _clip(self, *_: object) -> None:
         """Clip reduced gradients where DeepSpeed hands the step to plain torch (ZeRO 0, float32).
@@ -169,11 +251,6 @@ class Learner:
 
     def _last_grad_norm(self) -> float:
         return float(self.engine.get_global_grad_norm()) if self._clipped_norm is None else self._clipped_norm
-
-    def _rows(self, groups: Sequence[Group]) -> list[list[Group]]:
-        if not self.cfg.shared_prefix:
-            groups = [part for group in groups for part in group.split()]
-        return micro_batches(groups, self.cfg.micro_batch_tokens)
 
     def _most(self, count: int) -> int:
         """The largest `count` of all ranks."""
@@ -190,3 +267,8 @@ class Learner:
         return {name: value if name == "loss" else value / tokens for name, value in totals.items()} | {
             "tokens": tokens
         }
+
+
+def _nbytes(parameter: Tensor) -> int:
+    """Size of a parameter as a whole; ZeRO-3 leaves this rank a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()

@@ -33,14 +33,22 @@ class Supervised:
 
 @dataclass(frozen=True)
 class Grpo:
-    """Clipped policy loss plus the KL to the reference (DeepSeekMath, arXiv 2402.03300, eq. 3)."""
+    """Clipped policy loss plus the KL to the reference (DeepSeekMath, arXiv 2402.03300, eq. 3).
+
+    `is_first`: the policy has not moved since the rollouts, and the ratio is taken to its own log-probs: they are those
+    of this very forward. `logprob_gap` is the distance to the log-probs given in any case.
+    """
 
     cfg: GrpoConfig
+    is_first: bool = False
 
     def __call__(self, logprobs: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
-        weights, advantages, old = (_flat(groups, name, logprobs) for name in ("weights", "advantages", "old_logprobs"))
+        weights, advantages, given = (
+            _flat(groups, name, logprobs) for name in ("weights", "advantages", "old_logprobs")
+        )
+        old = logprobs.detach() if self.is_first else given
         per_token, stats = policy_loss(logprobs, old, advantages, self.cfg.clip_low, self.cfg.clip_high)
-        sums = {**stats, "logprob_gap": (logprobs.detach() - old).abs().sum()}
+        sums = {**stats, "logprob_gap": (logprobs.detach() - given).abs().sum()}
         if self.cfg.kl_coef:
             kl = ESTIMATORS[self.cfg.kl_estimator](logprobs, _flat(groups, "ref_logprobs", logprobs))
             per_token = per_token + self.cfg.kl_coef * kl

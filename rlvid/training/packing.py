@@ -6,21 +6,22 @@ Exact: log-probs and gradients equal those of separate sequences (tests/training
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlvid.models.attention import SharedPrefixLayout
+from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from rlvid.models.families.qwen_vl import QwenVL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +38,17 @@ class Responses:
     def n_tokens(self) -> int:
         return sum(len(ids) for ids in self.token_ids)
 
-    def split(self) -> list[Responses]:
-        """Each response by itself."""
-        parts, at = [], 0
-        for ids in self.token_ids:
-            cut = slice(at, at + len(ids))
-            parts.append(
-                Responses(
-                    token_ids=(ids,),
-                    weights=self.weights[cut],
-                    advantages=None if self.advantages is None else self.advantages[cut],
-                    old_logprobs=None if self.old_logprobs is None else self.old_logprobs[cut],
-                    ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[cut],
-                )
-            )
-            at = cut.stop
-        return parts
+    def part(self, first: int, last: int) -> Responses:
+        """Responses [first, last)."""
+        ends = np.cumsum([0, *(len(ids) for ids in self.token_ids)])
+        cut = slice(ends[first], ends[last])
+        return Responses(
+            token_ids=self.token_ids[first:last],
+            weights=self.weights[cut],
+            advantages=None if self.advantages is None else self.advantages[cut],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[cut],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[cut],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,9 +63,18 @@ class Group:
         """Tokens of the group's forward."""
         return self.prompt.cost + self.responses.n_tokens
 
-    def split(self) -> list[Group]:
-        """The same work without sharing: one group per response, each with a prompt of its own."""
-        return [Group(self.prompt, part) for part in self.responses.split()]
+    def cut(self, budget: int) -> list[Group]:
+        """The same work in parts of at most `budget` tokens, each with the prompt before it and at least one response.
+
+        A budget of 0 shares nothing: one part per response.
+        """
+        parts, first, room = [], 0, budget - self.prompt.cost
+        lengths = [len(ids) for ids in self.responses.token_ids]
+        for last in range(1, len(lengths) + 1):
+            if last == len(lengths) or sum(lengths[first : last + 1]) > room:
+                parts.append(Group(self.prompt, self.responses.part(first, last)))
+                first = last
+        return parts
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class PackedRow:
     """One forward's input. N tokens in the row, M response tokens that are predicted."""
 
     token_ids: Tensor  # [N] int64
-    positions: Tensor  # [3, N] int64
+    positions: Tensor  # [3, N] int64; [1, N] without vision
     patches: Tensor  # [patches, patch_dim] uint8
     grid_thw: Tensor  # [V, 3] int64
     layout: SharedPrefixLayout
@@ -101,7 +106,9 @@ def pack(groups: Sequence[Group]) -> PackedRow:
         for response in group.responses.token_ids:
             n = len(response)
             ids.append(response)
-            positions.append(np.broadcast_to(prompt.next_position + np.arange(n, dtype=np.int32), (3, n)))
+            positions.append(
+                np.broadcast_to(prompt.next_position + np.arange(n, dtype=np.int32), (len(prompt.positions), n))
+            )
             source.append(np.concatenate([[last_of_prompt], np.arange(at, at + n - 1)]))
             at += n
     return PackedRow(
@@ -126,13 +133,30 @@ def normalise(patches: Tensor, family: QwenVL, dtype: torch.dtype) -> Tensor:
     return ((x - mean[:, None]) / std[:, None]).flatten(1).to(dtype)
 
 
+def with_blank_clip(row: PackedRow, family: QwenVL) -> PackedRow:
+    """A row of text alone, with the smallest black clip behind it.
+
+    Ranks meet in collectives inside the vision tower: under ZeRO-3 a rank without video would hang those with video. So
+    the tower runs here too, at the same point of the forward. The clip's one token belongs to no group, no token sees
+    it and nothing is predicted from it: the tower's gradient is 0.
+    """
+    side = family.merge_size
+    return replace(
+        row,
+        token_ids=F.pad(row.token_ids, (0, 1), value=family.video_token),
+        positions=F.pad(row.positions, (0, 1)),
+        patches=row.patches.new_zeros(side**2, family.patch_dim),
+        grid_thw=row.grid_thw.new_tensor([[1, side, side]]),
+    )
+
+
 class PackedPolicy(nn.Module):
     """The policy network over packed rows; the one forward of trainer and reference.
 
     The distribution is the one the engine samples from: logits over temperature, vision placeholders banned.
     """
 
-    def __init__(self, network: PreTrainedModel, family: QwenVL, temperature: float):
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, temperature: float):
         super().__init__()
         self.network = network
         self.family = family
@@ -141,15 +165,15 @@ class PackedPolicy(nn.Module):
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution without gradient."""
         inputs: dict[str, Tensor] = {}
-        if len(row.patches):
+        if isinstance(self.family, QwenVL):
+            row = row if len(row.patches) else with_blank_clip(row, self.family)
+            inputs["position_ids"] = row.positions[:, None]
             inputs["pixel_values_videos"] = normalise(row.patches, self.family, self.network.dtype)
             inputs["video_grid_thw"] = row.grid_thw
+        else:
+            inputs["position_ids"] = row.positions
         hidden = self.network.model(
-            input_ids=row.token_ids[None],
-            position_ids=row.positions[:, None],
-            attention_mask={"full_attention": row.layout},
-            use_cache=False,
-            **inputs,
+            input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs
         ).last_hidden_state[0]
         # [M, vocabulary], only where a token is predicted: logits of a long prompt would be the largest tensor of all
         logits = self.network.lm_head(hidden[row.source]).float()
@@ -158,16 +182,3 @@ class PackedPolicy(nn.Module):
         all_logprobs = logprobs.detach()
         entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
         return logprobs.gather(1, row.target[:, None])[:, 0], entropy
-
-
-def micro_batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    """Cut the groups, in order, into rows of at most `budget` tokens each; a larger group goes alone."""
-    rows: list[list[Group]] = []
-    left = -1
-    for group in groups:
-        if group.cost > left or not rows:
-            rows.append([])
-            left = budget
-        rows[-1].append(group)
-        left -= group.cost
-    return rows

@@ -25,7 +25,8 @@ def probe(clip: Clip, variant: Variant, multiple: int) -> Clip:
     """
     frames = clip.frames
     if variant.startswith("tall"):
-        frames = _tall(frames, multiple)
+        clip = _long_enough(clip)
+        frames = _tall(clip.frames, multiple)
     if variant.endswith("altered"):
         order = np.random.default_rng(0).permutation(len(frames))
         shuffled = frames[order]
@@ -35,11 +36,22 @@ def probe(clip: Clip, variant: Variant, multiple: int) -> Clip:
 
 def _tall(frames: npt.NDArray[np.uint8], multiple: int) -> npt.NDArray[np.uint8]:
     """Crop the middle to k x k patches with k < T / 2; two frames make one step in time."""
-    if len(frames) < 4:
-        frames = np.concatenate([frames, 255 - frames])
     side = multiple * max(1, min(len(frames) // 2 - 1, frames.shape[1] // multiple, frames.shape[2] // multiple))
     top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
     return frames[:, top : top + side, left : left + side]
+
+
+def _long_enough(clip: Clip) -> Clip:
+    """Two or three frames are too few to be tall: the inverted ones follow, at the times that come next."""
+    n = len(clip.frames)
+    if n >= 4:
+        return clip
+    return replace(
+        clip,
+        frames=np.concatenate([clip.frames, 255 - clip.frames]),
+        indices=np.concatenate([clip.indices, clip.indices[-1] + 1 + np.arange(n)]),
+        pts_s=np.concatenate([clip.pts_s, clip.pts_s[-1] + (1 + np.arange(n)) / clip.fps]),
+    )
 
 
 def thumbnails(frames: npt.NDArray[np.uint8]) -> list[bytes]:

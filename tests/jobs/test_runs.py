@@ -42,6 +42,7 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
+    assert "Setting accelerator" not in err, "DeepSpeed guessed its device in the driver"
     return dict(json.loads(out.splitlines()[-1]))
 
 
@@ -152,12 +153,16 @@ def test_warm_start_goes_on_where_ctrl_c_stopped_it(tmp_path: Path) -> None:
     assert f"going on after step {before} of the warm start" in out
 
 
-def test_run_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+def test_adapters_with_a_reference_and_a_run_folder_of_another_config(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     data = f"{{synthetic: {{train: 8, eval: 4}}, cache_dir: {tmp_path}/cache}}"
     config.write_text(SMALL.format(data=data, steps=1, video="{height: 56, width: 56}"))
-    finish(start(config, f"run.dir={run}"))
-    process = start(config, f"run.dir={run}", "grpo.group_size=4")
+    lora = ("model.lora={rank: 4}", "grpo.kl_coef=0.1", "grpo.old_logprobs=trainer")
+    finish(start(config, f"run.dir={run}", *lora))
+    assert (run / "policy" / "adapter" / "adapter_model.safetensors").is_file()
+    (step,) = (row for row in metrics_of(run) if "policy/kl" in row)
+    assert step["policy/logprob_gap"] < 1e-4 and step["policy/kl"] == pytest.approx(0.0, abs=1e-9)
+    process = start(config, f"run.dir={run}", *lora, "grpo.group_size=4")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "grpo.group_size" in err and "Traceback" not in err

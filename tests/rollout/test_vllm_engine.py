@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
-from actors.clips import Encoded
-from actors.parity import check_parity
-from actors.trainer import GroupRef
-from rlvid.config import GrpoJobConfig, RolloutConfig
 from rlvid.errors import UserError
-from rlvid.models.families import load_family
-from rlvid.models.families.qwen_vl import QwenVL
-from rlvid.models.loading import load_model
-from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.buckets import to_buckets
-from rlvid.training.packing import Group, PackedPolicy, Responses, normalise, pack
-from rlvid.types import Prompt, Rollout, Sample, WeightSpan
-from rlvid.video.probes import Variant, probe
-from tests.prompts import clip_of, noise, prompt_of, sample_of
-
-
-class Both:
-    """Engine and trainer network with the same weights."""
-
-    def __init__(self, folder: Path):
-        self.family = load_family(folder)
-        self.policy = PackedPolicy(load_model(folder, "float32"), self.family, temperature=1.0)
-        cfg = RolloutConfig(max_model_len=512, max_sequences=32)
-        self.engine = VllmEngine(folder, self.family, cfg, "float32", seed=0, on_gpu=False)
-        self.version = 0
-
-    def generate(
-        self, prompts: Sequence[Prompt], n: int = 2, max_tokens: int = 8, temperature: float = 1.0
-    ) -> list[list[Rollout]]:
-        ids = [self.engine.submit(p, Sampling(n, temperature, max_tokens)) for p in prompts]
-        ended: dict[str, list[Rollout]] = {}
-        while self.engine.is_busy:
-            ended |= dict(self.engine.step())
-        return [ended[i] for i in ids]
-
-    @torch.no_grad()
-    def by_trainer(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> npt.NDArray[np.float32]:
-        ids = tuple(r.token_ids for r in rollouts)
-        weights = np.zeros(sum(map(len, ids)), dtype=np.float32)
-        return self.policy(pack([Group(prompt, Responses(token_ids=ids, weights=weights))]))[0].numpy()
-
-    def gap(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> float:
-        by_engine = np.concatenate([r.logprobs for r in rollouts])
-        return float(np.abs(by_engine - self.by_trainer(prompt, rollouts)).max())
-
-    def sync(self) -> None:
-        self.version += 1
-        self.engine.update_weights(self.version, list(to_buckets(self.policy.network.named_parameters(), 2**20)))
-
-    @torch.no_grad()
-    def move_weights(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for p in self.policy.network.parameters():
-            p.add_(0.03 * torch.randn(p.shape, generator=generator))
+from rlvid.training.packing import normalise
+from rlvid.types import Prompt, Rollout, WeightSpan
+from tests.prompts import prompt_of
+from tests.rollout.both import Both, run_check
 
 
 @pytest.fixture(scope="module")
@@ -131,48 +83,6 @@ def test_weights_change_between_two_steps_of_a_request(both: Both) -> None:
     assert rollout.versions[1].end == len(rollout.token_ids)
 
 
-class LocalFleet:
-    def __init__(self, both: Both):
-        self.both = both
-
-    def generate(self, prompts: Sequence[Encoded], sampling: Sampling) -> list[list[Rollout]]:
-        return self.both.generate([p.prompt for p in prompts], sampling.n, sampling.max_tokens, sampling.temperature)  # type: ignore[misc]
-
-    def first_logprobs(self, prompt: Encoded, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
-        return self.both.engine.first_logprobs(prompt.prompt, tokens, temperature)  # type: ignore[arg-type]
-
-
-class LocalTrainer:
-    def __init__(self, both: Both):
-        self.both = both
-
-    @torch.no_grad()
-    def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        return [self.both.policy(pack([Group(g.prompt, g.responses)]))[0].numpy() for g in groups]  # type: ignore[arg-type]
-
-
-class LocalClips:
-    """Two samples of noise; what the encoders do, without Ray."""
-
-    def __init__(self, family: QwenVL):
-        self.family = family
-
-    def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
-        encoded = []
-        for sample in samples:
-            clip = clip_of(noise(8, 112, 112, seed=int(sample.id)), f"noise-{sample.id}")
-            prompt = self.family.encode(sample, [probe(clip, variant, self.family.frame_multiple)])
-            encoded.append(Encoded(sample, prompt, prompt.length, prompt.cost))  # type: ignore[arg-type]
-        return encoded
-
-
-def run_check(both: Both) -> float:
-    both.sync()
-    cfg = GrpoJobConfig.model_validate({"model": {"tiny": {}}, "data": {"synthetic": {}}})
-    samples = [sample_of(sample_id="1"), sample_of(sample_id="2")]
-    return check_parity(LocalFleet(both), LocalTrainer(both), LocalClips(both.family), samples, cfg)  # type: ignore[arg-type]
-
-
 def test_parity_check_passes_where_all_is_well(both: Both) -> None:
     assert run_check(both) < 1e-4
 
@@ -183,7 +93,7 @@ def test_parity_check_finds_transformers_positions(both: Both, monkeypatch: pyte
 
     def with_their_positions(**inputs: object) -> object:
         """Positions of each prompt by transformers' rule; responses count on from them."""
-        layout = inputs["attention_mask"]["full_attention"]  # type: ignore[index]
+        layout = inputs["shared_prefix"]
         ids, positions = inputs["input_ids"], inputs["position_ids"].clone()  # type: ignore[attr-defined]
         prompt = layout.prompt_index[0][layout.prompt_index[0] >= 0]
         theirs, _ = network.get_rope_index(

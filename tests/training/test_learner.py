@@ -19,13 +19,13 @@ from tests.prompts import prompt_of
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(world_size: int, stage: int, model: Path, folder: Path) -> dict[str, Any]:
+def run_ranks(world_size: int, stage: int, model: Path, folder: Path, program: str = "learner_rank") -> dict[str, Any]:
     ranks = [
         subprocess.Popen(
             [
                 sys.executable,
                 "-m",
-                "tests.training.learner_rank",
+                f"tests.training.{program}",
                 str(rank),
                 str(world_size),
                 str(stage),
@@ -86,6 +86,22 @@ def test_two_ranks_under_zero_equal_one_process(
     assert two["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
     assert two["again"] == pytest.approx(two["losses"][3], abs=1e-6)
     assert two["buckets"][0] == two["buckets"][1]
+
+
+@pytest.fixture(scope="module")
+def mixed_alone(tiny_models: dict[str, Path], folder: Path) -> dict[str, Any]:
+    return run_ranks(1, 0, tiny_models["qwen3_vl"], folder, "mixed_rank")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_rank_without_video_keeps_step_with_one_that_has_nothing_else(
+    stage: int, mixed_alone: dict[str, Any], tiny_models: dict[str, Path], folder: Path
+) -> None:
+    """Steps and log-probs. Without the blank clip the ranks meet in different collectives."""
+    two = run_ranks(2, stage, tiny_models["qwen3_vl"], folder, "mixed_rank")
+    assert two["losses"] == pytest.approx(mixed_alone["losses"], abs=1e-5)
+    assert two["grad_norms"] == pytest.approx(mixed_alone["grad_norms"], rel=1e-4)
+    assert np.concatenate(two["logprobs"]) == pytest.approx(np.concatenate(mixed_alone["logprobs"][::2]), abs=1e-5)
 
 
 def test_step_after_a_restored_checkpoint_repeats_the_step(alone: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from rlvid.models.families import load_family
+from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
-from rlvid.training.packing import Group, PackedPolicy, Responses, micro_batches, normalise, pack
+from rlvid.training.packing import Group, PackedPolicy, Responses, normalise, pack
 from rlvid.types import Prompt
 from tests.prompts import noise, prompt_of
 
@@ -21,47 +23,74 @@ def responses(lengths: list[int], seed: int = 0) -> Responses:
 
 def separate_sequences(folder: Path, groups: list[Group], temperature: float) -> tuple[torch.nn.Module, torch.Tensor]:
     """Log-probs [M] by transformers' own attention, one sequence and one vision pass per response."""
-    from transformers import Qwen2VLForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     family = load_family(folder)
-    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    auto = AutoModelForImageTextToText if isinstance(family, QwenVL) else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, attn_implementation="eager")
     flat = []
     for group in groups:
         p: Prompt = group.prompt
+        video = {}
+        if p.spans:
+            video["pixel_values_videos"] = normalise(torch.from_numpy(p.patches), family, torch.float32)  # type: ignore[arg-type]
+            video["video_grid_thw"] = torch.from_numpy(p.grid_thw)
         for ids in group.responses.token_ids:
-            after = np.broadcast_to(p.next_position + np.arange(len(ids)), (3, len(ids)))
+            after = np.broadcast_to(p.next_position + np.arange(len(ids)), (len(p.positions), len(ids)))
+            positions = torch.from_numpy(np.concatenate([p.positions, after], axis=1)).long()
             logits = model(
                 input_ids=torch.from_numpy(np.concatenate([p.token_ids, ids])).long()[None],
-                position_ids=torch.from_numpy(np.concatenate([p.positions, after], axis=1)).long()[:, None],
-                pixel_values_videos=normalise(torch.from_numpy(p.patches), family, torch.float32) if p.spans else None,
-                video_grid_thw=torch.from_numpy(p.grid_thw) if p.spans else None,
+                position_ids=positions[:, None] if len(positions) == 3 else positions,
+                **video,
             ).logits[0, p.length - 1 : -1]
             logits[:, list(family.banned_tokens)] = float("-inf")
             flat.append((logits / temperature).log_softmax(-1).gather(1, torch.from_numpy(ids).long()[:, None])[:, 0])
     return model, torch.cat(flat)
 
 
-def test_shared_prompt_gives_the_same_logprobs_and_gradients_as_separate_sequences(tiny_model: Path) -> None:
-    family = load_family(tiny_model)
+@pytest.mark.parametrize("model", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3"])
+def test_shared_prompt_gives_the_same_logprobs_and_gradients_as_separate_sequences(
+    tiny_models: dict[str, Path], model: str
+) -> None:
+    folder = tiny_models[model]
+    family = load_family(folder)
+    side = family.frame_multiple
+    shapes = [(16, 2 * side, 2 * side)], [(4, 3 * side, 5 * side), (3, side, side)]  # merged T = 8 > max(H, W) = 2
+    if not isinstance(family, QwenVL):
+        shapes = [], []
     groups = [
-        Group(prompt_of(family, (16, 56, 56)), responses([5, 1, 9])),  # merged T = 8 > max(H, W) = 2
-        Group(prompt_of(family, (4, 84, 112), (2, 28, 28), seed=7), responses([3, 3, 3, 3], seed=1)),
+        Group(prompt_of(family, *shapes[0]), responses([5, 1, 9])),
         Group(prompt_of(family, question="How many shapes are there?"), responses([2], seed=2)),
+        Group(prompt_of(family, *shapes[1], seed=7), responses([3, 3, 3, 3], seed=1)),
     ]
-    policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=0.7)
+    policy = PackedPolicy(load_model(folder, "float32"), family, temperature=0.7)
     logprobs, entropy = policy(pack(groups))
     weights = torch.from_numpy(np.concatenate([g.responses.weights for g in groups]))
     (weights * logprobs).sum().backward()
 
-    model, expected = separate_sequences(tiny_model, groups, temperature=0.7)
+    plain, expected = separate_sequences(folder, groups, temperature=0.7)
     (weights * expected).sum().backward()
 
     assert (logprobs - expected).abs().max() < 1e-5
     assert torch.isfinite(entropy).all() and (entropy > 0).all()
-    gradients = dict(model.named_parameters())
+    gradients = dict(plain.named_parameters())
     for name, parameter in policy.network.named_parameters():
         theirs = gradients[name].grad
         assert (parameter.grad - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_row_without_video_runs_the_tower_to_no_effect(tiny_models: dict[str, Path], model: str) -> None:
+    family = load_family(tiny_models[model])
+    group = Group(prompt_of(family), responses([4, 2]))
+    policy = PackedPolicy(load_model(tiny_models[model], "float32"), family, temperature=1.0)
+    logprobs, _ = policy(pack([group]))
+    logprobs.sum().backward()
+    _, expected = separate_sequences(tiny_models[model], [group], temperature=1.0)
+    assert (logprobs - expected).abs().max() < 1e-5
+    for name, parameter in policy.network.named_parameters():  # a gradient everywhere, so that ranks can add theirs
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.any() != (".visual." in name), name
 
 
 def test_splitting_a_group_changes_nothing(tiny_model: Path) -> None:
@@ -70,9 +99,9 @@ def test_splitting_a_group_changes_nothing(tiny_model: Path) -> None:
     policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=1.0)
     with torch.no_grad():
         shared, _ = policy(pack([group]))
-        apart, _ = policy(pack(group.split()))
+        apart, _ = policy(pack(group.cut(0)))
     assert (shared - apart).abs().max() < 1e-5
-    assert np.array_equal(np.concatenate([g.responses.weights for g in group.split()]), group.responses.weights)
+    assert np.array_equal(np.concatenate([g.responses.weights for g in group.cut(0)]), group.responses.weights)
 
 
 def test_responses_do_not_see_each_other(tiny_model: Path) -> None:
@@ -90,7 +119,7 @@ def test_responses_do_not_see_each_other(tiny_model: Path) -> None:
 
 def test_placeholders_have_no_probability(tiny_model: Path) -> None:
     family = load_family(tiny_model)
-    banned = np.array([family.video_token, 270], dtype=np.int32)
+    banned = np.array([family.banned_tokens[0], 270], dtype=np.int32)
     policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=1.0)
     logprobs, _ = policy(
         pack([Group(prompt_of(family), Responses(token_ids=(banned,), weights=np.ones(2, np.float32)))])
@@ -98,35 +127,32 @@ def test_placeholders_have_no_probability(tiny_model: Path) -> None:
     assert logprobs[0] == float("-inf") and torch.isfinite(logprobs[1])
 
 
-def test_normalised_patches_equal_the_processors_float_output(tiny_model: Path) -> None:
-    from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
+@pytest.mark.parametrize("model", ["qwen2_vl", "qwen3_vl"])  # their pixel means differ
+def test_normalised_patches_equal_the_processors_float_output(tiny_models: dict[str, Path], model: str) -> None:
+    from transformers import AutoVideoProcessor
 
-    family = load_family(tiny_model)
-    frames = noise(4, 56, 84)
-    theirs = Qwen2VLVideoProcessor.from_pretrained(tiny_model)(
-        torch.from_numpy(frames).permute(0, 3, 1, 2), do_resize=False, return_tensors="pt"
+    family = load_family(tiny_models[model])
+    frames = noise(4, 2 * family.frame_multiple, 3 * family.frame_multiple)
+    theirs = AutoVideoProcessor.from_pretrained(tiny_models[model])(
+        torch.from_numpy(frames).permute(0, 3, 1, 2), do_sample_frames=False, do_resize=False, return_tensors="pt"
     )["pixel_values_videos"]
     ours = normalise(torch.from_numpy(family.patchify(frames)[1]), family, torch.float32)
     assert torch.equal(ours, theirs)
 
 
-def test_micro_batches_keep_order_and_budget(tiny_model: Path) -> None:
-    family = load_family(tiny_model)
-    group = Group(prompt_of(family, (8, 56, 56)), responses([4]))  # costs as many tokens each time
-    rows = micro_batches([group] * 5, 2 * group.cost + 1)
-    assert [len(row) for row in rows] == [2, 2, 1]
-    assert [len(row) for row in micro_batches([group] * 3, 1)] == [1, 1, 1]  # a larger one goes alone
-    assert group.cost == group.prompt.length + 64 + 4  # text tokens, patches, response
+def test_text_model_that_makes_its_own_mask(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Llama's forward builds a mask from what it is given; the row's layout has to get past it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
-
-@pytest.mark.parametrize("lengths", [[3], [1, 1], [2, 5]])
-def test_sources_are_the_tokens_before(tiny_model: Path, lengths: list[int]) -> None:
-    group = Group(prompt_of(load_family(tiny_model)), responses(lengths))
-    row = pack([group])
-    p, at = group.prompt.length, 0
-    expected = []
-    for n in lengths:
-        expected += [p - 1, *range(p + at, p + at + n - 1)]
-        at += n
-    assert row.source.tolist() == expected
-    assert row.target.tolist() == np.concatenate(group.responses.token_ids).tolist()
+    base = Qwen2Config.from_pretrained(tiny_models["qwen2"]).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "eos_token_id", "bos_token_id")
+    config = LlamaConfig(**{n: base[n] for n in names}, num_attention_heads=2, num_key_value_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_models["qwen2"] / file, tmp_path)
+    family = load_family(tmp_path)
+    groups = [Group(prompt_of(family), responses([5, 1])), Group(prompt_of(family, question="Why?"), responses([3]))]
+    with torch.no_grad():
+        logprobs, _ = PackedPolicy(load_model(tmp_path, "float32"), family, temperature=1.0)(pack(groups))
+        _, expected = separate_sequences(tmp_path, groups, temperature=1.0)
+    assert (logprobs - expected).abs().max() < 1e-5

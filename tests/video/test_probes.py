@@ -9,7 +9,9 @@ from tests.prompts import clip_of, noise
 
 @pytest.mark.parametrize("shape", [(8, 112, 140), (2, 56, 56), (16, 28, 28), (6, 280, 28)])
 def test_tall_clips_are_longer_in_time_than_in_space(shape: tuple[int, int, int]) -> None:
-    frames = probe(clip_of(noise(*shape), "c"), "tall", 28).frames
+    clip = probe(clip_of(noise(*shape), "c"), "tall", 28)
+    frames = clip.frames
+    assert len(frames) == len(clip.indices) == len(clip.pts_s) and (np.diff(clip.pts_s) > 0).all()
     t, h, w = len(frames) / 2, frames.shape[1] // 28, frames.shape[2] // 28
     assert t > max(h, w) >= 1 and frames.shape[1] % 28 == frames.shape[2] % 28 == 0
 

@@ -6,12 +6,21 @@ import json
 from pathlib import Path
 
 from rlvid.errors import UserError
-from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.qwen_vl import Qwen3VL, Qwen25VL, QwenVL
+from rlvid.models.families.text import TextModel
 
-FAMILIES = {"qwen2_vl": QwenVL}
+FAMILIES: dict[str, type[ChatFamily]] = {
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
+    "qwen2": TextModel,
+    "qwen3": TextModel,
+    "llama": TextModel,
+}
 
 
-def load_family(folder: Path) -> QwenVL:
+def load_family(folder: Path) -> ChatFamily:
     """The prompt side of the checkpoint in `folder`.
 
     Raises:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,34 +12,97 @@ import torch
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.families import load_family
-from rlvid.models.families.qwen_vl import QwenVL, rotary_positions
-from rlvid.types import Message, Sample, Span, VideoRef
+from rlvid.models.families.qwen_vl import Qwen3VL, QwenVL
+from rlvid.models.families.rotary import rotary_positions
+from rlvid.types import Clip, Message, Sample, Span, VideoRef
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 
 
 @pytest.fixture(scope="module")
 def family(tiny_model: Path) -> QwenVL:
-    return load_family(tiny_model)
+    return load_family(tiny_model)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("shape", [(8, 56, 56), (7, 84, 56), (2, 28, 140)])
-def test_patches_equal_the_processors_own(family: QwenVL, tiny_model: Path, shape: tuple[int, int, int]) -> None:
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def any_family(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> QwenVL:
+    return load_family(tiny_models[request.param])  # type: ignore[return-value]
+
+
+def by_processor(family: QwenVL, sample: Sample, clips: Sequence[Clip]) -> Mapping[str, Any]:
+    """What transformers' processor makes of the same frames; patches left as uint8."""
     torchvision_ops.ensure()
-    from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
+    from transformers import AutoProcessor
+    from transformers.video_utils import VideoMetadata
 
-    frames = noise(*shape)
-    processor = Qwen2VLVideoProcessor.from_pretrained(tiny_model)
-    theirs = processor(
-        torch.from_numpy(frames).permute(0, 3, 1, 2),
+    processor = AutoProcessor.from_pretrained(family.folder)
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "video"}
+        for part in sample.messages[0].content
+    ]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(  # type: ignore[no-any-return]
+        text=[text],
+        videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips],
+        video_metadata=[
+            VideoMetadata(total_num_frames=c.n_frames, fps=c.fps, frames_indices=c.indices.tolist()) for c in clips
+        ],
+        do_sample_frames=False,
         do_resize=False,
         do_rescale=False,
         do_normalize=False,
         return_tensors="pt",
     )
-    grid, ours = family.patchify(frames)
-    assert ours.dtype == np.uint8
-    assert grid == tuple(theirs["video_grid_thw"][0].tolist())
-    assert np.array_equal(ours, theirs["pixel_values_videos"].numpy())
+
+
+@pytest.mark.parametrize("shapes", [[(8, 2, 2)], [(7, 3, 2), (2, 1, 5)]])
+def test_prompt_equals_the_processors(any_family: QwenVL, shapes: list[tuple[int, int, int]]) -> None:
+    side = any_family.frame_multiple
+    clips = []
+    for i, (t, h, w) in enumerate(shapes):
+        # every 7th frame of a file at 29.97 frames a second, with a tail that is not shown
+        sampled = {"indices": 7 * np.arange(t), "n_frames": 7 * t - 2, "fps": 30000 / 1001}
+        clips.append(replace(clip_of(noise(t, h * side, w * side, seed=i), f"c{i}"), **sampled))
+    sample = sample_of(len(clips))
+    ours, theirs = any_family.encode(sample, clips), by_processor(any_family, sample, clips)
+    assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    assert ours.grid_thw.tolist() == theirs["video_grid_thw"].tolist()
+    assert ours.patches.dtype == np.uint8
+    assert np.array_equal(ours.patches, theirs["pixel_values_videos"].numpy())
+    if "second_per_grid_ts" in theirs:
+        assert ours.seconds_per_patch == pytest.approx([float(s) for s in theirs["second_per_grid_ts"]], rel=1e-6)
+
+
+def test_clock_of_a_clip_whose_tail_is_never_sampled(any_family: QwenVL) -> None:
+    """The processor would stretch 8 frames of the first second over the whole minute."""
+    clip = replace(clip_of(noise(8, 64, 64), "c"), indices=4 * np.arange(8), n_frames=1800, fps=30.0)
+    assert any_family.seconds_per_patch(clip) == pytest.approx(2 * 29 / 30 / 8)  # of two frames, 29 frames shown
+
+
+def test_runs_of_placeholders_match_the_grid(any_family: QwenVL) -> None:
+    side = any_family.frame_multiple
+    prompt = prompt_of(any_family, (8, 2 * side, 2 * side), (4, side, 3 * side))
+    per_patch = [4] * 4 + [3] * 2
+    assert [s.length for s in prompt.spans] == (per_patch if isinstance(any_family, Qwen3VL) else [16, 6])
+    runs = [prompt.token_ids[s.offset : s.offset + s.length] for s in prompt.spans]
+    assert all((run == any_family.video_token).all() for run in runs)
+    assert (prompt.token_ids == any_family.video_token).sum() == 22
+    assert len(prompt.patches) == 4 * 22
+    assert prompt.next_position == prompt.positions.max() + 1
+
+
+def test_time_is_written_before_each_patch(tiny_models: dict[str, Path]) -> None:
+    family = load_family(tiny_models["qwen3_vl"])
+    prompt = prompt_of(family, (5, 32, 32))  # 8 frames a second, the last one repeated
+    text = family.tokenizer.decode(prompt.token_ids.tolist(), skip_special_tokens=False)
+    patch = "<|vision_start|><|video_pad|><|vision_end|>"
+    times = f"<0.1 seconds>{patch}<0.3 seconds>{patch}<0.5 seconds>{patch}"
+    assert f"user\n<|vision_start|>{times}<|vision_end|>Which shape" in text
+
+
+def test_time_steps_are_scaled_and_rounded_down() -> None:
+    # a video of 4 x 1 x 1 merged patches, 1.5 positions apart, and a text token
+    positions = rotary_positions(5, [Span(0, 4)], np.array([[4, 2, 2]]), merge_size=2, time_steps=[1.5])
+    assert positions.tolist() == [[0, 1, 3, 4, 5], [0, 0, 0, 0, 5], [0, 0, 0, 0, 5]]
 
 
 def test_text_counts_on_from_the_largest_position() -> None:
@@ -68,16 +134,6 @@ def test_positions_against_transformers(
         ids, (ids == family.video_token).int() * 2, video_grid_thw=torch.from_numpy(prompt.grid_thw)
     )
     assert np.array_equal(theirs[:, 0].numpy(), prompt.positions) is is_equal
-
-
-def test_placeholders_match_the_grid(family: QwenVL) -> None:
-    prompt = prompt_of(family, (8, 56, 56), (4, 28, 84))
-    assert [s.length for s in prompt.spans] == [4 * 2 * 2, 2 * 1 * 3]
-    runs = [prompt.token_ids[s.offset : s.offset + s.length] for s in prompt.spans]
-    assert all((run == family.video_token).all() for run in runs)
-    assert (prompt.token_ids == family.video_token).sum() == 22
-    assert len(prompt.patches) == 4 * 22
-    assert prompt.next_position == prompt.positions.max() + 1
 
 
 def test_conversation_follows_chatml(family: QwenVL) -> None:

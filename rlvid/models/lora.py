@@ -1,0 +1,105 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on the language model's linear layers, by peft.
+
+The adapters are injected into the network, so it keeps its own class and forward. An adapter file has peft's format:
+`PeftModel.from_pretrained` and vLLM's `LoRARequest` load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlvid.config import LoraConfig
+from rlvid.errors import UserError
+
+ADAPTER = "default"  # peft's name for the only one
+PEFT_PREFIX = "base_model.model."  # before every name in peft's adapter files
+
+
+def peft_config(cfg: LoraConfig):  # type: ignore[no-untyped-def]  # peft is imported late
+    """peft's configuration. The vision tower is left out: vLLM takes adapters on the language model only."""
+    from peft import LoraConfig as PeftConfig
+
+    targets = rf"(?!.*\bvisual\b).*\.(?:{'|'.join(cfg.targets)})"
+    return PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+
+
+def add_adapters(network: nn.Module, cfg: LoraConfig, seed: int = 0) -> None:
+    """Freeze the network and put an adapter beside each target layer; at first it changes nothing (B is 0).
+
+    Args:
+        seed: all ranks of a trainer must draw the same A.
+
+    Raises:
+        UserError: no layer has one of the target names.
+    """
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(peft_config(cfg), network, adapter_name=ADAPTER)
+        except ValueError as e:
+            raise UserError(f"model.lora.targets={list(cfg.targets)}: {e}") from e
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def file_name(name: str) -> str:
+    """A parameter's name in the network -> in an adapter file."""
+    return PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
+
+
+@contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """The base model: what the adapters were put beside."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # it would also make a frozen adapter trainable; there is none
+
+
+def merged(state: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:
+    """The network's parameters with W + alpha / rank * B A in place of the adapted layers, under a plain checkpoint's
+    names."""
+    plain = {}
+    for name, tensor in state.items():
+        if is_adapter(name):
+            continue
+        stem, base, leaf = name.rpartition(".base_layer.")
+        if base and leaf == "weight":
+            a, b = (state[f"{stem}.lora_{x}.{ADAPTER}.weight"].float() for x in "AB")
+            tensor = (tensor.float() + cfg.alpha / cfg.rank * (b @ a)).to(tensor.dtype)
+        plain[f"{stem}.{leaf}" if base else name] = tensor
+    return plain
+
+
+def save_adapter(folder: Path, state: Mapping[str, Tensor], cfg: LoraConfig, base: str = "") -> None:
+    """Write an adapter file and its configuration.
+
+    Args:
+        state: adapter tensors under the file's names (`file_name`).
+        base: the checkpoint that the adapter belongs to.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = peft_config(cfg)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors")

@@ -1,0 +1,89 @@
+"""Both forms of packed attention against plain causal attention on separate sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlvid.models.attention import SharedPrefixLayout, flex_attend, shared_prefix_attention
+
+GROUPS = [(5, [3, 1, 4]), (9, [2, 6]), (1, [1])]
+HEADS, KV_HEADS, DIM = 4, 2, 8
+
+
+def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each response's sequence by itself: [heads, N, D], a prompt's rows from its first sequence."""
+    out = torch.zeros_like(q[0])
+    at = 0
+    for prompt, lengths in GROUPS:
+        of_prompt = torch.arange(at, at + prompt)
+        at += prompt
+        for n in lengths:
+            rows = torch.cat([of_prompt, torch.arange(at, at + n)])
+            x = (t[:, :, rows] for t in (q, k, v))
+            o = F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)[0]
+            out[:, rows[prompt:]] = o[:, prompt:]
+            out[:, of_prompt] = o[:, :prompt]
+            at += n
+    return out
+
+
+@pytest.fixture
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    n = sum(p + sum(lengths) for p, lengths in GROUPS)
+    return [torch.randn(1, h, n, DIM, generator=generator).requires_grad_() for h in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def test_packed_attention_and_its_gradients_equal_separate_sequences(inputs: list[Tensor]) -> None:
+    check(inputs, shared_prefix_attention(nn.Identity(), *inputs, SharedPrefixLayout.of(GROUPS))[0][0].transpose(0, 1))
+
+
+def test_flex_attention_equals_separate_sequences(inputs: list[Tensor]) -> None:
+    """Without gradients: FlexAttention has no backward on CPU."""
+    inputs = [x.detach() for x in inputs]
+    out = flex_attend(*inputs, SharedPrefixLayout.of(GROUPS), DIM**-0.5, is_compiled=False)[0]
+    torch.testing.assert_close(out, apart(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_flex_attention_and_its_gradients_on_gpu(inputs: list[Tensor]) -> None:
+    inputs = [F.pad(x, (0, 16 - DIM)).detach().cuda().requires_grad_() for x in inputs]  # 16: its smallest head
+    layout = SharedPrefixLayout.of(GROUPS).to(torch.device("cuda"))
+    check(inputs, shared_prefix_attention(nn.Identity(), *inputs, layout)[0][0].transpose(0, 1), atol=1e-3)
+
+
+def check(inputs: list[Tensor], got: Tensor, atol: float = 1e-5) -> None:
+    """`got` and the gradients of a random sum of it against those of separate sequences."""
+    expected = apart(*inputs)
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.device)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    grads = torch.autograd.grad((got * weights).sum(), inputs)
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, atol=atol, rtol=0)
+
+
+def test_tokens_behind_the_last_group_see_nothing(inputs: list[Tensor]) -> None:
+    layout = SharedPrefixLayout.of(GROUPS)
+    longer = [F.pad(x.detach(), (0, 0, 0, 1)) for x in inputs]
+    for out in (
+        flex_attend(*longer, layout, DIM**-0.5, is_compiled=False)[0],
+        shared_prefix_attention(nn.Identity(), *longer, layout)[0][0].transpose(0, 1),
+    ):
+        assert (out[:, -1] == 0).all()
+        torch.testing.assert_close(out[:, :-1], apart(*inputs), atol=1e-5, rtol=0)
+
+
+def test_owners_name_group_and_response_of_each_token() -> None:
+    group, response = SharedPrefixLayout.of([(2, [1, 2]), (1, [2])]).owners()
+    assert group.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert response.tolist() == [-1, -1, 0, 1, 1, -1, 0, 0]
+
+
+def test_dropout_is_refused(inputs: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="dropout"):
+        shared_prefix_attention(nn.Identity(), *inputs, SharedPrefixLayout.of(GROUPS), dropout=0.1)

@@ -1,0 +1,65 @@
+"""Adapters under the real DeepSpeed engine: what is trained, sent, kept as reference and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlvid.models.families import load_family
+from rlvid.models.loading import load_model
+from rlvid.training.packing import Group, PackedPolicy, Responses, pack
+from tests.prompts import prompt_of
+from tests.training.test_learner import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lora")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, folder: Path) -> dict[str, Any]:
+    return run_ranks(1, 0, tiny_model, folder, "lora_rank")
+
+
+def check_reference(logprobs: dict[str, list[float]]) -> None:
+    assert logprobs["off"] == pytest.approx(logprobs["base"], abs=1e-6)
+    assert logprobs["moved"] != pytest.approx(logprobs["base"], abs=1e-2)
+    assert logprobs["frozen"] == pytest.approx(logprobs["moved"], abs=1e-6)
+    assert logprobs["after"] != pytest.approx(logprobs["moved"], abs=1e-3)
+
+
+def test_adapters_learn_and_the_reference_stays(alone: dict[str, Any]) -> None:
+    assert alone["losses"][3] < alone["losses"][0]
+    check_reference(alone["logprobs"])
+    assert alone["again"] == pytest.approx(alone["losses"][3], abs=1e-6)
+
+
+def test_only_adapters_are_sent_and_saved(alone: dict[str, Any], tiny_model: Path) -> None:
+    assert len(alone["sent"]) == 2 * 7 * 4  # A and B of seven layers in each of four blocks
+    assert all(name.startswith("base_model.model.") and ".lora_" in name for name in alone["sent"])
+    assert alone["checkpoint_bytes"] < (tiny_model / "model.safetensors").stat().st_size / 2
+
+
+def test_two_ranks_under_zero_3_equal_one_process(alone: dict[str, Any], tiny_model: Path, folder: Path) -> None:
+    two = run_ranks(2, 3, tiny_model, folder, "lora_rank")
+    assert two["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert two["again"] == pytest.approx(two["losses"][3], abs=1e-6)
+    assert two["sent"] == alone["sent"]
+    check_reference(two["logprobs"])
+
+
+def test_exported_checkpoint_is_the_adapted_policy(alone: dict[str, Any], folder: Path) -> None:
+    export = folder / "export-0-1"
+    family = load_family(export)
+    answer = family.encode_answer("square")
+    group = Group(prompt_of(family, (4, 56, 56), seed=0), Responses(token_ids=(answer,), weights=np.zeros(len(answer))))
+    with torch.no_grad():
+        logprobs = PackedPolicy(load_model(export, "float32"), family, 1.0)(pack([group]))[0]
+    # exported after a step that was taken up from the checkpoint and done once more: the same weights
+    assert logprobs.tolist() == pytest.approx(alone["logprobs"]["after"], abs=1e-5)
+    assert (export / "adapter" / "adapter_model.safetensors").exists()
