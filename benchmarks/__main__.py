@@ -1,0 +1,84 @@
+"""`python -m benchmarks [NAME ...]`: run the benchmarks one after another and write their figures into
+docs/performance.md, the machine named. Without names, all of them.
+
+Figures of benchmarks that are not run stay as they were; one that fails leaves its row empty and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.harness import machine
+
+PAGE = Path("docs/performance.md")
+FIGURES = Path("benchmarks/figures.json")  # the last figures of each, so that one benchmark can be run anew
+BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"
+
+# What each key has to reach; keys without a bound are shown beside them.
+BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
+    "shared_prefix": {
+        "ratio_300": (">=", 3),
+        "ratio_1000": (">=", 5),
+        "max_logprob_diff": ("<=", 1e-5),
+        "grad_rel_diff": ("<=", 1e-5),
+    },
+    "grpo_vs_trl": {"ratio_short": (">=", 1), "ratio_long": (">=", 4), "first_loss_diff": ("<=", 1e-5)},
+    "weight_sync": {"memcpy_ratio_50m": (">=", 0.25), "memcpy_ratio_200m": (">=", 0.25), "calls_per_bucket": ("<=", 1)},
+    "video_read": {"worst_ratio": ("<=", 1.15), "wrong_frames": ("<=", 0)},
+    "memory": {"demo_peak_gib": ("<=", 8), "bytes_per_prompt_ratio": ("<=", 1.1), "stream_peak_gib": ("<=", 1)},
+    "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BOUNDS))
+    names = parser.parse_args().names or list(BOUNDS)
+    if unknown := set(names) - set(BOUNDS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BOUNDS)}")
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    failed = False
+    for name in names:
+        print(f"--- {name}", flush=True)
+        begin = time.monotonic()
+        figures[name] = run(name)
+        print(f"--- {name}: {time.monotonic() - begin:.0f} s", flush=True)
+        failed |= not figures[name]
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(figures)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    return int(failed)
+
+
+def run(name: str) -> dict[str, float | str]:
+    """The last line's JSON and the machine; empty where the benchmark failed."""
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        last = ""
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line
+    return {**json.loads(last), "machine": machine()} if process.returncode == 0 else {}
+
+
+def table(figures: dict[str, dict[str, float | str]]) -> str:
+    """Markdown: a row per figure, with what it has to reach."""
+    lines = ["| benchmark | figure | value | bound | machine |", "|---|---|---|---|---|"]
+    for name, bounds in BOUNDS.items():
+        for key, value in figures.get(name, {}).items():
+            if key == "machine":
+                continue
+            sign, bound = bounds.get(key, ("", ""))
+            shown = f"{value:g}" if isinstance(value, int | float) else str(value)
+            lines.append(f"| {name} | `{key}` | {shown} | {sign} {bound} | {figures[name]['machine']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""A tiny model and video prompts of a wished length, for benchmarks that compare forwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlvid.config import TinyModelConfig
+from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.tiny import make_tiny
+from rlvid.types import Clip, Message, Prompt, Sample, VideoRef
+
+TEXTS = [
+    "What colour is the shape, and which way does it move? Answer with one word.",
+    "red green blue yellow circle square triangle left right up down one two three",
+]
+QUESTION = "What colour is the shape?"
+
+
+def frames_of(n_tokens: int, seed: int) -> np.ndarray:
+    """Random frames [T, H, W, 3] uint8 that make about `n_tokens` video tokens: as square as that allows."""
+    temporal = 2 if n_tokens < 200 else 4 if n_tokens < 600 else 8
+    height = max(1, round((n_tokens / temporal) ** 0.5))
+    width = max(1, round(n_tokens / temporal / height))
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (2 * temporal, 28 * height, 28 * width, 3), dtype=np.uint8)
+
+
+def video_sample(index: int) -> Sample:
+    messages = (Message("user", (VideoRef(0), QUESTION)),)
+    return Sample(id=f"clip-{index}", videos=(f"clip-{index}.mp4",), messages=messages, answer="red")
+
+
+def video_prompt(family: QwenVL, n_tokens: int, index: int = 0) -> Prompt:
+    """Prompt of about `n_tokens` tokens, nearly all of them video; another clip for each index."""
+    text = family.encode(Sample("text", (), (Message("user", (QUESTION,)),), ""), ()).length
+    frames = frames_of(n_tokens - text - 2, seed=index)
+    clip = Clip(
+        clip_id=f"clip-{n_tokens}-{index}",
+        frames=frames,
+        pts_s=np.arange(len(frames)) / 8.0,
+        indices=np.arange(len(frames)),
+        n_frames=len(frames),
+        fps=8.0,
+        reader="random",
+        content_sha256="",
+    )
+    return family.encode(video_sample(index), [clip])
+
+
+def tiny_model(folder: Path, **settings: Any) -> Path:
+    """A random Qwen2-VL of about a million parameters in `folder`; `settings` are keys of `model.tiny`."""
+    make_tiny(folder, TinyModelConfig(**settings), TEXTS, seed=0)
+    return folder
