@@ -57,8 +57,10 @@ def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
     if cfg.grpo.kl_coef:
         team.freeze_reference(session.folder.dir / "reference.safetensors", has_begun)
     team.fleet.sync(team.trainer, start)
-    gap = check_parity(team.fleet, team.trainer, session.clips, distinct(session.train, 16), cfg)
-    session.console.message(f"parity: engine and trainer agree within {gap:.1e} and see the video")
+    probed = distinct(session.train, 16)
+    gap = check_parity(team.fleet, team.trainer, session.clips, probed, cfg)
+    sees = " and see the video" if any(s.videos for s in probed) else ""
+    session.console.message(f"parity: engine and trainer agree within {gap:.1e}{sees}")
     if not has_begun:
         session.state.pop(WARM_START_STEP, None)
         session.state["accuracy_before"] = evaluation(session, team, tracker, 0).get("eval/accuracy")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlvid.models.attention import SharedPrefixLayout
 from rlvid.models.families.chat import ChatFamily
@@ -22,6 +23,8 @@ from rlvid.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+LOGITS_AT_A_TIME = 2**27  # 512 MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,8 @@ class PackedPolicy(nn.Module):
         self.temperature = temperature
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution without gradient."""
+        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution, which carries no
+        gradient and is left out ([0]) where none is asked for."""
         inputs: dict[str, Tensor] = {}
         if isinstance(self.family, QwenVL):
             row = row if len(row.patches) else with_blank_clip(row, self.family)
@@ -175,10 +179,26 @@ class PackedPolicy(nn.Module):
         hidden = self.network.model(
             input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs
         ).last_hidden_state[0]
-        # [M, vocabulary], only where a token is predicted: logits of a long prompt would be the largest tensor of all
-        logits = self.network.lm_head(hidden[row.source]).float()
+        hidden = hidden[
+            row.source
+        ]  # logits only where a token is predicted: those of a long prompt would be the largest
+        size = max(1, LOGITS_AT_A_TIME // self.network.config.get_text_config().vocab_size)
+        if len(hidden) <= size:
+            return self._predict(hidden, row.target)
+        # Each part's logits are made again in the backward, so never more than one part's are kept.
+        parts = [
+            checkpoint(self._predict, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(size), row.target.split(size), strict=True)
+        ]
+        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+    def _predict(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [M] of `target` [M] and entropy [M] from hidden states [M, D]."""
+        logits = self.network.lm_head(hidden).float()
         logits[:, list(self.family.banned_tokens)] = float("-inf")
         logprobs = (logits / self.temperature).log_softmax(-1)
+        chosen = logprobs.gather(1, target[:, None])[:, 0]
+        if not torch.is_grad_enabled():
+            return chosen, chosen.new_zeros(0)
         all_logprobs = logprobs.detach()
-        entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
-        return logprobs.gather(1, row.target[:, None])[:, 0], entropy
+        return chosen, -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan

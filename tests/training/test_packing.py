@@ -156,3 +156,23 @@ def test_text_model_that_makes_its_own_mask(tiny_models: dict[str, Path], tmp_pa
         logprobs, _ = PackedPolicy(load_model(tmp_path, "float32"), family, temperature=1.0)(pack(groups))
         _, expected = separate_sequences(tmp_path, groups, temperature=1.0)
     assert (logprobs - expected).abs().max() < 1e-5
+
+
+def test_logits_in_parts_give_the_same_logprobs_and_gradients(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load_family(tiny_model)
+    row = pack([Group(prompt_of(family, (4, 56, 56)), responses([5, 3, 4]))])
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=0.7)
+        logprobs, entropy = policy(row)
+        (logprobs * torch.arange(12) / 12).sum().backward()
+        return logprobs.detach(), entropy, [p.grad for p in policy.parameters() if p.grad is not None]
+
+    whole = run()
+    vocabulary = load_model(tiny_model, "float32").config.text_config.vocab_size
+    monkeypatch.setattr("rlvid.training.packing.LOGITS_AT_A_TIME", 5 * vocabulary)  # parts of 5, 5 and 2 tokens
+    parts = run()
+    torch.testing.assert_close(parts[:2], whole[:2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts[2], whole[2], atol=1e-5, rtol=1e-5)
