@@ -3,7 +3,7 @@
 Libraries disagree on which frame is "number 17": open GOPs, edit lists, variable frame rates and headers that lie. So
 the frame index comes from the packets, a frame counts as found only when its own time says so, and when one does not
 appear the whole file is decoded in order. One thread per clip, because parallelism is over clips; only wanted frames
-are converted, straight to the size of the model.
+are converted, straight to the size of the model, and pictures that neither they nor others need are not decoded.
 
 A file that is damaged where it is read is refused, not salvaged.
 """
@@ -13,10 +13,11 @@ from __future__ import annotations
 import ctypes
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, cast
 
 import av
 import av.logging
@@ -206,21 +207,58 @@ def _seek_frames(
     Raises:
         _FrameNotFound: Decoding from the keyframe before did not show it.
     """
-    frames: Iterator[VideoFrame] = iter(())
-    current_key: int | None = None
+    by_key: dict[int, dict[int, int]] = {}  # time of the keyframe before -> time of the frame -> position
     for position in positions:
         wanted = index.pts[position]
         before = bisect_right(index.key_pts, wanted)
         if before == 0:
             raise _FrameNotFound
-        key = index.key_pts[before - 1]
-        if key != current_key:
-            container.seek(key, stream=stream, backward=True)
-            frames, current_key = _decode(container, stream, deadline), key
-        frame = next((f for f in frames if f.pts is None or f.pts >= wanted), None)
-        if frame is None or frame.pts != wanted:
-            raise _FrameNotFound
-        yield position, frame
+        by_key.setdefault(index.key_pts[before - 1], {})[wanted] = position
+    for key, group in by_key.items():
+        container.seek(key, stream=stream, backward=True)
+        found = (f for f in _decode_only(container, stream, group.keys(), deadline) if f.pts in group)
+        for wanted, position in group.items():
+            frame = next(found, None)
+            if frame is None or frame.pts != wanted or (frame.interlaced_frame and _is_progressive(stream)):
+                raise _FrameNotFound
+            yield position, frame
+
+
+def _decode_only(
+    container: InputContainer, stream: VideoStream, wanted: Collection[int], deadline: _Deadline
+) -> Iterator[VideoFrame]:
+    """Decode from where the container stands until all times `wanted` are there, and of the rest only what they need.
+
+    Pictures that no other one refers to are a third to a half of a file with B-frames: they are left out. After the
+    last wanted packet the decoder is emptied, instead of feeding it as many packets as it holds back.
+    """
+    decoder, missing = stream.codec_context, set(wanted)
+    skip: Literal["NONREF", "DEFAULT"] = "NONREF" if _tells_unreferenced(stream) else "DEFAULT"
+    # The two fields of an interlaced picture may be two packets: half a picture must not be forced out.
+    is_progressive = _is_progressive(stream)
+    for packet in _demux(container, stream, deadline):
+        decoder.skip_frame = "DEFAULT" if packet.pts in wanted or not is_progressive else skip
+        yield from _intact(decoder.decode(packet))
+        missing.discard(cast(int, packet.pts))
+        if is_progressive and not missing:
+            break
+    yield from _intact(decoder.decode(None))
+
+
+def _is_progressive(stream: VideoStream) -> bool:
+    return stream.codec_context.field_order in (0, 1)  # AVFieldOrder: unknown (codecs without fields), progressive
+
+
+def _tells_unreferenced(stream: VideoStream) -> bool:
+    """Whether a packet of this stream says for certain that no other picture refers to it.
+
+    In H.264 it does (nal_ref_idc is 0). In HEVC it says so within its temporal layer only, so the `hvcC` box must say
+    that there is one layer (ISO 14496-15, 8.3.3: numTemporalLayers, where 0 means unknown).
+    """
+    if stream.codec_context.name == "h264":
+        return True
+    box = stream.codec_context.extradata or b""
+    return stream.codec_context.name == "hevc" and len(box) > 22 and box[0] == 1 and box[21] >> 3 & 7 == 1
 
 
 def _decode(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> Iterator[VideoFrame]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from av.video.frame import VideoFrame
 
 from rlvid.errors import BadClip
 from rlvid.video import pyav_reader
@@ -95,6 +97,62 @@ def test_file_that_starts_with_an_open_gop_is_counted_from_its_first_whole_frame
     assert decoded.n_frames == 28
     assert read_numbers(decoded.frames) == [12 + i for i in decoded.indices]
     assert in_order_reads == ([] if name == "cut.mp4" else [str(path)])
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Times of the frames that come out of the decoder."""
+    times: list[int] = []
+    intact = pyav_reader._intact
+
+    def record(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+        for frame in intact(frames):
+            times.append(cast(int, frame.pts))
+            yield frame
+
+    monkeypatch.setattr(pyav_reader, "_intact", record)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "leaves_out"),
+    [
+        ("h264.mp4", {"options": {"g": "60", "bf": "3"}}, True),
+        ("h264.mkv", {"options": {"g": "20", "bf": "3", "x264-params": "weightp=2:ref=4"}}, True),
+        ("open_gop.mp4", {"options": OPEN_GOP}, True),
+        ("interlaced.mp4", {"options": {"g": "60", "bf": "3", "x264-params": "tff=1"}}, False),
+        ("hevc.mp4", {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=4"}}, True),
+        # In a stream of several temporal layers a picture that its own layer does not need may be needed by the next.
+        ("layers.mp4", {"codec": "libx265", "options": {"x265-params": "log-level=none:temporal-layers=3"}}, False),
+        ("vp9.webm", {"codec": "libvpx-vp9", "options": {"g": "60", "cpu-used": "8"}}, False),
+        ("av1.mp4", {"codec": "libsvtav1", "options": {"preset": "12", "g": "60"}}, False),
+    ],
+)
+def test_left_out_pictures_do_not_change_those_that_are_read(
+    tmp_path: Path,
+    decoded: list[int],
+    in_order_reads: list[str],
+    name: str,
+    keys: dict[str, Any],
+    leaves_out: bool,
+) -> None:
+    path = write_video(tmp_path / name, range(60), **keys)
+    with av.open(str(path)) as container:
+        whole = [frame.reformat(168, 84, "rgb24", interpolation="BICUBIC") for frame in container.decode(video=0)]
+    for sampling, frames in (("linspace", 8), ("mid_segment", 8), ("mid_segment", 30), ("linspace", 2)):
+        decoded.clear()
+        clip = read(path, sampling=sampling, frames=frames)
+        assert read_numbers(clip.frames) == clip.indices.tolist()
+        np.testing.assert_array_equal(clip.frames, np.stack([whole[i].to_ndarray() for i in clip.indices]))
+    assert (len(decoded) < 50) is leaves_out  # first and last frame
+    assert in_order_reads == []
+
+
+def test_nothing_is_decoded_after_the_last_wanted_frame(tmp_path: Path, decoded: list[int]) -> None:
+    path = write_video(tmp_path / "a.mp4", range(60), options={"g": "60", "bf": "3"})
+    assert read_numbers(read(path, sampling="first_seconds", seconds=2.0, frames=2).frames) == [0, 19]
+    tick = 1024  # at 10 frames a second FFmpeg counts in 1/10240 s
+    assert max(decoded) < 24 * tick  # at most the reference frames that 19 is made from
 
 
 def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path: Path) -> None:
