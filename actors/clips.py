@@ -32,6 +32,7 @@ from rlvid.video.probes import Variant, probe, thumbnails
 logger = logging.getLogger(__name__)
 TRIES = 2
 ENCODER_START_S = 60.0  # the first call waits for its process
+INLINE_BYTES = 100 * 1024  # results up to this size come to the caller within Ray's message, not in the object store
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Outcome:
 
     n_tokens: int = 0
     cost: int = 0
+    patch_bytes: int = 0
     decodes: int = 0
     cache_hits: int = 0
     bad: tuple[str, str] | None = None  # path and reason
@@ -92,7 +94,9 @@ class Encoder:
             clips.append(probe(clip, variant, self._family.frame_multiple))
             hits += is_hit
         prompt = self._family.encode(sample, clips, self._source.max_prompt_tokens)
-        return prompt, Outcome(prompt.length, prompt.cost, decodes=len(clips) - hits, cache_hits=hits)
+        return prompt, Outcome(
+            prompt.length, prompt.cost, prompt.patches.nbytes, decodes=len(clips) - hits, cache_hits=hits
+        )
 
     def strip(self, sample: Sample) -> list[bytes]:
         """A few frames of a sample's clips as JPEG files, for the report."""
@@ -231,4 +235,8 @@ class ClipStore:
         if outcome.bad:
             self._set_aside(*outcome.bad)
             return None
+        if outcome.patch_bytes < INLINE_BYTES:
+            # Ray would copy a result this small into the message of every call that it is handed to: pixels would pass
+            # through the driver once per consumer. Put once, all consumers read the same copy.
+            prompt = ray.put(ray.get(prompt))
         return Encoded(sample, prompt, outcome.n_tokens, outcome.cost)

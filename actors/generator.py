@@ -85,6 +85,7 @@ class EngineLoop(threading.Thread):
                 future.set_result(command(engine))
             except Exception as e:
                 future.set_exception(e)
+            del command, future  # while the loop waits they would keep buckets in the object store
 
 
 class Generator:
@@ -107,7 +108,6 @@ class Generator:
             return VllmEngine(
                 folder, load_family(folder), cfg.rollout, cfg.model.dtype, seed, on_gpu, cfg.model.lora, backend
             )
-
 
         self._loop = EngineLoop(build)
         self._loop.start()

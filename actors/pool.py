@@ -23,9 +23,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.clips import Encoded
 from actors.fleet import Fleet, ReplicaId, State
-from actors.generator import Generator, SentWeights
+from actors.generator import CONCURRENCY_GROUPS, Generator
 from actors.placement import Placement, Slot
 from actors.trainer import TrainerGroup
+from actors.weights import weight_backend
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
 from rlvid.training.buckets import Bucket
@@ -66,7 +67,10 @@ class GeneratorFleet:
         self.fleet: Fleet[int] = Fleet(len(slots), max_restarts=cfg.rollout.max_restarts)
         self._actors: dict[ReplicaId, ActorHandle[Any]] = {}
         self._calls: dict[ObjectRef[Any], _Call] = {}
-        self._weights: SentWeights = ()
+        self._backend = weight_backend(cfg)
+        self._trainer: TrainerGroup | None = None
+        self._weights: list[tuple[ObjectRef[Bucket], str | None]] = []  # of the current version, as far as they are put
+        self._sent: dict[ReplicaId, tuple[int, int]] = {}  # version, and how many of its buckets
         self._work: dict[int, tuple[Encoded, Any]] = {}  # item -> prompt and sampling
         self._results: dict[int, list[Rollout]] = {}
         self._checked: set[ReplicaId] = set()  # lives whose first weights had the right checksum
@@ -92,11 +96,18 @@ class GeneratorFleet:
         Args:
             version: counts up; the number of training steps behind the weights.
         """
-        is_checked = any(replica not in self._checked for replica in self.fleet.members())
-        self._weights = trainer.put_weights(is_checked)
+        # The old buckets are let go when the new ones are there, not before: two sets of pages of the object store then
+        # take turns. New pages, each to be made and zeroed when first written, cost several times what the copy does.
+        old, self._weights, self._trainer = self._weights, [], trainer
         self.fleet.publish(version)
+        if self._backend == "buckets":
+            is_checked = any(replica not in self._checked for replica in self.fleet.members())
+            for sent in trainer.put_weights(is_checked):
+                self._weights.append(sent)
+                self._refresh()  # the replicas load it while the trainer writes the next
         while self.fleet.members(State.STALE, State.SUSPECT) or not self.fleet.members(State.READY):
             self._pump()
+        old.clear()
 
     def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Rollout]]:
         """`sampling.n` responses to each prompt, in the order given. Lost work is done again, none counts twice."""
@@ -134,7 +145,7 @@ class GeneratorFleet:
         slot = self._slots[replica.slot]
         log = self._logs / f"generator-{replica}.log"
         actor = (
-            ray.remote(Generator)
+            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Generator)
             .options(max_concurrency=4, **self._placement.options(slot))
             .remote(log, self._cfg.placement.threads)
         )
@@ -149,19 +160,41 @@ class GeneratorFleet:
         )
 
     def _refresh(self) -> None:
-        """Every living replica without the current weights is sent them once; the first time with checksums."""
-        version = self.fleet.version
-        if version is None:
+        """Every living replica without the current weights is sent each bucket once; the first time with checksums."""
+        version, stale = self.fleet.version, self.fleet.members(State.STALE)
+        if version is None or not stale:
             return
-        waiting = {call.replica for call in self._calls.values() if call.kind == "sync" and call.detail == version}
-        for replica in self.fleet.members(State.STALE):
-            if version == CHECKPOINT_VERSION:
+        if version == CHECKPOINT_VERSION:
+            for replica in stale:
                 self.fleet.synced(replica, version)
-            elif replica not in waiting:
-                if replica not in self._checked:  # the first weights of a life arrive with checksums
-                    self._weights = [(ref, digest or ray.get(_digest.remote(ref))) for ref, digest in self._weights]
-                ref = self._actors[replica].update_weights.remote(version, self._weights)
-                self._track(ref, "sync", replica, self._cfg.rollout.sync_timeout_s, version)
+        elif self._backend == "buckets":
+            for replica in stale:
+                self._send(replica, version)
+        else:
+            self._send_directly(stale, version)
+
+    def _send(self, replica: ReplicaId, version: int) -> None:
+        """One message for each bucket that the replica has not been sent."""
+        last_version, count = self._sent.get(replica, (version, 0))
+        count = count if last_version == version else 0
+        if replica not in self._checked and count < len(self._weights):
+            self._weights = [(ref, digest or ray.get(_digest.remote(ref))) for ref, digest in self._weights]
+        for sent in self._weights[count:]:
+            ref = self._actors[replica].update_weights.remote(version, [sent])
+            self._track(ref, "sync", replica, self._cfg.rollout.sync_timeout_s, version)
+        self._sent[replica] = (version, len(self._weights))
+
+    def _send_directly(self, stale: Sequence[ReplicaId], version: int) -> None:
+        """From GPU to GPU, to all of them at once."""
+        assert self._trainer is not None  # a version other than the checkpoint's comes from `sync`
+        replicas = {str(replica): self._actors[replica] for replica in stale}
+        failed = self._trainer.send_weights(version, replicas, self._cfg.rollout.sync_timeout_s)
+        for replica in stale:
+            if reason := failed.get(str(replica)):
+                logger.warning("generator %s did not take the weights: %s", replica, reason)
+                self._bury(replica)
+            else:
+                self.fleet.synced(replica, version)
 
     def _hand_out(self, work: Sequence[int] = ()) -> None:
         """One message per replica, however many prompts it gets."""
@@ -215,8 +248,9 @@ class GeneratorFleet:
         if call.kind == "start":
             self.fleet.started(replica)
         elif call.kind == "sync":
-            self._checked.add(replica)
-            self.fleet.synced(replica, call.detail)
+            if value == call.detail:  # that was the last bucket
+                self._checked.add(replica)
+                self.fleet.synced(replica, value)
         elif call.kind == "ping":
             self.fleet.ping(replica, value)
         else:

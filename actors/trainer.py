@@ -186,9 +186,7 @@ class TrainerGroup:
         except ray.exceptions.RayTaskError as e:
             raise e.as_instanceof_cause() from e
 
-    def send_weights(
-        self, version: int, replicas: Mapping[str, ActorHandle[Any]], timeout_s: float
-    ) -> dict[str, str]:
+    def send_weights(self, version: int, replicas: Mapping[str, ActorHandle[Any]], timeout_s: float) -> dict[str, str]:
         """Send the weights from GPU to GPU. Returns the replicas that did not take them, with the reason.
 
         Raises:

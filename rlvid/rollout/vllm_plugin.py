@@ -18,6 +18,17 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(WEIGHT_BACKEND, "rlvid.rollout.weight_transfer", "BucketEngine")
 
 
+def keep_plain_weights() -> None:
+    """CPU: linear layers compute with the weights as they are, instead of a copy packed for oneDNN.
+
+    New weights are then one copy into the model's memory. Packed, each update also staged, packed and allocated anew
+    every layer, at five times the time; a packed product is about 5 % faster for 64 to 256 rows of float32.
+    """
+    from vllm import _custom_ops
+
+    _custom_ops._supports_onednn = False
+
+
 def register_model_class(architecture: str, module: str) -> None:
     """Register vLLM's own class for `architecture` as an object rather than by name.
 

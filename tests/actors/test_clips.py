@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.experimental import get_object_locations
 
-from actors.clips import ClipStore, Encoder
+from actors.clips import INLINE_BYTES, ClipStore, Encoder
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
@@ -53,6 +54,17 @@ def test_each_clip_is_decoded_once_whatever_asks_for_it(make: Make, samples: lis
     again = make()
     again.encode(samples)
     assert (again.decodes, again.cache_hits) == (0, 4)
+
+
+@pytest.mark.parametrize("side", [28, 56, 112])
+def test_prompts_of_any_size_lie_in_the_object_store(make: Make, samples: list[Sample], side: int) -> None:
+    encoded = make(video={"height": side, "width": side}).encode(samples)
+    located = get_object_locations([e.prompt for e in encoded])
+    for prompt in (e.prompt for e in encoded):
+        value: Prompt = ray.get(prompt)
+        assert (value.patches.nbytes < INLINE_BYTES) == (side < 112)
+        assert located[prompt]["node_ids"], "Ray carries it within its messages"
+        assert located[prompt]["object_size"] < 1.1 * (value.patches.nbytes + value.token_ids.nbytes) + 1000
 
 
 def test_variants_have_ids_and_pixels_of_their_own(make: Make, samples: list[Sample]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -113,11 +114,12 @@ def test_a_corrupted_bucket_is_refused(stage: Stage) -> None:
     fleet = stage.team.fleet
     (ref, digest), *_ = stage.team.trainer.put_weights(is_checked=True)
     bucket: Bucket = ray.get(ref)
-    data = bucket.data.copy()
-    data[100] ^= 1
+    first = bucket.parts[0].copy()
+    first[100] ^= 1
+    corrupted = dataclasses.replace(bucket, parts=(first, *bucket.parts[1:]))
     actor = next(iter(fleet._actors.values()))
     with pytest.raises(RuntimeError, match="another checksum"):
-        ray.get(actor.update_weights.remote(9, [(ray.put(Bucket(data, bucket.entries)), digest)]))
+        ray.get(actor.update_weights.remote(9, [(ray.put(corrupted), digest)]))
 
 
 def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stage) -> None:

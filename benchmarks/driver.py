@@ -1,0 +1,279 @@
+"""How much the driver of a GRPO step can move: everything around the engines, with engines that answer at once.
+
+`python -m benchmarks.driver` runs whole steps of 256 prompts x 8 rollouts of 16 to 128 tokens: encode, generate,
+reward, advantages, mini-batch, train, weight sync, metrics, tracker. All of it is the code of a real run (`ClipStore`,
+`Team`, `GeneratorFleet` with the fleet's state machine, `Rewards`, `jobs.grpo.optimize`, `Tracker`) over real Ray with
+one actor process per replica, 64 of them at the largest. Three classes are fakes, the only ones of all benchmarks: they
+stand for hardware that a test machine lacks 64 times.
+
+  encoder    hands out ready prompts of 130 KB, through the object store as real ones of this size and more
+  generator  fetches its prompts and answers with random rollouts
+  trainer    takes the mini-batch, returns statistics, and sends one small bucket of weights
+
+The driver, with all of its threads, is pinned to one core; Ray and the actors have the others. `samples_per_s` is
+rollouts per wall second with one replica, waiting for the fakes included, so a lower bound of what the driver can do.
+`growth_64` compares the driver's own CPU seconds (all threads, Ray's too, and what they still do after a step) per
+sample at 64 replicas and at 1. On a machine with few cores the wall time at 64 replicas is that of 64 processes taking
+turns on one core, which says nothing about the driver; the table shows it too. Each fleet has a Ray session of its own:
+in a common one the work that 64 processes have left over from one step falls into the next fleet's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import psutil
+import ray
+
+import actors.clips
+import actors.pool
+import actors.trainer
+from actors.batch import advantages_of, summarize
+from actors.clips import ClipStore, Outcome, Source
+from actors.team import Team
+from benchmarks.harness import finish, machine, medians
+from benchmarks.tiny import tiny_model, video_sample
+from jobs.grpo import optimize
+from rlvid.config import GrpoJobConfig
+from rlvid.reporting.run_folder import RunFolder
+from rlvid.reporting.tracker import Tracker
+from rlvid.types import Prompt, Rollout, Sample, Span, WeightSpan
+
+PROMPTS = 256
+GROUP = 8
+RESPONSE_TOKENS = (16, 128)
+N_SAMPLES = PROMPTS * GROUP
+SESSIONS = (1, 64, 1)  # replicas; the machine's drift between the two of one replica hits both sides of the ratio
+WARMUP = 3
+SETTLE_S = 2.0
+PATCHES = 112  # 130 KB: above the 100 KB up to which Ray sends results along with its messages
+
+
+class InstantEncoder:
+    def __init__(self, source: Source):
+        self._patches = np.random.default_rng(0).integers(0, 256, (PATCHES, 1176), dtype=np.uint8)
+        self._tokens = np.arange(60, dtype=np.int32)
+
+    @ray.method(num_returns=2)
+    def encode(self, sample: Sample, variant: str) -> tuple[Prompt, Outcome]:
+        prompt = Prompt(
+            sample_id=sample.id,
+            token_ids=self._tokens,
+            patches=self._patches,
+            grid_thw=np.array([[PATCHES // 16, 4, 4]]),
+            spans=(Span(10, PATCHES // 4),),
+            positions=np.broadcast_to(self._tokens, (3, len(self._tokens))).copy(),
+            clip_ids=("0" * 64,),
+        )
+        return prompt, Outcome(prompt.length, prompt.cost, prompt.patches.nbytes, cache_hits=1)
+
+
+class InstantGenerator:
+    def __init__(self, log_file: Path, threads: int | None):
+        self._version = -1
+        self._rng = np.random.default_rng(os.getpid())
+
+    def start(self, folder: Path, cfg: GrpoJobConfig, on_gpu: bool, seed: int) -> None:
+        longest = RESPONSE_TOKENS[1]
+        self._ids = self._rng.integers(0, 150_000, longest, dtype=np.int32)
+        self._logprobs = -self._rng.random(longest, dtype=np.float32)
+
+    def generate(self, prompts: Sequence[ray.ObjectRef[Prompt]], sampling: Any) -> list[list[Rollout]]:
+        lengths = self._rng.integers(*RESPONSE_TOKENS, (len(prompts), sampling.n), endpoint=True).tolist()
+        return [
+            [self._rollout(prompt, n) for n in group] for prompt, group in zip(ray.get(prompts), lengths, strict=True)
+        ]
+
+    def _rollout(self, prompt: Prompt, n: int) -> Rollout:
+        # arrays of its own for each, else they would be pickled only once
+        return Rollout(
+            sample_id=prompt.sample_id,
+            token_ids=self._ids[:n].copy(),
+            logprobs=self._logprobs[:n].copy(),
+            text="red" if n % 3 else f"A shape that moves. {n}",
+            finish_reason="stop",
+            versions=(WeightSpan(self._version, 0, n),),
+        )
+
+    def update_weights(self, version: int, sent: Sequence[Any]) -> int:
+        self._version = version
+        return version
+
+    def ping(self) -> int:
+        return self._version
+
+
+class InstantTrainer:
+    """A rank. What it returns has the shape of the real rank's answers."""
+
+    def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
+        pass
+
+    def address(self) -> str:
+        return ""
+
+    def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: GrpoJobConfig) -> None:
+        pass
+
+    def step(self, groups: Sequence[Any], objective: object, lr: float) -> dict[str, float]:
+        names = "loss grad_norm entropy ratio kl_to_old clip_low clip_high logprob_gap"
+        return dict.fromkeys(names.split(), float(len(groups))) | {"lr": lr}
+
+    def put_weights(self, is_checked: bool) -> Iterator[tuple[ray.ObjectRef[Any], str | None]]:
+        yield ray.put(np.zeros(1000, np.uint8)), "digest" if is_checked else None
+
+
+class Steps:
+    """Whole steps with a fleet of `replicas`; keeps the wall seconds of each stage."""
+
+    def __init__(self, replicas: int, model: Path, folder: Path, stack: ExitStack):
+        self.cfg = GrpoJobConfig.model_validate(
+            {
+                "run": {"dir": folder / "run", "wandb": "disabled"},
+                "model": {"path": model},
+                "data": {"eval": "unused.jsonl", "cache_dir": folder / "cache"},
+                "rollout": {"replicas": replicas},
+                "train": {"batch_size": PROMPTS},
+                "grpo": {"group_size": GROUP},
+                "placement": {
+                    "trainer_cpus": 0.01,
+                    "generator_cpus": 0.01,
+                    "encode_cpus": 0.01,
+                    "encoders": 4,
+                    "reward_cpus": 0.01,
+                },
+            }
+        )
+        self.samples = [video_sample(i) for i in range(PROMPTS)]
+        self.clips = ClipStore(self.cfg, model, PROMPTS, on_bad=lambda path, reason: None)
+        stack.callback(self.clips.close)
+        self.team = stack.enter_context(Team(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
+        run_folder = RunFolder(self.cfg.run.dir)
+        stack.enter_context(run_folder.start(self.cfg, "grpo"))
+        run_folder.rewind(None)
+        self.tracker = stack.enter_context(Tracker(run_folder, self.cfg.run, {}))
+        self.stage_s: dict[str, list[float]] = defaultdict(list)
+        self.step = 0
+        self.ahead = self.clips.submit(self.samples)
+        self.team.wait_ready()
+        self.team.fleet.sync(self.team.trainer, 0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.stage_s[name].append(time.perf_counter() - begin)
+
+    def __call__(self) -> None:
+        team = self.team
+        with self.stage("encode"):
+            # as in a run, the next step's prompts are encoded while this one goes on
+            pending, self.ahead = self.ahead, self.clips.submit(self.samples)
+            prompts = self.clips.collect(pending)
+        with self.stage("rollout"):
+            # the real Sampling lies in a module that imports torch, which 64 processes had better not load
+            groups = team.fleet.generate(prompts, SimpleNamespace(n=GROUP, temperature=1.0, max_tokens=128))
+        with self.stage("reward"):
+            marks = team.rewards([p.sample for p in prompts], groups)
+            advantages = advantages_of(marks, self.cfg.grpo)
+        with self.stage("train"):
+            stats = optimize(self.cfg, team, self.step, prompts, groups, advantages)
+        self.step += 1
+        with self.stage("sync"):
+            team.fleet.sync(team.trainer, self.step)
+        with self.stage("metrics"):
+            self.tracker.log(self.step, summarize(groups, marks, self.cfg.rewards) | stats | team.fleet.metrics())
+        assert len(prompts) == PROMPTS and all(len(g) == GROUP for g in groups)
+
+
+def seconds_of(step: Steps) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def pin(pid: int, cores: set[int]) -> None:
+    """Every thread of a process; those it starts later inherit it."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
+def measure(replicas: int, rounds: int) -> dict[str, Any]:
+    """One Ray session: wall seconds of each step and each stage, and the driver's CPU seconds per step."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
+        model = tiny_model(Path(tmp) / "model")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=2**30,
+            _system_config={"worker_maximum_startup_concurrency": 18},  # else it warns of many processes, many times
+        )
+        stack.callback(ray.shutdown)
+        stack.enter_context(mock.patch.object(actors.clips, "Encoder", InstantEncoder))
+        stack.enter_context(mock.patch.object(actors.pool, "Generator", InstantGenerator))
+        stack.enter_context(mock.patch.object(actors.trainer, "TrainerRank", InstantTrainer))
+        step = Steps(replicas, model, Path(tmp), stack)
+        pin(os.getpid(), {first})
+        for process in psutil.Process().children(recursive=True):
+            pin(process.pid, set(others) or {first})
+        for _ in range(WARMUP):
+            step()
+        time.sleep(SETTLE_S)
+        step.stage_s.clear()
+        begin = time.process_time()
+        wall = [seconds_of(step) for _ in range(rounds)]
+        time.sleep(SETTLE_S)  # what Ray's threads still have to do for the last step counts too
+        return {"wall_s": wall, "cpu_s": (time.process_time() - begin) / rounds, "stage_s": medians(step.stage_s)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="steps in each session")
+    parser.add_argument("--replicas", type=int, help="only one session with so many; prints what it measured")
+    args = parser.parse_args()
+    if args.replicas:
+        print(json.dumps(measure(args.replicas, args.rounds)))
+        return
+    print(f"{machine()}; driver on one core, {N_SAMPLES} rollouts a step; microseconds per rollout\n", flush=True)
+    sessions: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for n in SESSIONS:
+        command = [sys.executable, "-m", "benchmarks.driver", "--replicas", str(n), "--rounds", str(args.rounds)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        sessions[n].append(json.loads(output.splitlines()[-1]))
+        show(n, sessions[n][-1], is_first=n == SESSIONS[0] and len(sessions[n]) == 1)
+    cpu_s = {n: statistics.mean(s["cpu_s"] for s in of_n) for n, of_n in sessions.items()}
+    wall_s = [seconds for session in sessions[1] for seconds in session["wall_s"]]
+    finish({"samples_per_s": N_SAMPLES / statistics.median(wall_s), "growth_64": cpu_s[64] / cpu_s[1]})
+
+
+def show(replicas: int, session: dict[str, Any], is_first: bool) -> None:
+    stages = session["stage_s"]
+    if is_first:
+        names = " ".join(f"{name:>7}" for name in stages)
+        print(f"{'replicas':>8} {'rollouts/s':>10} {'driver CPU':>10} {'wall':>7}   of it: {names}")
+    seconds = statistics.median(session["wall_s"])
+    shares = " ".join(f"{1e6 * value / N_SAMPLES:7.1f}" for value in stages.values())
+    own, wall = 1e6 * session["cpu_s"] / N_SAMPLES, 1e6 * seconds / N_SAMPLES
+    print(f"{replicas:>8} {N_SAMPLES / seconds:10.0f} {own:10.1f} {wall:7.1f}          {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
