@@ -135,10 +135,10 @@ class Tracker:
             login_timeout=_CONNECT_TIMEOUT_S,
             finish_timeout=_FINISH_TIMEOUT_S,
         )
-        if mode == "online":
-            wandb.setup(settings=wandb.Settings(silent=True))  # else `login` prints where it found the key
-            if not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("no API key: run `wandb login` or set WANDB_API_KEY")
+        # Else `login` prints where it found the key, and `init` praises a product wherever openai has been imported.
+        wandb.setup(settings=wandb.Settings(silent=True))
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no API key: run `wandb login` or set WANDB_API_KEY")
         run = wandb.init(
             dir=str(self._folder.dir),
             project=run_cfg.project,

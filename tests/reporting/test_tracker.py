@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,7 @@ def test_real_offline_run_is_silent_and_stays_in_the_run_folder(
     monkeypatch.delenv("WANDB_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # vLLM imports it, and wandb has a word about it
     with Tracker(folder, RunConfig(), {"model": {"path": None}}) as tracker:
         tracker.log(1, {"a": float("nan")})
     monkeypatch.setenv(
