@@ -1,10 +1,10 @@
 """How much the driver of a GRPO step can move: everything around the engines, with engines that answer at once.
 
-`python -m benchmarks.driver` runs whole steps of 256 prompts x 8 rollouts of 16 to 128 tokens: encode, generate,
-reward, advantages, mini-batch, train, weight sync, metrics, tracker. All of it is the code of a real run (`ClipStore`,
-`Team`, `GeneratorFleet` with the fleet's state machine, `Rewards`, `jobs.grpo.optimize`, `Tracker`) over real Ray with
-one actor process per replica, 64 of them at the largest. Three classes are fakes, the only ones of all benchmarks: they
-stand for hardware that a test machine lacks 64 times.
+`python -m benchmarks.driver` runs whole steps of 256 and of 1,024 prompts, 8 rollouts of 16 to 128 tokens each: encode,
+generate, reward, advantages, mini-batch, train, weight sync, metrics, tracker. All of it is the code of a real run
+(`ClipStore`, `Team`, `GeneratorFleet` with the fleet's state machine, `Rewards`, `jobs.grpo.optimize`, `Tracker`) over
+real Ray with one actor process per replica, 64 of them at the largest. Three classes are fakes, the only ones of all
+benchmarks: they stand for hardware that a test machine lacks 64 times.
 
   encoder    hands out ready prompts of 130 KB, through the object store as real ones of this size and more
   generator  fetches its prompts and answers with random rollouts
@@ -14,8 +14,9 @@ The driver, with all of its threads, is pinned to one core; Ray and the actors h
 rollouts per wall second with one replica, waiting for the fakes included, so a lower bound of what the driver can do.
 `growth_64` compares the driver's own CPU seconds (all threads, Ray's too, and what they still do after a step) per
 sample at 64 replicas and at 1. On a machine with few cores the wall time at 64 replicas is that of 64 processes taking
-turns on one core, which says nothing about the driver; the table shows it too. Each fleet has a Ray session of its own:
-in a common one the work that 64 processes have left over from one step falls into the next fleet's.
+turns on one core, which says nothing about the driver; the table shows it too. Both values are those of 256 prompts,
+which is little for 64 replicas: what a replica costs in messages is spread over 4 prompts. Each fleet has a Ray session
+of its own: in a common one the work that 64 processes have left over from one step falls into the next fleet's.
 """
 
 from __future__ import annotations
@@ -54,10 +55,9 @@ from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
 from rlvid.types import Prompt, Rollout, Sample, Span, WeightSpan
 
-PROMPTS = 256
+PROMPTS = (256, 1024)  # in a step: 4 and 16 per replica of the largest fleet
 GROUP = 8
 RESPONSE_TOKENS = (16, 128)
-N_SAMPLES = PROMPTS * GROUP
 SESSIONS = (1, 64, 1)  # replicas; the machine's drift between the two of one replica hits both sides of the ratio
 WARMUP = 3
 SETTLE_S = 2.0
@@ -134,7 +134,7 @@ class InstantTrainer:
         names = "loss grad_norm entropy ratio kl_to_old clip_low clip_high logprob_gap"
         return dict.fromkeys(names.split(), float(len(groups))) | {"lr": lr}
 
-    def put_weights(self, is_checked: bool) -> Iterator[tuple[ray.ObjectRef[Any], str | None]]:
+    def put_weights(self, is_checked: bool, nodes: object) -> Iterator[tuple[ray.ObjectRef[Any], str | None]]:
         yield ray.put(np.zeros(1000, np.uint8)), "digest" if is_checked else None
 
 
@@ -148,7 +148,6 @@ class Steps:
                 "model": {"path": model},
                 "data": {"eval": "unused.jsonl", "cache_dir": folder / "cache"},
                 "rollout": {"replicas": replicas},
-                "train": {"batch_size": PROMPTS},
                 "grpo": {"group_size": GROUP},
                 "placement": {
                     "trainer_cpus": 0.01,
@@ -159,8 +158,7 @@ class Steps:
                 },
             }
         )
-        self.samples = [video_sample(i) for i in range(PROMPTS)]
-        self.clips = ClipStore(self.cfg, model, PROMPTS, on_bad=lambda path, reason: None)
+        self.clips = ClipStore(self.cfg, model, max(PROMPTS), on_bad=lambda path, reason: None)
         stack.callback(self.clips.close)
         self.team = stack.enter_context(Team(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
         run_folder = RunFolder(self.cfg.run.dir)
@@ -169,9 +167,24 @@ class Steps:
         self.tracker = stack.enter_context(Tracker(run_folder, self.cfg.run, {}))
         self.stage_s: dict[str, list[float]] = defaultdict(list)
         self.step = 0
-        self.ahead = self.clips.submit(self.samples)
+        self.samples: list[Sample] = []
+        self.ahead: list[Any] = []
         self.team.wait_ready()
         self.team.fleet.sync(self.team.trainer, 0)
+
+    def measure(self, n_prompts: int, rounds: int) -> dict[str, Any]:
+        """Wall seconds of each step and each stage, and the driver's CPU seconds per step."""
+        self.samples = [video_sample(i) for i in range(n_prompts)]
+        self.ahead = self.clips.submit(self.samples)
+        for _ in range(WARMUP):
+            self()
+        time.sleep(SETTLE_S)
+        self.stage_s.clear()
+        begin = time.process_time()
+        wall = [seconds_of(self) for _ in range(rounds)]
+        time.sleep(SETTLE_S)  # what Ray's threads still have to do for the last step counts too
+        cpu_s = (time.process_time() - begin) / rounds
+        return {"wall_s": wall, "cpu_s": cpu_s, "stage_s": medians(self.stage_s)}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -198,7 +211,7 @@ class Steps:
             team.fleet.sync(team.trainer, self.step)
         with self.stage("metrics"):
             self.tracker.log(self.step, summarize(groups, marks, self.cfg.rewards) | stats | team.fleet.metrics())
-        assert len(prompts) == PROMPTS and all(len(g) == GROUP for g in groups)
+        assert len(prompts) == len(self.samples) and all(len(g) == GROUP for g in groups)
 
 
 def seconds_of(step: Steps) -> float:
@@ -213,8 +226,8 @@ def pin(pid: int, cores: set[int]) -> None:
         os.sched_setaffinity(int(thread), cores)
 
 
-def measure(replicas: int, rounds: int) -> dict[str, Any]:
-    """One Ray session: wall seconds of each step and each stage, and the driver's CPU seconds per step."""
+def measure(replicas: int, rounds: int) -> dict[int, dict[str, Any]]:
+    """One Ray session: what `Steps.measure` says, by prompts in a step."""
     first, *others = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
         model = tiny_model(Path(tmp) / "model")
@@ -234,14 +247,7 @@ def measure(replicas: int, rounds: int) -> dict[str, Any]:
         pin(os.getpid(), {first})
         for process in psutil.Process().children(recursive=True):
             pin(process.pid, set(others) or {first})
-        for _ in range(WARMUP):
-            step()
-        time.sleep(SETTLE_S)
-        step.stage_s.clear()
-        begin = time.process_time()
-        wall = [seconds_of(step) for _ in range(rounds)]
-        time.sleep(SETTLE_S)  # what Ray's threads still have to do for the last step counts too
-        return {"wall_s": wall, "cpu_s": (time.process_time() - begin) / rounds, "stage_s": medians(step.stage_s)}
+        return {n: step.measure(n, max(3, rounds * PROMPTS[0] // n)) for n in PROMPTS}
 
 
 def main() -> None:
@@ -252,27 +258,29 @@ def main() -> None:
     if args.replicas:
         print(json.dumps(measure(args.replicas, args.rounds)))
         return
-    print(f"{machine()}; driver on one core, {N_SAMPLES} rollouts a step; microseconds per rollout\n", flush=True)
-    sessions: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    print(f"{machine()}; driver on one core; microseconds per rollout\n")
+    stages = "encode rollout  reward   train    sync metrics"
+    print(f"replicas prompts rollouts/s driver CPU    wall   of it:  {stages}", flush=True)
+    sessions: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for n in SESSIONS:
         command = [sys.executable, "-m", "benchmarks.driver", "--replicas", str(n), "--rounds", str(args.rounds)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        sessions[n].append(json.loads(output.splitlines()[-1]))
-        show(n, sessions[n][-1], is_first=n == SESSIONS[0] and len(sessions[n]) == 1)
-    cpu_s = {n: statistics.mean(s["cpu_s"] for s in of_n) for n, of_n in sessions.items()}
-    wall_s = [seconds for session in sessions[1] for seconds in session["wall_s"]]
-    finish({"samples_per_s": N_SAMPLES / statistics.median(wall_s), "growth_64": cpu_s[64] / cpu_s[1]})
+        for prompts, measured in json.loads(output.splitlines()[-1]).items():
+            sessions[n, int(prompts)].append(measured)
+            show(n, int(prompts), measured)
+    cpu_s = {key: statistics.mean(s["cpu_s"] for s in values) for key, values in sessions.items()}
+    growth = {n: cpu_s[64, n] / cpu_s[1, n] for n in PROMPTS}
+    wall_s = [seconds for session in sessions[1, PROMPTS[0]] for seconds in session["wall_s"]]
+    print("\ngrowth at 64 replicas: " + ", ".join(f"{g:.2f} with {n} prompts" for n, g in growth.items()))
+    finish({"samples_per_s": PROMPTS[0] * GROUP / statistics.median(wall_s), "growth_64": growth[PROMPTS[0]]})
 
 
-def show(replicas: int, session: dict[str, Any], is_first: bool) -> None:
-    stages = session["stage_s"]
-    if is_first:
-        names = " ".join(f"{name:>7}" for name in stages)
-        print(f"{'replicas':>8} {'rollouts/s':>10} {'driver CPU':>10} {'wall':>7}   of it: {names}")
-    seconds = statistics.median(session["wall_s"])
-    shares = " ".join(f"{1e6 * value / N_SAMPLES:7.1f}" for value in stages.values())
-    own, wall = 1e6 * session["cpu_s"] / N_SAMPLES, 1e6 * seconds / N_SAMPLES
-    print(f"{replicas:>8} {N_SAMPLES / seconds:10.0f} {own:10.1f} {wall:7.1f}          {shares}", flush=True)
+def show(replicas: int, prompts: int, measured: dict[str, Any]) -> None:
+    n = prompts * GROUP
+    seconds = statistics.median(measured["wall_s"])
+    shares = " ".join(f"{1e6 * value / n:7.1f}" for value in measured["stage_s"].values())
+    own, wall = 1e6 * measured["cpu_s"] / n, 1e6 * seconds / n
+    print(f"{replicas:>8} {prompts:>7} {n / seconds:10.0f} {own:10.1f} {wall:7.1f}          {shares}", flush=True)
 
 
 if __name__ == "__main__":

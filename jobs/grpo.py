@@ -117,12 +117,15 @@ def optimize(
 ) -> dict[str, float]:
     """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; means of their statistics."""
     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
-    scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
     updates = cfg.grpo.epochs * cfg.grpo.minibatches
     by_trainer = cfg.grpo.old_logprobs == "trainer"
     # With a single update the trainer's log-probs before it are those of the update's own forward.
-    old = team.trainer.logprobs(scored) if by_trainer and updates > 1 else None
-    reference = team.reference_logprobs(scored) if cfg.grpo.kl_coef else None
+    scores_old, scores_reference = by_trainer and updates > 1, cfg.grpo.kl_coef > 0
+    scored = []
+    if scores_old or scores_reference:
+        scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
+    old = team.trainer.logprobs(scored) if scores_old else None
+    reference = team.reference_logprobs(scored) if scores_reference else None
     objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
     all_stats: list[dict[str, float]] = []
     most = len(prompts) // cfg.placement.trainer_workers  # bad clips may leave fewer prompts than mini-batches
