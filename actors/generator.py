@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from actors.processes import enter_process, set_threads
 from actors.weights import weight_backend
 from rlvid.config import JobConfig
 from rlvid.training.buckets import Bucket
+from rlvid.training.shared_buckets import SharedBucket
 from rlvid.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CONCURRENCY_GROUPS = {"weights": 1}
 TransferStep = Literal["init_transfer", "start_update", "receive_update", "finish_update"]  # methods of VllmEngine
-SentWeights = Sequence[tuple[ObjectRef[Bucket], str | None]]  # buckets, and digests where they are checked
+SentBucket: TypeAlias = ObjectRef[Bucket] | SharedBucket  # in the object store, or in memory shared with the trainer
+SentWeights = Sequence[tuple[SentBucket, str | None]]  # buckets, and digests where they are checked
 
 
 class EngineLoop(threading.Thread):
@@ -98,7 +100,9 @@ class Generator:
         self._threads = threads
         enter_process(log_file, threads)
 
-    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool, seed: int) -> None:
+    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool, seed: int) -> str:
+        """Build the engine. Returns the node that it runs on."""
+
         def build() -> VllmEngine:
             from rlvid.models.families import load_family
             from rlvid.rollout.vllm_engine import VllmEngine
@@ -112,6 +116,7 @@ class Generator:
         self._loop = EngineLoop(build)
         self._loop.start()
         self._loop.built.result()
+        return str(ray.get_runtime_context().get_node_id())
 
     def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout]]:
         return self._loop.generate(ray.get(list(prompts)), sampling)
@@ -120,7 +125,7 @@ class Generator:
     def update_weights(self, version: int, sent: SentWeights) -> int:
         """Take buckets of the weights, in their order; where they come with checksums, compare them first. Nothing is
         generated between the first and the last bucket of a version. Returns the version held afterwards."""
-        buckets = ray.get([ref for ref, _ in sent])
+        buckets = [where.open() if isinstance(where, SharedBucket) else ray.get(where) for where, _ in sent]
         for bucket, (_, digest) in zip(buckets, sent, strict=True):
             if digest is not None and bucket.digest() != digest:
                 raise RuntimeError(f"weights {version}: a bucket arrived with another checksum than it was sent with")

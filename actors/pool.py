@@ -20,16 +20,18 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.clips import Encoded
 from actors.fleet import Fleet, ReplicaId, State
-from actors.generator import CONCURRENCY_GROUPS, Generator
+from actors.generator import CONCURRENCY_GROUPS, Generator, SentBucket
 from actors.placement import Placement, Slot
 from actors.trainer import TrainerGroup
 from actors.weights import weight_backend
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
 from rlvid.training.buckets import Bucket
+from rlvid.training.shared_buckets import SharedBucket
 from rlvid.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,15 @@ CHECKPOINT_VERSION = -1  # what an engine calls the weights of its start
 
 
 @ray.remote(num_cpus=0)
-def _digest(bucket: Bucket) -> str:
-    return bucket.digest()
+def _digest(bucket: Bucket | SharedBucket) -> str:
+    return (bucket.open() if isinstance(bucket, SharedBucket) else bucket).digest()
+
+
+def _digest_of(sent: SentBucket) -> str:
+    if not isinstance(sent, SharedBucket):
+        return str(ray.get(_digest.remote(sent)))
+    there = NodeAffinitySchedulingStrategy(sent.machine, soft=False)
+    return str(ray.get(_digest.options(scheduling_strategy=there).remote(sent)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ class GeneratorFleet:
         self._calls: dict[ObjectRef[Any], _Call] = {}
         self._backend = weight_backend(cfg)
         self._trainer: TrainerGroup | None = None
-        self._weights: list[tuple[ObjectRef[Bucket], str | None]] = []  # of the current version, as far as they are put
+        self._updates = 0  # of the trainer, when it gave the current version
+        self._weights: list[tuple[SentBucket, str | None]] = []  # of the current version, as far as they are put
+        self._nodes: dict[ReplicaId, str] = {}
         self._sent: dict[ReplicaId, tuple[int, int]] = {}  # version, and how many of its buckets
         self._work: dict[int, tuple[Encoded, Any]] = {}  # item -> prompt and sampling
         self._results: dict[int, list[Rollout]] = {}
@@ -96,18 +107,18 @@ class GeneratorFleet:
         Args:
             version: counts up; the number of training steps behind the weights.
         """
-        # The old buckets are let go when the new ones are there, not before: two sets of pages of the object store then
-        # take turns. New pages, each to be made and zeroed when first written, cost several times what the copy does.
-        old, self._weights, self._trainer = self._weights, [], trainer
+        while any(call.kind == "sync" for call in self._calls.values()):
+            self._pump()  # a replica that came late still reads the version before, from where the next is written
+        self._weights, self._trainer, self._updates = [], trainer, trainer.updates
         self.fleet.publish(version)
         if self._backend == "buckets":
             is_checked = any(replica not in self._checked for replica in self.fleet.members())
-            for sent in trainer.put_weights(is_checked):
+            nodes = {self._nodes[replica] for replica in self.fleet.members() if replica in self._nodes}
+            for sent in trainer.put_weights(is_checked, nodes):
                 self._weights.append(sent)
                 self._refresh()  # the replicas load it while the trainer writes the next
         while self.fleet.members(State.STALE, State.SUSPECT) or not self.fleet.members(State.READY):
             self._pump()
-        old.clear()
 
     def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Rollout]]:
         """`sampling.n` responses to each prompt, in the order given. Lost work is done again, none counts twice."""
@@ -175,17 +186,31 @@ class GeneratorFleet:
 
     def _send(self, replica: ReplicaId, version: int) -> None:
         """One message for each bucket that the replica has not been sent."""
+        if self._sent.get(replica) == (version, len(self._weights)):
+            return  # most calls by far: each answer of one replica looks at all
+        if any(isinstance(sent, SharedBucket) and sent.machine != self._nodes[replica] for sent, _ in self._weights):
+            if not self._has_trainer_this_version:
+                return
+            assert self._trainer is not None
+            self._weights = list(self._trainer.put_weights(is_checked=True))  # in the object store
         last_version, count = self._sent.get(replica, (version, 0))
         count = count if last_version == version else 0
         if replica not in self._checked and count < len(self._weights):
-            self._weights = [(ref, digest or ray.get(_digest.remote(ref))) for ref, digest in self._weights]
+            self._weights = [(sent, digest or _digest_of(sent)) for sent, digest in self._weights]
         for sent in self._weights[count:]:
             ref = self._actors[replica].update_weights.remote(version, [sent])
             self._track(ref, "sync", replica, self._cfg.rollout.sync_timeout_s, version)
         self._sent[replica] = (version, len(self._weights))
 
+    @property
+    def _has_trainer_this_version(self) -> bool:
+        """Else a replica that comes late waits for the next version: what the trainer has now is no longer this one."""
+        return self._trainer is not None and self._trainer.updates == self._updates
+
     def _send_directly(self, stale: Sequence[ReplicaId], version: int) -> None:
         """From GPU to GPU, to all of them at once."""
+        if not self._has_trainer_this_version:
+            return
         assert self._trainer is not None  # a version other than the checkpoint's comes from `sync`
         replicas = {str(replica): self._actors[replica] for replica in stale}
         failed = self._trainer.send_weights(version, replicas, self._cfg.rollout.sync_timeout_s)
@@ -246,6 +271,7 @@ class GeneratorFleet:
     def _succeeded(self, call: _Call, value: Any) -> None:
         replica = call.replica
         if call.kind == "start":
+            self._nodes[replica] = value
             self.fleet.started(replica)
         elif call.kind == "sync":
             if value == call.detail:  # that was the last bucket

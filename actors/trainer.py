@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from actors.generator import SentBucket
 from actors.placement import Placement, Slot
 from actors.processes import enter_process, require_compiler
 from actors.weights import WeightSender, weight_backend
@@ -24,6 +25,7 @@ from rlvid.errors import UserError
 from rlvid.training.buckets import Bucket
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import Group, Responses
+from rlvid.training.shared_buckets import SharedBuckets
 from rlvid.types import Prompt
 
 STEP_TIMEOUT_S = 3600.0
@@ -55,6 +57,8 @@ class TrainerRank:
         enter_process(log_file, threads)
         self._on_gpu = on_gpu
         self._sender: WeightSender | None = None
+        self._shared: SharedBuckets | None = None
+        self._node = str(ray.get_runtime_context().get_node_id())
 
     def address(self) -> str:
         """A free port on this node, for rank 0."""
@@ -94,14 +98,19 @@ class TrainerRank:
     def load_reference(self, file: Path) -> None:
         self._learner.load_reference(file)
 
-    def put_weights(self, is_checked: bool) -> Iterator[tuple[ObjectRef[Bucket], str | None]]:
-        """Put the weights into the object store: (bucket, digest if asked for), each reported as soon as it is there.
-        Ranks gather together, rank 0 puts."""
+    def put_weights(self, is_checked: bool, nodes: Collection[str]) -> Iterator[tuple[SentBucket, str | None]]:
+        """Put the weights where the nodes can read them: (bucket, digest if asked for), each reported as soon as it is
+        there. Ranks gather together, rank 0 puts."""
         import torch.distributed as dist
 
         if dist.get_rank() == 0:
+            put: Callable[[Bucket], SentBucket] = ray.put
+            if set(nodes) == {self._node}:
+                self._shared = self._shared or SharedBuckets(self._node)
+                self._shared.rewind()
+                put = self._shared.write
             for bucket in self._learner.buckets():
-                yield ray.put(bucket), bucket.digest() if is_checked else None
+                yield put(bucket), bucket.digest() if is_checked else None
         elif self._learner.cfg.zero_stage == 3:
             for _ in self._learner.buckets():
                 pass
@@ -135,6 +144,7 @@ class TrainerGroup:
             for slot in slots
         ]
         self._started = self._start(folder, cfg)
+        self.updates = 0  # how often the weights have changed
 
     def _start(self, folder: Path, cfg: JobConfig) -> list[ObjectRef[None]]:
         address = ray.get(self._ranks[0].address.remote())
@@ -147,6 +157,7 @@ class TrainerGroup:
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         """One optimizer step on a mini-batch. Statistics are those of `Learner.step`."""
+        self.updates += 1
         shares = balance(groups, len(self._ranks))
         return self._all("step", [(share, objective, lr) for share in shares])[0]
 
@@ -175,10 +186,15 @@ class TrainerGroup:
                 values[i] = value
         return [v for v in values if v is not None]
 
-    def put_weights(self, is_checked: bool) -> Iterator[tuple[ObjectRef[Bucket], str | None]]:
-        """The weights in the object store, with digests if they are to be checked on arrival. A bucket comes as soon as
-        it is there, while the next is written."""
-        streams = [rank.put_weights.remote(is_checked) for rank in self._ranks]
+    def put_weights(self, is_checked: bool, nodes: Collection[str] = ()) -> Iterator[tuple[SentBucket, str | None]]:
+        """The weights, with digests if they are to be checked on arrival. A bucket comes as soon as it is there, while
+        the next is written.
+
+        Args:
+            nodes: who will read them. If that is the node of rank 0 alone they lie in memory shared with it, until the
+                next call; else in the object store.
+        """
+        streams = [rank.put_weights.remote(is_checked, nodes) for rank in self._ranks]
         try:
             for sent in streams[0]:
                 yield ray.get(sent)
@@ -206,6 +222,7 @@ class TrainerGroup:
         self._all("save", [(folder,)] * len(self._ranks))
 
     def load(self, folder: Path) -> None:
+        self.updates += 1
         self._all("load", [(folder,)] * len(self._ranks))
 
     def export(self, folder: Path) -> None:

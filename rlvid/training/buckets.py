@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-BUCKET_BYTES = 32 * 2**20  # an engine loads one while the next is written: some to overlap, few messages
+BUCKET_BYTES = 64 * 2**20  # an engine loads one while the next is written: some to overlap, few messages
 
 
 @dataclass(frozen=True)
