@@ -148,3 +148,13 @@ class Reward:
     @classmethod
     def invalid(cls, reason: str) -> Reward:
         return cls(parts={}, total=float("nan"), invalid_reason=reason)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, the first preferred. `meta` says by whom and how, for example judge and iteration."""
+
+    sample: Sample
+    chosen: str
+    rejected: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
