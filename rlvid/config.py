@@ -228,6 +228,60 @@ class GrpoConfig(Section):
     forward, unless there is only one update)."""
 
 
+class DpoConfig(Section):
+    """Loss on preference pairs, its reference, and the workers of Ray Train."""
+
+    loss: Literal["sigmoid", "ipo", "robust", "kto", "simpo", "orpo"] = "sigmoid"
+    """sigmoid: DPO (arXiv 2305.18290), with `label_smoothing` cDPO. robust: arXiv 2403.00409. ipo: arXiv 2310.12036.
+    kto: arXiv 2402.01306, each pair as a desirable and an undesirable response. simpo: arXiv 2405.14734. orpo: arXiv
+    2403.07691 (set sft_weight=1). The last two need no reference."""
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios; for orpo the weight of its odds-ratio term."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to be the wrong way round (sigmoid, robust)."""
+    simpo_margin: float = Field(0.5, ge=0)
+    """simpo: target of the reward difference (gamma in the paper)."""
+    chosen_weight: float = Field(1.0, ge=0)
+    """kto: weight of the desirable responses."""
+    rejected_weight: float = Field(1.0, ge=0)
+    """kto: weight of the undesirable responses."""
+    loss_weight: float = Field(1.0, ge=0)
+    """Weight of the preference loss (alpha of LLaVA-Hound)."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen responses' negative log-likelihood, a mean over tokens (gamma of LLaVA-Hound)."""
+    logprobs: Literal["auto", "sum", "mean"] = "auto"
+    """Log-probs of a response: summed over its tokens or their mean. auto: mean for ipo, simpo and orpo, else sum."""
+    reference: Literal["frozen", "precomputed"] = "frozen"
+    """frozen: a second copy of the model in each worker; with `model.lora` none, the adapters are switched off.
+    precomputed: all pairs are scored once before the first step and kept in the run folder."""
+    reference_path: Path | None = None
+    """Checkpoint folder of the reference; empty: the model that training starts from."""
+    max_workers: int | None = Field(None, ge=1)
+    """Elastic: Ray Train uses up to so many workers as the cluster has room, and goes on with fewer, but at least
+    `placement.trainer_workers`. Empty: exactly those."""
+    max_failures: int = Field(3, ge=0)
+    """A worker that dies starts the workers anew from the last checkpoint, so many times."""
+
+    @property
+    def is_mean(self) -> bool:
+        """Log-probs per token rather than summed."""
+        return self.loss in ("ipo", "simpo", "orpo") if self.logprobs == "auto" else self.logprobs == "mean"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in ("simpo", "orpo")
+
+    @model_validator(mode="after")
+    def _loss_has_what_it_needs(self) -> DpoConfig:
+        if self.loss in ("simpo", "orpo") and not self.is_mean:
+            raise ValueError(f"loss={self.loss} is defined on mean log-probs: leave logprobs at auto")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing belongs to sigmoid and robust, not to {self.loss}")
+        if not self.loss_weight and not self.sft_weight:
+            raise ValueError("loss_weight and sft_weight are both 0: nothing would be learned")
+        return self
+
+
 class RolloutConfig(Section):
     """Generation: sampling, lengths, engines and their deadlines."""
 
@@ -386,6 +440,31 @@ class JobConfig(Section):
 
 class SftJobConfig(JobConfig):
     """`rlvid sft`: supervised fine-tuning on the manifest's answers."""
+
+
+class DpoJobConfig(JobConfig):
+    """`rlvid dpo`: direct preference optimisation and its relatives on pairs of responses.
+
+    The manifests' rows have `chosen` and `rejected`; see rlvid/data/preferences.py.
+    """
+
+    dpo: DpoConfig = DpoConfig()
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> DpoJobConfig:
+        most = self.dpo.max_workers or self.placement.trainer_workers
+        if most < self.placement.trainer_workers:
+            raise ValueError(
+                f"dpo.max_workers={most} is less than placement.trainer_workers={self.placement.trainer_workers}"
+            )
+        if self.train.batch_size < most:
+            raise ValueError(f"train.batch_size={self.train.batch_size} gives {most} workers less than one pair each")
+        if most > self.placement.trainer_workers and self.train.zero_stage:
+            raise ValueError(
+                f"train.zero_stage={self.train.zero_stage} keeps a part of the optimizer per worker, which another "
+                f"number of workers cannot take up: set it to 0, or leave dpo.max_workers empty"
+            )
+        return self
 
 
 class EvalJobConfig(JobConfig):

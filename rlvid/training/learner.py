@@ -25,7 +25,7 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
-from rlvid.training.objectives import Objective, Supervised
+from rlvid.training.objectives import Grpo, Objective
 from rlvid.training.packing import Group, PackedPolicy, pack
 from rlvid.training.rows import micro_batches, score
 
@@ -61,10 +61,12 @@ class Learner:
     Args:
         folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights stay as they are, and
             adapters beside them are trained.
-        temperature: log-probs are those of sampling at this temperature.
+        temperature: log-probs are those of sampling at this temperature; None: the model's own, of given responses.
     """
 
-    def __init__(self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, temperature: float):
+    def __init__(
+        self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, temperature: float | None
+    ):
         self.cfg = cfg
         self.temperature = temperature
         self.policy = PackedPolicy(load_model(folder, model.dtype), family, temperature)
@@ -88,12 +90,13 @@ class Learner:
             groups: at least one; their token weights belong to the whole mini-batch, over all ranks.
 
         Returns:
-            Means over the response tokens of all ranks (entropy, objective's statistics), `loss`, `grad_norm`, `lr`.
+            Means over the response tokens, or pairs, of all ranks (entropy, objective's statistics), `loss`,
+            `grad_norm`, `lr`.
         """
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
-        # The likelihood of given answers is not tempered; that of sampled ones is, as they were sampled.
-        self.policy.temperature = 1.0 if isinstance(objective, Supervised) else self.temperature
+        # The likelihood of given answers is the model's own; that of sampled ones is tempered, as they were sampled.
+        self.policy.temperature = self.temperature if isinstance(objective, Grpo) else None
         rows = micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i in range(self._most(len(rows))):
@@ -263,10 +266,9 @@ class Learner:
         values = torch.stack([sums[name].float() for name in names])
         dist.all_reduce(values)
         totals = dict(zip(names, values.tolist(), strict=True))
-        tokens = totals.pop("tokens")
-        return {name: value if name == "loss" else value / tokens for name, value in totals.items()} | {
-            "tokens": tokens
-        }
+        counts = {name: totals.pop(name) for name in ("tokens", "pairs") if name in totals}
+        means = {name: v / counts["pairs" if name.startswith("pair/") else "tokens"] for name, v in totals.items()}
+        return means | {"loss": totals["loss"], "tokens": counts["tokens"]}
 
 
 def _nbytes(parameter: Tensor) -> int:

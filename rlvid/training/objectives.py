@@ -1,7 +1,8 @@
 """What a step minimises, on the flat response tokens of one micro-batch.
 
 Each objective returns a loss that is summed over micro-batches (token weights make the sum the mini-batch's average)
-and statistics that are summed too: `<name>` over tokens, with `tokens` to divide by.
+and statistics that are summed too: `<name>` over tokens, with `tokens` to divide by, `pair/<name>` over pairs, with
+`pairs` to divide by.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlvid.algorithms import preference_loss
 from rlvid.algorithms.kl import ESTIMATORS
 from rlvid.algorithms.policy_loss import policy_loss
-from rlvid.config import GrpoConfig
+from rlvid.config import DpoConfig, GrpoConfig
 from rlvid.training.packing import Group
 
 Sums = dict[str, Tensor]
@@ -57,7 +59,68 @@ class Grpo:
         return loss, sums | {"loss": loss.detach()}
 
 
-Objective = Supervised | Grpo
+@dataclass(frozen=True)
+class Preferred:
+    """A preference loss on pairs plus the chosen responses' likelihood: each group's responses are chosen, rejected.
+
+    `loss_weight * preference + sft_weight * SFT(chosen)` as in LLaVA-Hound (arXiv 2404.01258). Token weights are those
+    of the likelihood: a share of each chosen token, 0 for the rejected ones.
+    """
+
+    cfg: DpoConfig
+    n_pairs: int  # of the mini-batch, over all ranks
+    kl: float = 0.0  # kto: the reference point
+
+    def __call__(self, logprobs: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
+        lengths = torch.tensor([len(ids) for g in groups for ids in g.responses.token_ids], device=logprobs.device)
+        which = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), lengths)
+
+        def per_response(values: Tensor) -> Tensor:
+            sums = torch.zeros(len(lengths), device=values.device, dtype=values.dtype).index_add(0, which, values)
+            return (sums / lengths if self.cfg.is_mean else sums).view(-1, 2)
+
+        own = per_response(logprobs)
+        scores = own
+        if self.cfg.needs_reference:
+            scores = own - per_response(_flat(groups, "ref_logprobs", logprobs))
+        losses = self._losses(*scores.unbind(1))
+        nll = -(_flat(groups, "weights", logprobs) * logprobs).sum()
+        loss = self.cfg.loss_weight * losses.sum() / self.n_pairs + self.cfg.sft_weight * nll
+        # SimPO and ORPO have no reference: their implicit reward is the log-prob itself.
+        chosen, rejected = (self.cfg.beta * scores.detach()).unbind(1)
+        sizes = lengths.view(-1, 2).float()
+        sums = {
+            "pair/loss": losses.detach().sum(),
+            "pair/chosen": chosen.sum(),
+            "pair/rejected": rejected.sum(),
+            "pair/margin": (chosen - rejected).sum(),
+            "pair/accuracy": (chosen > rejected).float().sum(),
+            "pair/logps_chosen": own.detach()[:, 0].sum(),
+            "pair/logps_rejected": own.detach()[:, 1].sum(),
+            "pair/length_chosen": sizes[:, 0].sum(),
+            "pair/length_rejected": sizes[:, 1].sum(),
+            "pairs": torch.tensor(float(len(losses))),
+            "tokens": torch.tensor(float(len(logprobs))),
+        }
+        return loss, sums | {"loss": loss.detach()}
+
+    def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        cfg = self.cfg
+        if cfg.loss == "sigmoid":
+            return preference_loss.dpo(chosen, rejected, cfg.beta, cfg.label_smoothing)
+        if cfg.loss == "robust":
+            return preference_loss.robust_dpo(chosen, rejected, cfg.beta, cfg.label_smoothing)
+        if cfg.loss == "ipo":
+            return preference_loss.ipo(chosen, rejected, cfg.beta)
+        if cfg.loss == "kto":
+            weights = cfg.chosen_weight, cfg.rejected_weight
+            return preference_loss.kto(chosen, rejected, cfg.beta, self.kl, *weights)
+        if cfg.loss == "simpo":
+            return preference_loss.simpo(chosen, rejected, cfg.beta, cfg.simpo_margin)
+        return preference_loss.orpo(chosen, rejected, cfg.beta)
+
+
+Objective = Supervised | Grpo | Preferred
 
 
 def _flat(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:

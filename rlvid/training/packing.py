@@ -36,6 +36,7 @@ class Responses:
     advantages: npt.NDArray[np.float32] | None = None  # [sum R_g]; None: supervised
     old_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
     ref_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
+    together: int = 1  # so many neighbours are never parted: 2 for chosen and rejected
 
     @property
     def n_tokens(self) -> int:
@@ -51,6 +52,7 @@ class Responses:
             advantages=None if self.advantages is None else self.advantages[cut],
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[cut],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[cut],
+            together=self.together,
         )
 
 
@@ -69,12 +71,13 @@ class Group:
     def cut(self, budget: int) -> list[Group]:
         """The same work in parts of at most `budget` tokens, each with the prompt before it and at least one response.
 
-        A budget of 0 shares nothing: one part per response.
+        A budget of 0 shares nothing: one part per response, or per `together` of them.
         """
         parts, first, room = [], 0, budget - self.prompt.cost
         lengths = [len(ids) for ids in self.responses.token_ids]
-        for last in range(1, len(lengths) + 1):
-            if last == len(lengths) or sum(lengths[first : last + 1]) > room:
+        unit = self.responses.together
+        for last in range(unit, len(lengths) + 1, unit):
+            if last == len(lengths) or sum(lengths[first : last + unit]) > room:
                 parts.append(Group(self.prompt, self.responses.part(first, last)))
                 first = last
         return parts
@@ -156,10 +159,11 @@ def with_blank_clip(row: PackedRow, family: QwenVL) -> PackedRow:
 class PackedPolicy(nn.Module):
     """The policy network over packed rows; the one forward of trainer and reference.
 
-    The distribution is the one the engine samples from: logits over temperature, vision placeholders banned.
+    The distribution is the one the engine samples from: logits over temperature, vision placeholders banned. With
+    temperature None it is the model's own, for the likelihood of responses that were given and not sampled.
     """
 
-    def __init__(self, network: PreTrainedModel, family: ChatFamily, temperature: float):
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, temperature: float | None):
         super().__init__()
         self.network = network
         self.family = family
@@ -195,8 +199,10 @@ class PackedPolicy(nn.Module):
     def _predict(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of `target` [M] and entropy [M] from hidden states [M, D]."""
         logits = self.network.lm_head(hidden).float()
-        logits[:, list(self.family.banned_tokens)] = float("-inf")
-        logprobs = (logits / self.temperature).log_softmax(-1)
+        if self.temperature is not None:
+            logits[:, list(self.family.banned_tokens)] = float("-inf")
+            logits = logits / self.temperature
+        logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, target[:, None])[:, 0]
         if not torch.is_grad_enabled():
             return chosen, chosen.new_zeros(0)
