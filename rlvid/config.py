@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlvid.rewards.videoscore import DIMS, DIMS2
+
 
 class Section(BaseModel):
     """A group of keys. Unknown keys are refused, values are checked on assignment too."""
@@ -282,6 +284,49 @@ class DpoConfig(Section):
         return self
 
 
+class RewardModelConfig(Section):
+    """What a reward model scores, and how."""
+
+    kind: Literal["regression", "generation", "thinking", "bradley_terry"] = "regression"
+    """regression: a number per dimension from a head on the prompt's last token, mean squared error to the labels
+    (VideoScore). generation: the scores as text, a line `name: integer` per dimension. thinking: reasoning, then the
+    scores (VideoScore2); the manifest's answers are learned. bradley_terry: one number from a head on the last token of
+    a response, -log sigmoid of chosen minus rejected."""
+    template: Literal["integer", "float", "thinking", "question"] = "integer"
+    """The prompt around a row's `prompt`, in training and later in scoring alike. integer, float: VideoScore's two.
+    thinking: VideoScore2's. question: the manifest's own question, nothing around it."""
+    dims: tuple[str, ...] = ()
+    """Names of the dimensions, the keys of a row's `labels`. Empty: those of the template."""
+    scale: tuple[int, int] | None = None
+    """Lowest and highest score; empty: 1 to 4, for thinking 1 to 5. A label off the scale is refused."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The dimensions in their order."""
+        if self.kind == "bradley_terry":
+            return ("reward",)
+        return self.dims or (DIMS2 if self.template == "thinking" else DIMS)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.scale or ((1, 5) if self.kind == "thinking" else (1, 4))
+
+    @model_validator(mode="after")
+    def _template_names_dims(self) -> RewardModelConfig:
+        if self.kind == "bradley_terry" and self.template != "question":
+            raise ValueError("kind=bradley_terry scores answers to the manifest's questions: set template to question")
+        if (self.kind == "thinking") != (self.template == "thinking"):
+            raise ValueError(f"kind={self.kind} and template={self.template} do not go together: thinking needs both")
+        fixed = {"integer": DIMS, "float": DIMS, "thinking": DIMS2}.get(self.template)
+        if fixed and self.dims and self.dims != fixed:
+            raise ValueError(f"template={self.template} asks for {', '.join(fixed)}: leave dims empty, or set template")
+        if len(set(self.names)) != len(self.names) or any(": " in n or "\n" in n or not n.strip() for n in self.names):
+            raise ValueError("dims must be different names on one line each, without a colon and a space")
+        if not 0 <= self.bounds[0] < self.bounds[1] <= 9:
+            raise ValueError(f"scale={list(self.bounds)} must be two digits, the lower first")
+        return self
+
+
 class RolloutConfig(Section):
     """Generation: sampling, lengths, engines and their deadlines."""
 
@@ -465,6 +510,12 @@ class DpoJobConfig(JobConfig):
                 f"number of workers cannot take up: set it to 0, or leave dpo.max_workers empty"
             )
         return self
+
+
+class RewardModelJobConfig(JobConfig):
+    """`rlvid reward-model`: a model that scores videos against their prompts, or answers to questions."""
+
+    reward_model: RewardModelConfig = RewardModelConfig()
 
 
 class EvalJobConfig(JobConfig):

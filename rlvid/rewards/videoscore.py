@@ -1,0 +1,229 @@
+"""What a video reward model scores, and how its prompts and score texts read: VideoScore and VideoScore2.
+
+Both judge a *generated* video against the text it was generated from. They do not judge answers to questions.
+
+A model is trained and asked with the same prompt. Upstream trains VideoScore's regression with the integer prompt and
+asks it with the float one (TIGER-AI-Lab/VideoScore, examples/run_videoscore.py); here `Rubric.template` is kept beside
+the model and used for both. Everything parsed here is untrusted text: a score that is not exactly in the form, or off
+the scale, is no score.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlvid.errors import UserError
+from rlvid.types import Message, Sample, VideoRef
+
+DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
+DIMS2 = ("visual quality", "text-to-video alignment", "physical/common-sense consistency")  # VideoScore2
+ALIGNMENT = "text-to-video alignment"
+CAPTION_BEGINS, CAPTION_ENDS = 'the text prompt is "', '",\nall the frames of video are as follows:'
+
+_INTEGER_SCALE = """\
+For each dimension, output a number from [1,2,3,4],{s}
+in which '1' means 'Bad', '2' means 'Average', '3' means 'Good',{s}
+'4' means 'Real' or 'Perfect' (the video is like a real video)
+"""
+_FLOAT_SCALE = """\
+for each dimension, output a float number from 1.0 to 4.0,
+the higher the number is, the better the video performs in that sub-score,{s}
+the lowest 1.0 means Bad, the highest 4.0 means Perfect/Real (the video is like a real video)
+"""
+_FIVE = """
+Suppose you are an expert in judging and evaluating the quality of AI-generated videos,{gap}
+please watch the following frames of a given video and see the text prompt for generating the video,{gap}
+then give scores from 5 different dimensions:
+(1) visual quality: the quality of the video in terms of clearness, resolution, brightness, and color
+(2) temporal consistency, {temporal}
+(3) dynamic degree, the degree of dynamic changes
+(4) text-to-video alignment, the alignment between the text prompt and the video content
+(5) factual consistency, the consistency of the video content with the common-sense and factual knowledge
+
+{scale}Here is an output example:
+{example}
+
+For this video, {begins}{caption}{ends}{after}
+"""
+_THREE = """
+Judge this AI-generated video and the text it was generated from in 3 dimensions:
+(1) visual quality: clearness, resolution, brightness, colour
+(2) text-to-video alignment: does the video show what the text says
+(3) physical/common-sense consistency: does what happens follow physics and common sense
+
+Reason first, inside <think> and </think>. Then give each dimension a whole number from 1 (very poor) to 5 (very good):
+(1) visual quality: n
+(2) text-to-video alignment: n
+(3) physical/common-sense consistency: n
+
+The text is "{caption}".
+"""
+_THOUGHT = re.compile(
+    r"\s*<think>(?:(?!</?think>).)*</think>\s*"
+    + r"\s*".join(rf"\({i}\) {re.escape(d)}: (\d)" for i, d in enumerate(DIMS2, 1))
+    + r"\s*",
+    re.DOTALL,
+)
+
+
+class NoScore(ValueError):
+    """Labels or a text that give no scores. The message says why."""
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What a reward model scores. Kept beside its weights (`save`), so that it is asked as it was trained."""
+
+    kind: str  # RewardModelConfig.kind
+    dims: tuple[str, ...]  # in the order of the head's outputs; everywhere else scores go by name
+    low: int
+    high: int
+    template: str  # RewardModelConfig.template
+    video: Mapping[str, Any]  # VideoConfig of the training run
+
+    @property
+    def has_head(self) -> bool:
+        """Scores are numbers from a head on the last token, not text."""
+        return self.kind in ("regression", "bradley_terry")
+
+    def question(self, caption: str) -> str:
+        """The text beside the video. `question`: the caption is the whole question."""
+        if self.template == "question":
+            return caption
+        if self.template == "thinking":
+            return _THREE.format(caption=escape(caption))
+        return five_scores_question(escape(caption), is_float=self.template == "float")
+
+    def sample(self, sample: Sample) -> Sample:
+        """`sample` with this rubric's prompt; its own caption is the manifest's field `prompt`.
+
+        Raises:
+            NoScore: there is no caption.
+        """
+        if self.template == "question":
+            return sample
+        caption = sample.extra.get("prompt")
+        if not isinstance(caption, str) or not caption.strip():
+            raise NoScore("prompt, the text that the video was generated from, is missing or empty")
+        content = (*(VideoRef(i) for i in range(len(sample.videos))), self.question(caption))
+        system = [m for m in sample.messages if m.role == "system"]
+        return Sample(sample.id, sample.videos, (*system, Message("user", content)), sample.answer, extra=sample.extra)
+
+    def scores(self, labels: Any) -> list[float]:
+        """Scores in the order of `dims`, looked up by name.
+
+        Raises:
+            NoScore: a dimension is missing, is no number or off the scale.
+        """
+        if not isinstance(labels, Mapping):
+            raise NoScore("labels is missing; expected an object with a score for each dimension")
+        values = []
+        for name in self.dims:
+            value = labels.get(name)
+            if value is None:
+                raise NoScore(f"labels lacks {name!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+                raise NoScore(f"{name} is {value!r}; expected a number from {self.low} to {self.high}")
+            values.append(float(value))
+        return values
+
+    def text(self, labels: Any) -> str:
+        """Labels as the text that is generated: one line a dimension, in canonical order.
+
+        Raises:
+            NoScore: as `scores`, or a score is no whole number.
+        """
+        scores = self.scores(labels)
+        if any(s != int(s) for s in scores):
+            raise NoScore(f"{scores} are not whole numbers, which scores as text have to be")
+        return "\n".join(f"{name}: {int(s)}" for name, s in zip(self.dims, scores, strict=True))
+
+    def parse(self, text: str) -> dict[str, float]:
+        """Scores of a generated text, strictly in its form: no line missing, none added, none off the scale.
+
+        Raises:
+            NoScore: anything else. Upstream takes the first five ": <digits>" of any text and 0 where there are fewer.
+        """
+        if self.kind == "thinking":
+            match = _THOUGHT.fullmatch(text)
+            found = dict(zip(DIMS2, match.groups(), strict=True)) if match else {}
+        else:
+            lines = [line.strip() for line in text.strip().split("\n")]
+            pairs = [line.rpartition(": ") for line in lines]
+            found = {name: value for name, _, value in pairs}
+            if len(found) != len(lines):
+                found = {}
+        if list(found) != list(self.dims) or not all(re.fullmatch("[0-9]", v) for v in found.values()):
+            raise NoScore(f"not the form of a score text: {text[:80]!r}")
+        return dict(zip(self.dims, self.scores({name: int(v) for name, v in found.items()}), strict=True))
+
+    def digit_offsets(self, text: str) -> dict[str, int]:
+        """Where in a text that `parse` takes the digit of each dimension stands."""
+        self.parse(text)
+        return {name: text.rindex(f"{name}: ") + len(name) + 2 for name in self.dims}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rubric.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Rubric:
+        """
+        Raises:
+            UserError: no reward model lies there.
+        """
+        file = folder / "rubric.json"
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**fields, "dims": tuple(fields["dims"])})
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise UserError(
+                f"{file} cannot be read ({e}): give the folder `policy` of a run of rlvid reward-model"
+            ) from e
+
+
+def five_scores_question(caption: str, is_float: bool = False) -> str:
+    """VideoScore's prompt; `caption` is escaped already. To the character those of VideoFeedback's items (integer)
+    and of upstream's inference (float), odd spaces included: released weights know them so."""
+    values = ("3.2", "2.7", "4.0", "2.3", "1.8") if is_float else ("4", "4", "3", "1", "2")
+    return _FIVE.format(
+        gap="" if is_float else " ",
+        temporal="both the consistency of objects or humans and the smoothness of motion or movements"
+        if is_float
+        else "the consistency of objects or humans in video",
+        scale=(_FLOAT_SCALE if is_float else _INTEGER_SCALE).format(s=" "),
+        example="\n".join(f"{name}: {value}" for name, value in zip(DIMS, values, strict=True)),
+        begins=CAPTION_BEGINS,
+        caption=caption,
+        ends=CAPTION_ENDS,
+        after="" if is_float else " \n",
+    )
+
+
+def escape(caption: str) -> str:
+    """A caption cannot end its quotation: quotes become single ones, line ends spaces."""
+    return " ".join(caption.replace('"', "'").split())
+
+
+def soft_score(chosen: int, logprobs: Mapping[int, float]) -> float:
+    """VideoScore2's float score: the chosen integer times its share of the probability of all integers of the scale.
+
+    It lowers uncertain scores (a 4 can become 3.1), it does not interpolate between them.
+
+    Args:
+        logprobs: of the scale's integers as next token, by integer.
+    """
+    top = max(logprobs.values())
+    weights = {score: math.exp(value - top) for score, value in logprobs.items()}
+    return chosen * weights[chosen] / sum(weights.values())
+
+
+def mean_score(scores: Mapping[str, float], dims: Sequence[str]) -> float:
+    """The one number by which videos are ranked: the mean over dimensions, as upstream ranks."""
+    return sum(scores[name] for name in dims) / len(dims)
