@@ -6,6 +6,7 @@ The owner calls `step()` as long as there is work; this class keeps no thread. P
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -37,11 +38,24 @@ BAN = -100.0  # the strongest bias that vLLM takes; exp(-100) is 0 beside any sa
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to answer a prompt. `temperature` 0 is greedy."""
+    """How to answer a prompt. `temperature` 0 is greedy.
+
+    With a `seed` the answers are a function of seed and `Prompt.sample_id`, whatever else is in the batch, up to the
+    rounding of the logits; without one, of the engine's seed and all that it has sampled before.
+    """
 
     n: int
     temperature: float
     max_tokens: int
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def request_seed(self, sample_id: str) -> int | None:
+        """The seed of one prompt; its n responses have this one and those that follow it."""
+        if self.seed is None:
+            return None
+        digest = hashlib.sha256(f"{self.seed} {sample_id}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
 
 
 def set_environment(on_gpu: bool, kv_cache_gib: int) -> None:
@@ -154,6 +168,8 @@ class VllmEngine:
             n=sampling.n,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
+            top_p=sampling.top_p,
+            seed=sampling.request_seed(prompt.sample_id),
             logprobs=0,  # of the sampled token alone
             logit_bias=dict.fromkeys(self.family.banned_tokens, BAN),
             stop_token_ids=[self.family.end_of_turn],

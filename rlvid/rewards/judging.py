@@ -1,0 +1,220 @@
+"""What a judge is asked and how its answer is read: templates, strict parsers, verdicts. No model is called here.
+
+What is put into a template (questions, responses, descriptions) is data: tags in it are broken up, so that a response
+cannot close its field or hold a verdict. An answer counts when it holds exactly one valid verdict; anything else is
+unparsed, which is a state of its own and never a score. (LLaVA-Hound's `eval_qa.py` takes a majority over all numbers
+of the answer, and 1 where there is none.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from rlvid.types import Message, Sample, VideoRef
+
+ZERO_WIDTH_SPACE = "\u200b"
+_TAG_START = re.compile(r"<(?=\s*/?\s*[A-Za-z_])")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt with named fields, all of them data."""
+
+    name: str
+    text: str  # with fields as in str.format
+
+    def fill(self, **fields: str) -> str:
+        return self.text.format(**{name: as_data(value) for name, value in fields.items()})
+
+    @property
+    def hash(self) -> str:
+        """Stands beside every verdict: judges are compared under the same words only."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def as_data(text: str) -> str:
+    """`text` without working tags: a zero-width space follows each `<` that could begin one."""
+    return _TAG_START.sub("<" + ZERO_WIDTH_SPACE, text.strip())
+
+
+_PAIR = (
+    "<question>{question}</question>\n"
+    "%s"
+    "<response_1>{response_1}</response_1>\n"
+    "<response_2>{response_2}</response_2>\n"
+    "Which response answers the question about the video better? What the video shows counts, length does not. "
+    "End with <choice>1</choice> or <choice>2</choice>."
+)
+PAIR = Template("pair", _PAIR % "")
+PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % "<video_description>{context}</video_description>\n")
+
+# LLaVA-Hound's own protocol: relevance, accuracy, clarity and completeness in one score, 3 and more counts as right.
+SCORE = Template(
+    "score",
+    "<question>{question}</question>\n"
+    "<right_answer>{answer}</right_answer>\n"
+    "<video_description>{context}</video_description>\n"
+    "<response>{response}</response>\n"
+    "Rate how relevant, accurate, clear and complete the response is, from 1 (worst) to 5 (best). Two lines:\n"
+    "Explanation: why, in one sentence\n"
+    "Score: a number from 1 to 5",
+)
+
+# The protocol of Video-ChatGPT's evaluation: does the response mean the same as the right answer?
+MATCH = Template(
+    "match",
+    "<question>{question}</question>\n"
+    "<right_answer>{answer}</right_answer>\n"
+    "<response>{response}</response>\n"
+    "Does the response mean the same as the right answer? Synonyms and paraphrases do. Answer with nothing but "
+    "{{'pred': 'yes', 'score': 4}}: yes or no, and a whole number from 0 (no match) to 5 (full match).",
+)
+
+DESCRIBE = Template("describe", "Describe the video in detail.")
+REFINE = Template(
+    "refine",
+    "<video_description>{context}</video_description>\n"
+    "Describe the video in detail: correct what is wrong in this description, add what it lacks.",
+)
+TEMPLATES = (PAIR, PAIR_WITH_CONTEXT, SCORE, MATCH, DESCRIBE, REFINE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge said, or why it said nothing."""
+
+    text: str | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """Which of two responses is better. Judged in both orders; only a judgement that does not depend on the order is
+    one."""
+
+    state: Literal["consistent", "inconsistent", "unparsed", "failed"]
+    winner: Literal[0, 1] | None = None  # index of the better response, where consistent
+    reason: str = ""
+
+    @property
+    def is_valid(self) -> bool:
+        """The judge did its work; whether it agrees with itself is another matter."""
+        return self.state in ("consistent", "inconsistent")
+
+
+@dataclass(frozen=True)
+class ScoreVerdict:
+    """How good one response is."""
+
+    state: Literal["scored", "unparsed", "failed"]
+    score: float | None = None  # 1 to 5 (SCORE), 0 to 5 (MATCH)
+    is_right: bool | None = None
+    reason: str = ""
+
+    @property
+    def is_valid(self) -> bool:
+        return self.state == "scored"
+
+
+_CHOICE_TAG = re.compile(r"<\s*/?\s*choice\s*>", re.IGNORECASE)
+_CHOICE = re.compile(r"<choice>\s*([12])\s*</choice>", re.IGNORECASE)
+_SCORE_LINE = re.compile(r"^[ \t]*Score[ \t]*:[ \t]*(.*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_ONE_TO_FIVE = re.compile(r"[1-4](?:\.\d+)?|5(?:\.0+)?")
+_MATCH = re.compile(
+    r"""\{\s*(['"])pred\1\s*:\s*(['"])(yes|no)\2\s*,\s*(['"])score\4\s*:\s*([0-5])\s*\}""", re.IGNORECASE
+)
+RIGHT_FROM = 3.0  # LLaVA-Hound counts a score of 3 and more as right
+
+
+def parse_choice(text: str) -> Literal[1, 2] | None:
+    """The choice of an answer with exactly one `<choice>` tag, which holds 1 or 2."""
+    found = _CHOICE.findall(text)
+    if len(found) != 1 or len(_CHOICE_TAG.findall(text)) != 2:
+        return None
+    return 1 if found[0] == "1" else 2
+
+
+def parse_score(text: str) -> float | None:
+    """The score of an answer with exactly one line `Score: x`, x from 1 to 5 and nothing behind it."""
+    lines = _SCORE_LINE.findall(text)
+    return float(lines[0]) if len(lines) == 1 and _ONE_TO_FIVE.fullmatch(lines[0]) else None
+
+
+def parse_match(text: str) -> tuple[bool, int] | None:
+    """(match, score) of an answer that is `{'pred': 'yes', 'score': 4}`, in Python's or JSON's quotes.
+
+    Read by a pattern: an answer is untrusted, nothing of it is evaluated.
+    """
+    found = _MATCH.fullmatch(text.strip())
+    return (found[3].lower() == "yes", int(found[5])) if found else None
+
+
+def pair_verdict(as_given: Answer, swapped: Answer) -> PairVerdict:
+    """From the answers for (a, b) and for (b, a)."""
+    if as_given.text is None or swapped.text is None:
+        return PairVerdict("failed", reason=as_given.failure or swapped.failure)
+    first, second = parse_choice(as_given.text), parse_choice(swapped.text)
+    if first is None or second is None:
+        unread = as_given.text if first is None else swapped.text
+        return PairVerdict("unparsed", reason=f"no single choice in {unread!r:.200}")
+    if first == second:
+        return PairVerdict("inconsistent", reason=f"response {first} in either order")
+    return PairVerdict("consistent", 0 if first == 1 else 1)
+
+
+def score_verdict(template: Template, answer: Answer) -> ScoreVerdict:
+    """Of an answer to SCORE or MATCH."""
+    if answer.text is None:
+        return ScoreVerdict("failed", reason=answer.failure)
+    if template == MATCH:
+        if (match := parse_match(answer.text)) is not None:
+            return ScoreVerdict("scored", float(match[1]), match[0])
+    elif (score := parse_score(answer.text)) is not None:
+        return ScoreVerdict("scored", score, score >= RIGHT_FROM)
+    return ScoreVerdict("unparsed", reason=f"no single score in {answer.text!r:.200}")
+
+
+def consistency(verdicts: list[PairVerdict]) -> float:
+    """Share of the valid verdicts that do not depend on the order; nan without any."""
+    valid = [v.state == "consistent" for v in verdicts if v.is_valid]
+    return sum(valid) / len(valid) if valid else float("nan")
+
+
+def question_of(sample: Sample) -> str:
+    """What the responses answer: the question, or the conversation where there are several turns."""
+    turns = [m for m in sample.messages if m.role != "system"]
+    return turns[0].text if len(turns) == 1 else "\n".join(f"{m.role}: {m.text}" for m in turns)
+
+
+def about_video(sample: Sample, sample_id: str, text: str) -> Sample:
+    """A new prompt on the videos of `sample`, videos first."""
+    videos = tuple(VideoRef(i) for i in range(len(sample.videos)))
+    return Sample(sample_id, sample.videos, (Message("user", (*videos, text)),), answer="")
+
+
+def pair_prompts(sample: Sample, responses: tuple[str, str], context: str | None) -> tuple[Template, list[Sample]]:
+    """The template and its prompts for the two orders of `responses`; ids end in #12 and #21."""
+    template = PAIR if context is None else PAIR_WITH_CONTEXT
+    extra = {} if context is None else {"context": context}
+    prompts = []
+    for order, (one, two) in (("12", responses), ("21", responses[::-1])):
+        text = template.fill(question=question_of(sample), response_1=one, response_2=two, **extra)
+        prompts.append(about_video(sample, f"{sample.id}#{order}", text))
+    return template, prompts
+
+
+def score_prompt(template: Template, sample: Sample, response: str, context: str = "") -> Sample:
+    """The prompt of SCORE or MATCH; both show the judge the sample's answer."""
+    fields = {"question": question_of(sample), "answer": sample.answer, "response": response}
+    if template == SCORE:
+        fields["context"] = context
+    return about_video(sample, f"{sample.id}#{template.name}", template.fill(**fields))
+
+
+def describe_prompt(sample: Sample, previous: str) -> Sample:
+    """Ask for the visual context c_t from the video and c_(t-1) (empty in the first iteration)."""
+    text = REFINE.fill(context=previous) if previous else DESCRIBE.fill()
+    return about_video(sample, f"{sample.id}#context", text)
