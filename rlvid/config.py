@@ -198,6 +198,9 @@ class TrainConfig(ScheduleConfig):
 class WarmStartConfig(ScheduleConfig):
     """Supervised steps on the training manifest's answers before reinforcement learning, with the same optimizer."""
 
+    data: Path | None = None
+    """Manifest of the warm start's samples. Empty: those of `data.train`; for `rlvid isrt` on a synthetic set its
+    lessons, which teach to describe, to answer and to judge."""
     steps: int = Field(0, ge=0)
     """Optimizer steps; 0 leaves it out."""
     batch_size: int = Field(32, ge=1)
@@ -325,6 +328,70 @@ class RewardModelConfig(Section):
         if not 0 <= self.bounds[0] < self.bounds[1] <= 9:
             raise ValueError(f"scale={list(self.bounds)} must be two digits, the lower first")
         return self
+
+
+class JudgeConfig(Section):
+    """Who compares responses, and what happens when it cannot."""
+
+    backend: Literal["policy", "local", "endpoint"] = "policy"
+    """policy: the model that is trained judges itself. local: another checkpoint (`path`) judges, the same for the
+    whole run. endpoint: an OpenAI-compatible server (`url`)."""
+    path: Path | None = None
+    """local: folder of the judge's checkpoint."""
+    url: str | None = None
+    """endpoint: where the API begins, for example http://localhost:8000/v1."""
+    model: str | None = None
+    """endpoint: name of the model there. Pin a version: another one is another judge."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """endpoint: environment variable that holds the key, if the server wants one."""
+    send_frames: bool = False
+    """endpoint: send up to six frames of each video as JPEG. Otherwise it judges by the texts alone."""
+    concurrency: int = Field(8, ge=1)
+    """endpoint: requests at a time."""
+    timeout_s: float = Field(60.0, gt=0)
+    """endpoint: deadline of one try."""
+    deadline_s: float = Field(300.0, gt=0)
+    """endpoint: deadline of one question with all its tries; after it the verdict is invalid."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature of the judge; 0 is greedy."""
+    max_tokens: int = Field(64, ge=1)
+    """Longest answer of the judge, tokens."""
+    max_invalid_fraction: float = Field(0.25, ge=0, le=1)
+    """The run stops when more than this share of the verdicts is unparsed or failed."""
+
+    @model_validator(mode="after")
+    def _backend_is_named(self) -> JudgeConfig:
+        if self.backend == "local" and self.path is None:
+            raise ValueError("backend=local needs path, the folder of the judge's checkpoint")
+        if self.backend == "endpoint" and (self.url is None or self.model is None):
+            raise ValueError("backend=endpoint needs url and model, for example url=http://localhost:8000/v1")
+        return self
+
+
+class IsrtConfig(Section):
+    """Iterations of self-judgement and preference training."""
+
+    iterations: int = Field(9, ge=1)
+    """Rounds of contexts, responses, judgements and DPO; the released checkpoints are of the ninth."""
+    reference: Literal["iteration_start", "sft"] = "iteration_start"
+    """The reference of DPO: the model that the iteration starts with, or always the first one."""
+    context: Literal["none", "judge", "judge_and_responses"] = "judge"
+    """Who is shown the visual context, the model's own description of the video, refined in every iteration."""
+    prompts: Literal["reuse", "split"] = "reuse"
+    """All training samples in every iteration, or another part of them in each."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Use only so many training samples in an iteration, drawn by `seed`."""
+    context_tokens: int = Field(256, ge=1)
+    """Longest visual context, tokens."""
+    context_temperature: float = Field(0.0, ge=0)
+    """Sampling temperature of the visual context; 0 is greedy. That of responses is `rollout.temperature`."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus of responses and contexts (LLaVA-Hound sampled its pairs with temperature 1 and 0.95)."""
+    tries: int = Field(4, ge=1)
+    """Two responses are drawn so many times until they differ; a prompt whose responses never do gives no pair."""
+    chunk_size: int = Field(256, ge=1)
+    """Rows that are made and written at a time: what an interrupted run has to do again."""
+    judge: JudgeConfig = JudgeConfig()
 
 
 class RolloutConfig(Section):
@@ -508,6 +575,29 @@ class DpoJobConfig(JobConfig):
             raise ValueError(
                 f"train.zero_stage={self.train.zero_stage} keeps a part of the optimizer per worker, which another "
                 f"number of workers cannot take up: set it to 0, or leave dpo.max_workers empty"
+            )
+        return self
+
+
+class IsrtJobConfig(DpoJobConfig):
+    """`rlvid isrt`: iterative self-retrospective judgement (Ahn et al. 2024, arXiv 2406.11280): the model describes,
+    answers, judges its own answers and is trained on its verdicts.
+
+    `train` and `dpo` are those of each iteration's DPO.
+    """
+
+    warm_start: WarmStartConfig = WarmStartConfig()
+    isrt: IsrtConfig = IsrtConfig()
+
+    @model_validator(mode="after")
+    def _reference_is_one(self) -> IsrtJobConfig:
+        if self.dpo.reference_path is not None:
+            raise ValueError("dpo.reference_path: here isrt.reference says what the reference is; leave it empty")
+        longest = max(self.isrt.context_tokens, self.isrt.judge.max_tokens, self.rollout.max_tokens)
+        if longest >= self.rollout.max_model_len:
+            raise ValueError(
+                f"rollout.max_model_len={self.rollout.max_model_len} leaves no room for a prompt beside {longest} "
+                f"tokens (isrt.context_tokens, isrt.judge.max_tokens, rollout.max_tokens)"
             )
         return self
 
