@@ -20,30 +20,17 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from rlvid.config import JobConfig, VideoConfig
+from rlvid.config import JobConfig
+from rlvid.data.encoding import Outcome, SampleEncoder, Source
 from rlvid.data.stream import ClipStream
-from rlvid.errors import BadClip, UserError
-from rlvid.models.families import load_family
-from rlvid.types import Clip, Prompt, Sample
-from rlvid.video.cache import FrameCache
-from rlvid.video.clips import ClipReader
-from rlvid.video.probes import Variant, probe, thumbnails
+from rlvid.errors import UserError
+from rlvid.types import Prompt, Sample
+from rlvid.video.probes import Variant
 
 logger = logging.getLogger(__name__)
 TRIES = 2
 ENCODER_START_S = 60.0  # the first call waits for its process
 INLINE_BYTES = 100 * 1024  # results up to this size come to the caller within Ray's message, not in the object store
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an encoder needs to know; one value for a whole run."""
-
-    model: Path
-    video: VideoConfig
-    cache_dir: Path
-    cache_bytes: int
-    max_prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -56,51 +43,16 @@ class Encoded:
     cost: int  # Prompt.cost
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The small row that comes beside a prompt."""
-
-    n_tokens: int = 0
-    cost: int = 0
-    patch_bytes: int = 0
-    decodes: int = 0
-    cache_hits: int = 0
-    bad: tuple[str, str] | None = None  # path and reason
-
-
-class Encoder:
-    """One encoding process. It needs neither torch nor transformers, so it starts in about a second and stays small.
+class Encoder(SampleEncoder):
+    """One encoding process.
 
     An actor rather than tasks: Ray ends idle task workers after a second wherever actors fill its worker limit, and
     starting them again cost more than the decoding.
     """
 
-    def __init__(self, source: Source):
-        self._family = load_family(source.model)
-        cache = FrameCache(source.cache_dir, source.cache_bytes)
-        self._reader = ClipReader(source.video, self._family.frame_multiple, cache)
-        self._source = source
-
     @ray.method(num_returns=2)
-    def encode(self, sample: Sample, variant: Variant) -> tuple[Prompt | None, Outcome]:
-        """Read a sample's clips and make its prompt. A bad clip is a row, not an exception."""
-        clips: list[Clip] = []
-        hits = 0
-        for path in sample.videos:
-            try:
-                clip, is_hit = self._reader.read(path)
-            except BadClip as e:
-                return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(path, e.reason))
-            clips.append(probe(clip, variant, self._family.frame_multiple))
-            hits += is_hit
-        prompt = self._family.encode(sample, clips, self._source.max_prompt_tokens)
-        return prompt, Outcome(
-            prompt.length, prompt.cost, prompt.patches.nbytes, decodes=len(clips) - hits, cache_hits=hits
-        )
-
-    def strip(self, sample: Sample) -> list[bytes]:
-        """A few frames of a sample's clips as JPEG files, for the report."""
-        return [jpeg for path in sample.videos for jpeg in thumbnails(self._reader.read(path)[0].frames)]
+    def encode(self, sample: Sample, variant: Variant = "as_is") -> tuple[Prompt | None, Outcome]:
+        return super().encode(sample, variant)
 
 
 class ClipStore:
@@ -119,25 +71,18 @@ class ClipStore:
         self._max_bad_fraction = cfg.data.max_bad_fraction
         self._on_bad = on_bad
         self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
-        source = Source(
-            model=model.resolve(),
-            video=cfg.video,
-            cache_dir=cfg.data.cache_dir.expanduser().resolve(),
-            cache_bytes=int(cfg.data.cache_gib * 2**30),
-            max_prompt_tokens=cfg.rollout.max_model_len - cfg.rollout.max_tokens,
-        )
+        source = Source.of(cfg, model)
         # Made here too: a size or a cache folder that does not work is an error of the run, not of its first clip.
-        cache = FrameCache(source.cache_dir, source.cache_bytes)
-        self._reader = ClipReader(source.video, load_family(model).frame_multiple, cache)
+        self._reader = source.reader()
         self._cpus = cfg.placement.encode_cpus
         options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
         self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
         # One thread waits for one encoder: that bounds what is under way and gives each clip a deadline of its own.
         n = cfg.placement.encoders
         self._pool = ThreadPoolExecutor(n, thread_name_prefix="encode")
-        self._free: queue.SimpleQueue[ActorHandle[Any]] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[ActorHandle[Any] | None] = queue.SimpleQueue()
         for _ in range(n):
-            self._free.put(self._new_encoder())
+            self._free.put(None)  # started at its first call: a job may need none
 
     def submit(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Future[Encoded | None]]:
         """Start encoding; returns at once. At most `placement.encoders` run at a time."""
@@ -150,13 +95,25 @@ class ClipStore:
             UserError: too many clips are bad, or a prompt does not fit the context.
         """
         encoded = [future.result() for future in pending]
+        self.refuse_many_bad()
+        return [e for e in encoded if e is not None]
+
+    def refuse_many_bad(self) -> None:
+        """
+        Raises:
+            UserError: too many clips are bad.
+        """
         if len(self.bad) > self._max_bad_fraction * self._n_clips:
             named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.bad.items())[:5])
             raise UserError(
                 f"{len(self.bad)} of {self._n_clips} clips cannot be read, more than data.max_bad_fraction="
                 f"{self._max_bad_fraction:g} allows (all are listed in bad_clips.jsonl):\n{named}"
             )
-        return [e for e in encoded if e is not None]
+
+    def count(self, decodes: int, cache_hits: int) -> None:
+        """Clips that somebody else has read, a worker of Ray Train say."""
+        self.decodes += decodes
+        self.cache_hits += cache_hits
 
     def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
         return self.collect(self.submit(samples, variant))
@@ -173,7 +130,7 @@ class ClipStore:
                 self.decodes += row.n_decoded
                 self.cache_hits += row.n_cached
                 if row.error is not None:
-                    self._set_aside(row.error.path, row.error.reason)
+                    self.set_aside(row.error.path, row.error.reason)
                 yield row.sample
 
     def strips(self, samples: Sequence[Sample]) -> dict[str, list[bytes]]:
@@ -195,7 +152,7 @@ class ClipStore:
     @contextmanager
     def _encoder(self) -> Iterator[ActorHandle[Any]]:
         """An encoder for one call; one that died or hangs is stopped, and a new one takes its place."""
-        encoder = self._free.get()
+        encoder = self._free.get() or self._new_encoder()
         try:
             yield encoder
         except (GetTimeoutError, RayActorError):
@@ -205,7 +162,8 @@ class ClipStore:
         finally:
             self._free.put(encoder)
 
-    def _set_aside(self, path: str, reason: str) -> None:
+    def set_aside(self, path: str, reason: str) -> None:
+        """Quarantine a clip; said and written once."""
         if self.bad.setdefault(path, reason) is reason:
             self._on_bad(path, reason)
 
@@ -233,7 +191,7 @@ class ClipStore:
         self.decodes += outcome.decodes
         self.cache_hits += outcome.cache_hits
         if outcome.bad:
-            self._set_aside(*outcome.bad)
+            self.set_aside(*outcome.bad)
             return None
         if outcome.patch_bytes < INLINE_BYTES:
             # Ray would copy a result this small into the message of every call that it is handed to: pixels would pass

@@ -14,7 +14,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlvid.config import EvalJobConfig, GrpoJobConfig, JobConfig, PlacementConfig, SftJobConfig
+from rlvid.config import (
+    DpoJobConfig,
+    EvalJobConfig,
+    GrpoJobConfig,
+    JobConfig,
+    PlacementConfig,
+    RewardModelJobConfig,
+    SftJobConfig,
+)
 from rlvid.errors import UserError
 
 
@@ -60,7 +68,7 @@ def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
 
 def roles_of(cfg: JobConfig) -> tuple[str, ...]:
     """The roles that a job starts. No reference model without a KL term, nor with adapters: the trainer is it then."""
-    if isinstance(cfg, SftJobConfig):
+    if isinstance(cfg, SftJobConfig | DpoJobConfig):
         return ("trainer",)
     if isinstance(cfg, EvalJobConfig):
         return ("generator",)
@@ -82,6 +90,21 @@ def _cpus_beside(place: PlacementConfig) -> float:
     return place.encoders * place.encode_cpus + place.reward_workers * place.reward_cpus
 
 
+def require_room(slots: list[Slot], place: PlacementConfig) -> None:
+    """
+    Raises:
+        UserError: the cluster cannot hold the plan. One that may still grow is not asked.
+    """
+    need = {"CPU": sum(s.cpus for s in slots) + _cpus_beside(place), "GPU": sum(s.gpus for s in slots)}
+    have = ray.cluster_resources()
+    for kind, amount in need.items() if "RAY_ADDRESS" not in os.environ else ():
+        if amount > have.get(kind, 0.0) + 1e-6:
+            raise UserError(
+                f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower the placement.* "
+                f"keys, rollout.replicas or placement.trainer_workers, or start more nodes"
+            )
+
+
 class Placement:
     """The placement groups of one job.
 
@@ -90,15 +113,7 @@ class Placement:
     """
 
     def __init__(self, slots: list[Slot], place: PlacementConfig):
-        need = {"CPU": sum(s.cpus for s in slots) + _cpus_beside(place), "GPU": sum(s.gpus for s in slots)}
-        have = ray.cluster_resources()
-        for kind, amount in need.items() if "RAY_ADDRESS" not in os.environ else ():  # a cluster may still grow
-            if amount > have.get(kind, 0.0) + 1e-6:
-                raise UserError(
-                    f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower the "
-                    f"placement.* "
-                    f"keys, rollout.replicas or placement.trainer_workers, or start more nodes"
-                )
+        require_room(slots, place)
         self._groups: dict[str, PlacementGroup] = {}
         self._timeout_s = place.timeout_s
         for name in dict.fromkeys(s.group for s in slots):

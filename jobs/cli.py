@@ -45,6 +45,7 @@ class _Job:
 _JOBS = {
     "grpo": _Job("jobs.grpo", "GrpoJobConfig", "group relative policy optimisation on videos"),
     "sft": _Job("jobs.sft", "SftJobConfig", "supervised fine-tuning on the manifest's answers"),
+    "dpo": _Job("jobs.dpo", "DpoJobConfig", "direct preference optimisation and its relatives on pairs of responses"),
     "eval": _Job("jobs.evaluate", "EvalJobConfig", "greedy answers to the held-out manifest, scored"),
 }
 

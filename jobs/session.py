@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,9 +20,10 @@ import ray
 from actors.clips import ClipStore, Encoded
 from actors.processes import start_ray
 from actors.team import Team
-from rlvid.config import JobConfig
+from rlvid.config import DpoJobConfig, JobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.order import batch_indices
+from rlvid.data.preferences import load_preferences
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
 from rlvid.models.families import load_family
@@ -31,8 +32,8 @@ from rlvid.reporting.console import Console
 from rlvid.reporting.report import write_report
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
-from rlvid.types import Sample
-from rlvid.video.synth import make_synthetic
+from rlvid.types import Preference, Sample
+from rlvid.video.synth import make_synthetic, pairs_of
 
 STATE_FILE = "job.json"
 WARM_START_STEP = "warm_start_step"  # in a checkpoint's state: a warm start is under way, so many steps are done
@@ -43,6 +44,8 @@ class Session:
 
     train: list[Sample]
     held_out: list[Sample]
+    pairs: list[Preference]  # of a job on preferences; `train` and `held_out` are their samples
+    held_out_pairs: list[Preference]
     model: Path
     family: ChatFamily
     clips: ClipStore
@@ -180,19 +183,27 @@ class Session:
 
     def finish(self, team: Team, result: Mapping[str, Any]) -> dict[str, Any]:
         """Exported policy and report; or, after Ctrl-C, how to go on."""
-        report = str(self.folder.report_file)
-        seconds = round(time.monotonic() - self.started_s, 1)
-        if self.interrupted:
-            newest = self.folder.checkpoints.newest()
-            where = (
-                f"goes on from the last checkpoint, {newest.path}"
-                if newest
-                else "starts again, there is no checkpoint yet"
-            )
-            self.console.message(f"interrupted: the same rlvid command {where}")
-            raise KeyboardInterrupt
+        self.end_if_interrupted()
         team.trainer.export((self.folder.dir / "policy").resolve())
-        return {**result, "steps": self.cfg.train.steps, "seconds": seconds, "report": report}
+        return {**result, "steps": self.cfg.train.steps, **self.ending()}
+
+    def ending(self) -> dict[str, Any]:
+        """What every job's result ends with."""
+        return {
+            "seconds": round(time.monotonic() - self.started_s, 1),
+            "report": str(self.folder.report_file),
+        }
+
+    def end_if_interrupted(self) -> None:
+        """After Ctrl-C: say how to go on, and end."""
+        if not self.interrupted:
+            return
+        newest = self.folder.checkpoints.newest()
+        where = (
+            f"goes on from the last checkpoint, {newest.path}" if newest else "starts again, there is no checkpoint yet"
+        )
+        self.console.message(f"interrupted: the same rlvid command {where}")
+        raise KeyboardInterrupt
 
     def require_training_data(self) -> None:
         if not self.train:
@@ -200,19 +211,26 @@ class Session:
 
     def steps(self, start: int, stop: int) -> Iterator[int]:
         """Step numbers [start, stop). Ctrl-C ends the loop after the step under way; a second one stops at once."""
+        with self.interruptible():
+            for step in range(start, stop):
+                yield step
+                if self.interrupted:
+                    return
+
+    @contextmanager
+    def interruptible(self, on_interrupt: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Ctrl-C sets `interrupted` and calls `on_interrupt`; a second one stops at once."""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
             self.console.message("stopping after this step; press Ctrl-C again to stop at once")
+            on_interrupt()
 
         handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in range(start, stop):
-                yield step
-                if self.interrupted:
-                    return
+            yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -224,8 +242,16 @@ class Session:
             self.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
             train, made = make_synthetic(self.folder.dir / "data", data.synthetic, self.cfg.seed)
             held_out = held_out or made
-        self.train = load_manifest(train, data.root, data.system_prompt, data.suffix) if train else []
-        self.held_out = load_manifest(held_out, data.root, data.system_prompt, data.suffix) if held_out else []
+            if isinstance(self.cfg, DpoJobConfig):
+                train, held_out = pairs_of(train), pairs_of(made) if held_out == made else held_out
+        how = data.root, data.system_prompt, data.suffix
+        if isinstance(self.cfg, DpoJobConfig):
+            self.pairs = load_preferences(train, *how) if train else []
+            self.held_out_pairs = load_preferences(held_out, *how) if held_out else []
+            self.train, self.held_out = [p.sample for p in self.pairs], [p.sample for p in self.held_out_pairs]
+        else:
+            self.train = load_manifest(train, *how) if train else []
+            self.held_out = load_manifest(held_out, *how) if held_out else []
         check_disjoint(self.train, self.held_out)
         self.folder.record(data={str(path): _sha256(path) for path in (train, held_out) if path})
 
@@ -243,6 +269,7 @@ class Session:
                 texts = [
                     text for s in self.train or self.held_out for text in (*(m.text for m in s.messages), s.answer)
                 ]
+                texts += [text for pair in getattr(self, "pairs", ()) for text in (pair.chosen, pair.rejected)]
                 make_tiny(self.model, model.tiny, texts, self.cfg.seed)
         self.family = load_family(self.model)
         weights = sorted(self.model.glob("*.safetensors"))

@@ -152,7 +152,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, the first preferred. `meta` says by whom and how, for example judge and iteration."""
+    """Two responses to one prompt, the first preferred. `meta` says by whom and how: judge, iteration and so on."""
 
     sample: Sample
     chosen: str

@@ -31,7 +31,9 @@ def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
-def kto(chosen: Tensor, rejected: Tensor, beta: float, kl: float, chosen_weight: float, rejected_weight: float) -> Tensor:
+def kto(
+    chosen: Tensor, rejected: Tensor, beta: float, kl: float, chosen_weight: float, rejected_weight: float
+) -> Tensor:
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8), the mean of a pair's desirable and undesirable response.
 
     Args:

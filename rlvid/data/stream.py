@@ -9,6 +9,7 @@ Resuming needs no state but (seed, epoch, offset), because the order of an epoch
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ import numpy.typing as npt
 import ray.data
 
 from rlvid.config import VideoConfig
+from rlvid.data.encoding import Outcome, SampleEncoder, Source
 from rlvid.data.order import batch_indices
 from rlvid.errors import BadClip, UserError
-from rlvid.types import Sample
+from rlvid.types import Prompt, Sample
 from rlvid.video.cache import FrameCache
 from rlvid.video.clips import ClipReader
 from rlvid.video.watchdog import ends_process_after
@@ -129,6 +131,57 @@ class ClipStream:
             n_decoded=row["n_decoded"],
             error=BadClip(row["bad_path"], row["bad_reason"]) if row["bad_reason"] else None,
         )
+
+
+def prompt_stream(items: Sequence[tuple[int, Sample]], source: Source, cpus_per_task: float) -> ray.data.Dataset:
+    """The samples' prompts, encoded in parallel by Ray tasks, in the order given; `open_prompt` opens a row.
+
+    Args:
+        items: a number of the caller's with each sample, for example its place in the run.
+    """
+    references = [{"offset": offset, "sample": pickle.dumps(sample)} for offset, sample in items]
+    n_blocks = -(-len(references) // ROWS_PER_BLOCK_WITH_FRAMES)
+    dataset = ray.data.from_items(references, override_num_blocks=n_blocks)
+    dataset = dataset.map(_encode_row, fn_kwargs={"source": pickle.dumps(source)}, num_cpus=cpus_per_task)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    return dataset
+
+
+def open_prompt(row: dict[str, Any]) -> tuple[int, Prompt | None, Outcome]:
+    """Number, prompt and outcome; without a prompt the outcome names the bad clip.
+
+    Raises:
+        UserError: the prompt does not fit, or the frame cache cannot be written.
+        RuntimeError: an error that is no fault of the clip.
+    """
+    if row["user_error"]:
+        raise UserError(row["user_error"])
+    if row["crash"]:
+        raise RuntimeError(f"encoding a sample failed in a way that is no fault of its videos:\n{row['crash']}")
+    prompt, outcome = pickle.loads(row["prompt"])  # written by `_encode_row`
+    return row["offset"], prompt, outcome
+
+
+@lru_cache(maxsize=4)
+def _sample_encoder(source: bytes) -> SampleEncoder:
+    """One encoder per worker process and source."""
+    return SampleEncoder(pickle.loads(source))
+
+
+def _encode_row(row: dict[str, Any], source: bytes) -> dict[str, Any]:
+    """Runs in a Ray worker. Never raises, or Ray would drop the whole block."""
+    result = {"offset": row["offset"], "prompt": b"", "user_error": "", "crash": ""}
+    try:
+        encoder, sample = _sample_encoder(source), pickle.loads(row["sample"])
+        with ends_process_after((1 + len(sample.videos)) * (2 * encoder.source.video.timeout_s + 10)):
+            result["prompt"] = pickle.dumps(encoder.encode(sample), protocol=5)
+    except UserError as error:
+        result["user_error"] = str(error)
+    except Exception:
+        result["crash"] = traceback.format_exc()
+    return result
 
 
 @lru_cache(maxsize=4)

@@ -63,6 +63,15 @@ _SUPERVISED_COLUMNS = (
     _Column("samples/s", "samples_per_s", _tenths),
     _Column("s/step", "time/step", _tenths),
 )
+_PREFERENCE_COLUMNS = (
+    _Column("loss", "loss", _compact),
+    _Column("accuracy", "rewards/accuracies", _percent),
+    _Column("margin", "rewards/margins", _compact),
+    _Column("chosen", "rewards/chosen", _compact),
+    _Column("rejected", "rewards/rejected", _compact),
+    _Column("lr", "train/lr", _compact),
+    _Column("s/step", "time/step", _tenths),
+)
 
 
 class Console:
@@ -117,6 +126,7 @@ class Console:
         """One line: step, the numbers of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
         metrics = {key.removeprefix("warm_start/"): value for key, value in metrics.items()}
         base = _SUPERVISED_COLUMNS if "loss" in metrics else _TRAIN_COLUMNS
+        base = _PREFERENCE_COLUMNS if "rewards/margins" in metrics else base
         new_stages = [key for key in metrics if key.startswith("time/") and key not in ("time/step", *self._stages)]
         self._stages += new_stages
         columns = base + tuple(_Column("s/" + key.removeprefix("time/"), key, _tenths) for key in self._stages)

@@ -57,7 +57,9 @@ class Figure:
 def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path, Path]:
     """Write clips and two manifests into `out_dir`; return the paths of `train.jsonl` and `eval.jsonl`.
 
-    A folder that already holds the same set is left as it is; one that holds another set is refused.
+    Beside them stand `train_pairs.jsonl` and `eval_pairs.jsonl`: the same rows with the right answer as `chosen` and a
+    wrong one as `rejected`. A folder that already holds the same set is left as it is; one that holds another set is
+    refused.
 
     Raises:
         UserError: `out_dir` holds something else.
@@ -66,7 +68,7 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
     spec = {"seed": seed, **cfg.model_dump(mode="json")}
     manifests = out_dir / "train.jsonl", out_dir / "eval.jsonl"
     if stamp.exists():
-        if json.loads(stamp.read_text()) == spec:
+        if json.loads(stamp.read_text()) == spec and all(pairs_of(m).exists() for m in manifests):
             return manifests
         raise UserError(
             f"{out_dir} holds a synthetic set made with other settings ({stamp}): remove it or name another folder"
@@ -77,6 +79,9 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
         rng = np.random.default_rng([seed, split])
         rows = [_make_clip(out_dir, path.stem, i, cfg, rng) for i in range(n)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        wrong = np.random.default_rng([seed, split, 1])
+        pairs = [{**row, "chosen": row["answer"], "rejected": _wrong_answer(row, wrong)} for row in rows]
+        pairs_of(path).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     stamp.write_text(json.dumps(spec))  # last: an interrupted set is made again
     return manifests
 
@@ -95,6 +100,23 @@ def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.
         "answer": answer,
         "problem_type": kind,
     }
+
+
+def pairs_of(manifest: Path) -> Path:
+    """Where the pairs of a synthetic manifest stand."""
+    return manifest.with_name(f"{manifest.stem}_pairs.jsonl")
+
+
+def _wrong_answer(row: dict[str, object], rng: np.random.Generator) -> str:
+    """Another answer that the row's question allows."""
+    possible = {
+        "colour": tuple(COLOURS),
+        "order": tuple(COLOURS),
+        "shape": SHAPES,
+        "direction": ("left", "right") if row["answer"] in ("left", "right") else ("up", "down"),
+        "count": NUMBERS,
+    }[str(row["problem_type"])]
+    return str(rng.choice([answer for answer in possible if answer != row["answer"]]))
 
 
 def _question(kind: str, answer: str) -> str:

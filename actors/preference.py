@@ -1,0 +1,474 @@
+"""Training on preference pairs: Ray Train workers, each around a `Learner`, fed by Ray Data.
+
+Ray Train starts the workers, starts them anew from the newest checkpoint after a failure, and with a range of workers
+uses as many as the cluster has room for. What a step trains on is a function of seed and step alone: rank r of n takes
+every n-th pair of the step's batch, so neither a restart nor another number of workers changes the batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import ray.train
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.numpy import load_file, save_file
+
+from actors.processes import enter_process, require_compiler
+from rlvid.algorithms.schedule import lr_multiplier
+from rlvid.config import DpoJobConfig
+from rlvid.data.encoding import Source
+from rlvid.data.order import batch_indices
+from rlvid.data.stream import open_prompt, prompt_stream
+from rlvid.errors import UserError
+from rlvid.reporting.checkpoints import Checkpoints
+from rlvid.types import Preference, Prompt
+
+if TYPE_CHECKING:
+    from rlvid.models.families.chat import ChatFamily
+    from rlvid.training.learner import Learner
+    from rlvid.training.packing import Group
+
+STATE_FILE = "workers.json"
+Event = tuple[str, Any]  # what a worker tells the driver: kind and content
+Scores = dict[str, npt.NDArray[np.float32]]  # pair id -> reference log-probs [chosen tokens, rejected tokens]
+
+
+@dataclass(frozen=True)
+class PreferencePlan:
+    """What the workers need to know; paths are absolute."""
+
+    cfg: DpoJobConfig
+    model: Path
+    reference: Path
+    pairs: tuple[Preference, ...]
+    held_out: tuple[Preference, ...]
+    folder: Path  # checkpoints, reference log-probs, logs
+    out: Path  # the trained policy, a checkpoint folder that appears whole
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints")
+
+    def items(self, rank: int, world: int, start: int) -> list[tuple[int, int]]:
+        """(step, index of a pair) of everything that a rank trains on from step `start` on."""
+        size, steps = self.cfg.train.batch_size, self.cfg.train.steps
+        order = batch_indices(len(self.pairs), self.cfg.seed, start * size, (steps - start) * size)
+        return [(start + i // size, pair) for i, pair in enumerate(order) if i % size % world == rank]
+
+
+class Mailbox:
+    """Carries what the workers have to say to the driver, and the driver's wish to stop to the workers."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._is_stopping = False
+
+    def put(self, *events: Event) -> bool:
+        """Returns whether to stop."""
+        self._events += events
+        return self._is_stopping
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def stop(self) -> None:
+        self._is_stopping = True
+
+
+class Shards(DataConfig):
+    """The prompts of each worker, from the step on where training goes on."""
+
+    def __init__(self, plan: PreferencePlan):
+        super().__init__()
+        self._plan = plan
+
+    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        plan, (name,) = self._plan, datasets
+        newest = plan.checkpoints.newest()
+        source, cpus = Source.of(plan.cfg, plan.model), plan.cfg.placement.encode_cpus
+        shards = []
+        for rank in range(world_size):
+            if name == "train":
+                pairs = plan.pairs
+                indices = [i for _, i in plan.items(rank, world_size, newest.step if newest else 0)]
+            else:
+                pairs = plan.held_out if name == "held_out" else (*plan.pairs, *plan.held_out)
+                indices = list(range(rank, len(pairs), world_size))
+            items = [(i, pairs[i].sample) for i in indices]
+            shards.append({name: prompt_stream(items, source, cpus).iterator() if items else None})
+        return shards
+
+
+class PreferenceTraining:
+    """The driver's side of one training. `events` yields what happens, until the end."""
+
+    def __init__(self, plan: PreferencePlan):
+        cfg = plan.cfg
+        if not cfg.placement.gpus:
+            require_compiler()
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+        least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers or cfg.placement.trainer_workers
+        names = ["train", *(["held_out"] if plan.held_out else []), "all"]
+        self._trainer = TorchTrainer(
+            work,
+            train_loop_config={"plan": plan, "mailbox": self._mailbox},
+            scaling_config=ScalingConfig(
+                num_workers=(least, most) if most > least else least,
+                use_gpu=cfg.placement.gpus > 0,
+                resources_per_worker={"CPU": cfg.placement.trainer_cpus}
+                | ({"GPU": cfg.placement.gpus} if cfg.placement.gpus else {}),
+            ),
+            run_config=RunConfig(
+                name="ray_train",
+                storage_path=str(plan.folder),
+                failure_config=FailureConfig(max_failures=cfg.dpo.max_failures),
+            ),
+            torch_config=TorchConfig(backend="nccl" if cfg.placement.gpus else "gloo"),
+            datasets=dict.fromkeys(names, lambda: None),  # `Shards` makes them
+            dataset_config=Shards(plan),
+        )
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+
+    def stop(self) -> None:
+        """Ask the workers to end after the step under way, with a checkpoint."""
+        self._mailbox.stop.remote()
+
+    def events(self) -> Iterator[Event]:
+        """
+        Raises:
+            UserError: of a worker.
+            RuntimeError: the workers failed more often than `dpo.max_failures`.
+        """
+        self._thread.start()
+        while True:
+            is_over = not self._thread.is_alive()
+            for kind, content in ray.get(self._mailbox.take.remote()):
+                if kind == "user error":
+                    raise UserError(content)
+                yield kind, content
+            if is_over:
+                break
+            self._thread.join(timeout=0.2)
+        if self._error is not None:
+            failures = getattr(self._error, "worker_failures", {})
+            raise next(iter(failures.values()), self._error)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as e:
+            self._error = e
+
+
+# --- in the workers ---------------------------------------------------------------------------------------------------
+
+
+def work(config: dict[str, Any]) -> None:
+    """One worker, from the newest checkpoint to the exported policy."""
+    plan, mailbox = config["plan"], config["mailbox"]
+    try:
+        Worker(plan, mailbox).run()
+    except UserError as e:  # no failure that another try would mend
+        ray.get(mailbox.put.remote(("user error", str(e))))
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the others wait in a collective
+
+
+class Worker:
+    """One rank of a preference training."""
+
+    def __init__(self, plan: PreferencePlan, mailbox: Any):
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.plan, self.cfg, self._mailbox = plan, plan.cfg, mailbox
+        enter_process(plan.folder / "logs" / f"trainer-{self.rank}.log", self.cfg.placement.threads)
+        if not self.cfg.placement.gpus:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            require_compiler()
+        from rlvid.models.families import load_family
+        from rlvid.training.learner import Learner
+
+        self.family: ChatFamily = load_family(plan.model)
+        self.learner: Learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, temperature=None)
+        self._stored: Scores | None = None
+        self._frozen: Any = None
+
+    def run(self) -> None:
+        start = self._resume()
+        self._make_reference()
+        self._tell("started", {"world": self.world, "step": start})
+        rows = self._rows("train")
+        if start == 0:
+            self._evaluate(0)
+        step, is_stopping = start, False
+        for step, pairs in self._steps(start):
+            begin = time.monotonic()
+            stats = self._train(step, self._groups(itertools.islice(rows, len(pairs)), self.plan.pairs))
+            stats |= {"time/step": time.monotonic() - begin}
+            is_stopping = self._agree(self._tell("step", {"step": step + 1, **stats}))
+            done = step + 1
+            if done % self.cfg.evaluate.every == 0 and done < self.cfg.train.steps:
+                self._evaluate(done)
+            if done % self.cfg.run.checkpoint_every == 0 or done == self.cfg.train.steps or is_stopping:
+                self._checkpoint(done)
+            if is_stopping:
+                return
+        self._evaluate(self.cfg.train.steps)
+        self._export()
+
+    def _steps(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        for step, items in itertools.groupby(self.plan.items(self.rank, self.world, start), key=lambda item: item[0]):
+            yield step, [pair for _, pair in items]
+
+    def _train(self, step: int, groups: list[Group]) -> dict[str, float]:
+        """One optimizer step on this rank's share; nothing where a rank has no pair with readable clips."""
+        from rlvid.training.objectives import Preferred
+
+        cfg = self.cfg
+        tokens = sum(len(g.responses.token_ids[0]) for g in groups)
+        n_pairs, n_tokens, empty = self._sum(len(groups), tokens, not groups)
+        lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
+        if empty:
+            return {"train/pairs": n_pairs, "is_left_out": 1.0}
+        groups = self._with_reference(groups)
+        kl = self._reference_point(groups) if cfg.dpo.loss == "kto" else 0.0
+        for group in groups:
+            group.responses.weights[:] = _chosen_mask(group) / n_tokens
+        stats = self.learner.step(groups, Preferred(cfg.dpo, int(n_pairs), kl), lr)
+        names = {
+            "loss": "loss",
+            "pair/loss": "preference/loss",
+            "pair/chosen": "rewards/chosen",
+            "pair/rejected": "rewards/rejected",
+            "pair/margin": "rewards/margins",
+            "pair/accuracy": "rewards/accuracies",
+            "pair/logps_chosen": "logps/chosen",
+            "pair/logps_rejected": "logps/rejected",
+            "pair/length_chosen": "response/length_chosen",
+            "pair/length_rejected": "response/length_rejected",
+            "grad_norm": "train/grad_norm",
+            "lr": "train/lr",
+        }
+        metrics = {name: stats[key] for key, name in names.items()} | {"train/pairs": n_pairs}
+        return metrics | ({"preference/kl": kl} if cfg.dpo.loss == "kto" else {})
+
+    def _evaluate(self, step: int) -> None:
+        """Implicit-reward accuracy on the held-out pairs: the share whose chosen response has the larger reward."""
+        if not self.plan.held_out:
+            return
+        import torch
+
+        from rlvid.training.objectives import Preferred
+
+        begin = time.monotonic()
+        groups = self._groups(self._rows("held_out"), self.plan.held_out)
+        n, empty = self._sum(len(groups), not groups)
+        if empty:
+            self._tell("note", "no evaluation: a worker has no held-out pair with readable clips")
+            return
+        groups = self._with_reference(groups)
+        objective = Preferred(self.cfg.dpo, int(n))
+        sums = [0.0, 0.0, 0.0]
+        for group, own in zip(groups, self.learner.logprobs(groups), strict=True):
+            _, stats = objective(torch.from_numpy(own), [group])
+            for i, name in enumerate(("pair/accuracy", "pair/margin", "pair/loss")):
+                sums[i] += float(stats[name])
+        correct, margin, loss = self._sum(*sums)
+        metrics = {"eval/accuracy": correct / n, "eval/margin": margin / n, "eval/loss": loss / n, "eval/n": n}
+        self._tell("evaluation", {"step": step, **metrics, "time/evaluation": time.monotonic() - begin})
+
+    # --- data
+
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        shard = ray.train.get_dataset_shard(name)
+        return iter(shard.iter_rows()) if shard is not None else iter(())
+
+    def _groups(self, rows: Iterator[dict[str, Any]], pairs: Sequence[Preference]) -> list[Group]:
+        """Pairs as groups of two responses; those with a bad clip are reported and left out."""
+        groups = []
+        decodes = hits = 0
+        for row in rows:
+            index, prompt, outcome = open_prompt(row)
+            decodes, hits = decodes + outcome.decodes, hits + outcome.cache_hits
+            if prompt is None:
+                self._mailbox.put.remote(("bad clip", outcome.bad))
+            else:
+                groups.append(pair_group(prompt, pairs[index], self.family))
+        self._mailbox.put.remote(("clips", (decodes, hits)))
+        return groups
+
+    # --- reference
+
+    def _make_reference(self) -> None:
+        dpo = self.cfg.dpo
+        if not dpo.needs_reference:
+            return
+        if dpo.reference == "precomputed":
+            file = self.plan.folder / "reference.safetensors"
+            if not file.exists():
+                self._precompute(file)
+            self._stored = load_file(file)
+        elif not self._is_own_reference:
+            self._frozen = self._load_frozen()
+
+    @property
+    def _is_own_reference(self) -> bool:
+        """Adapters beside the reference's own weights: switched off, they leave the reference."""
+        return self.cfg.model.lora is not None and self.plan.reference == self.plan.model
+
+    def _load_frozen(self) -> Any:
+        from rlvid.models.loading import load_model
+        from rlvid.training.packing import PackedPolicy
+
+        network = load_model(self.plan.reference, self.cfg.model.dtype)
+        return PackedPolicy(network, self.family, temperature=None).eval().to(self.learner.device)
+
+    def _precompute(self, file: Path) -> None:
+        """Score all pairs once, spread over the ranks; rank 0 writes what they found."""
+        import torch.distributed as dist
+
+        pairs = (*self.plan.pairs, *self.plan.held_out)
+        frozen = self._load_frozen()
+        own: Scores = {}
+        rows = self._rows("all")
+        while chunk := self._groups(itertools.islice(rows, 64), pairs):
+            for group, scores in zip(chunk, self._score(frozen, chunk), strict=True):
+                own[group.prompt.sample_id] = scores
+        parts: list[Scores] = [{}] * self.world
+        dist.all_gather_object(parts, own)
+        if self.rank == 0:
+            part = file.with_suffix(".part")
+            save_file({name: scores for scored in parts for name, scores in scored.items()}, part)
+            part.replace(file)
+        dist.barrier()
+
+    def _score(self, policy: Any, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+        import torch
+
+        from rlvid.training.rows import score
+
+        with torch.no_grad():
+            return score(lambda row: policy(row.to(self.learner.device))[0], groups, self.cfg.train.micro_batch_tokens)
+
+    def _reference_logprobs(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+        if self._frozen is not None:
+            return self._score(self._frozen, groups)
+        return self.learner.reference_logprobs(groups)
+
+    def _with_reference(self, groups: list[Group]) -> list[Group]:
+        """The groups with their reference log-probs."""
+        from dataclasses import replace
+
+        if not self.cfg.dpo.needs_reference:
+            return groups
+        if self._stored is not None:
+            scores = [self._stored[g.prompt.sample_id] for g in groups]
+        else:
+            scores = self._reference_logprobs(groups)
+        return [replace(g, responses=replace(g.responses, ref_logprobs=s)) for g, s in zip(groups, scores, strict=True)]
+
+    def _reference_point(self, groups: Sequence[Group]) -> float:
+        """KTO's z0: the mean log-ratio of responses to other prompts than their own, at least 0."""
+        mismatched = []
+        for group, other in zip(groups, [*groups[1:], groups[0]], strict=True):
+            response = other.responses.token_ids[0]
+            mismatched.append(_group(group.prompt, (response,)))
+        policy = self.learner.logprobs(mismatched)
+        if self._stored is not None and self._frozen is None and not self._is_own_reference:
+            self._frozen = self._load_frozen()  # what was stored are the pairs' own responses
+        reference = self._reference_logprobs(mismatched)
+        ratios = [float((p - r).sum()) for p, r in zip(policy, reference, strict=True)]
+        if self.cfg.dpo.is_mean:
+            ratios = [x / len(p) for x, p in zip(ratios, policy, strict=True)]
+        total, n = self._sum(sum(ratios), len(ratios))
+        return max(0.0, total / n)
+
+    # --- checkpoints
+
+    def _resume(self) -> int:
+        newest = self.plan.checkpoints.newest()
+        if newest is None:
+            return 0
+        state = json.loads((newest.path / STATE_FILE).read_text())
+        if self.cfg.train.zero_stage and state["world"] != self.world:
+            raise UserError(
+                f"{newest.path} was written by {state['world']} workers: ZeRO {self.cfg.train.zero_stage} cannot go "
+                f"on with {self.world}; set placement.trainer_workers={state['world']}"
+            )
+        if newest.step > self.cfg.train.steps:
+            raise UserError(
+                f"{self.plan.folder} is at step {newest.step} already, train.steps={self.cfg.train.steps} lies before "
+                f"it; give another run.dir, or more steps"
+            )
+        self.learner.load(newest.path)
+        return newest.step
+
+    def _checkpoint(self, step: int) -> None:
+        """All ranks write into one folder, rank 0 opens and closes it."""
+        import torch.distributed as dist
+
+        begin = time.monotonic()
+        writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
+        folder = [str(writing.__enter__()) if self.rank == 0 else ""]
+        dist.broadcast_object_list(folder, src=0)
+        self.learner.save(Path(folder[0]))
+        dist.barrier()
+        if self.rank == 0:
+            (Path(folder[0]) / STATE_FILE).write_text(json.dumps({"world": self.world}))
+            writing.__exit__(None, None, None)
+        dist.barrier()
+        self._tell("checkpoint", {"step": step, "seconds": time.monotonic() - begin})
+
+    def _export(self) -> None:
+        part = self.plan.out.with_name(self.plan.out.name + ".part")
+        self.learner.export(part, self.plan.model)
+        if self.rank == 0:
+            part.rename(self.plan.out)
+
+    # --- words between ranks and to the driver
+
+    def _tell(self, kind: str, content: Any) -> bool:
+        """Rank 0 tells the driver; returns whether the driver wants to stop (on rank 0)."""
+        return self.rank == 0 and bool(ray.get(self._mailbox.put.remote((kind, content))))
+
+    def _agree(self, is_stopping: bool) -> bool:
+        return bool(self._sum(is_stopping)[0])
+
+    def _sum(self, *values: float) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.learner.device)
+        dist.all_reduce(total)
+        return [float(v) for v in total]
+
+
+def pair_group(prompt: Prompt, pair: Preference, family: ChatFamily) -> Group:
+    """A pair as a group of two responses that share their prompt's forward and are never parted."""
+    return _group(prompt, (family.encode_answer(pair.chosen), family.encode_answer(pair.rejected)))
+
+
+def _group(prompt: Prompt, responses: tuple[npt.NDArray[np.int32], ...]) -> Group:
+    from rlvid.training.packing import Group, Responses
+
+    weights = np.zeros(sum(len(r) for r in responses), dtype=np.float32)
+    return Group(prompt, Responses(token_ids=responses, weights=weights, together=len(responses)))
+
+
+def _chosen_mask(group: Group) -> npt.NDArray[np.float32]:
+    lengths = [len(ids) for ids in group.responses.token_ids]
+    return np.repeat(np.array([1.0, 0.0], dtype=np.float32), lengths)

@@ -1,0 +1,85 @@
+"""A sample's way from its video files to its prompt: each clip read once, one processor pass. In one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlvid.config import JobConfig, VideoConfig
+from rlvid.errors import BadClip
+from rlvid.models.families import load_family
+from rlvid.types import Clip, Prompt, Sample
+from rlvid.video.cache import FrameCache
+from rlvid.video.clips import ClipReader
+from rlvid.video.probes import Variant, probe, thumbnails
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an encoder needs to know; one value for a whole run."""
+
+    model: Path
+    video: VideoConfig
+    cache_dir: Path
+    cache_bytes: int
+    max_prompt_tokens: int
+
+    @classmethod
+    def of(cls, cfg: JobConfig, model: Path) -> Source:
+        return cls(
+            model=model.resolve(),
+            video=cfg.video,
+            cache_dir=cfg.data.cache_dir.expanduser().resolve(),
+            cache_bytes=int(cfg.data.cache_gib * 2**30),
+            max_prompt_tokens=cfg.rollout.max_model_len - cfg.rollout.max_tokens,
+        )
+
+    def reader(self) -> ClipReader:
+        """
+        Raises:
+            UserError: a size or a cache folder that does not work.
+        """
+        return ClipReader(
+            self.video, load_family(self.model).frame_multiple, FrameCache(self.cache_dir, self.cache_bytes)
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The small row that comes beside a prompt."""
+
+    n_tokens: int = 0
+    cost: int = 0
+    patch_bytes: int = 0
+    decodes: int = 0
+    cache_hits: int = 0
+    bad: tuple[str, str] | None = None  # path and reason
+
+
+class SampleEncoder:
+    """Needs neither torch nor transformers, so its process starts in about a second and stays small."""
+
+    def __init__(self, source: Source):
+        self.family = load_family(source.model)
+        self.source = source
+        self.reader = source.reader()
+
+    def encode(self, sample: Sample, variant: Variant = "as_is") -> tuple[Prompt | None, Outcome]:
+        """Read a sample's clips and make its prompt. A bad clip is a row, not an exception."""
+        clips: list[Clip] = []
+        hits = 0
+        for path in sample.videos:
+            try:
+                clip, is_hit = self.reader.read(path)
+            except BadClip as e:
+                return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(path, e.reason))
+            clips.append(probe(clip, variant, self.family.frame_multiple))
+            hits += is_hit
+        prompt = self.family.encode(sample, clips, self.source.max_prompt_tokens)
+        return prompt, Outcome(
+            prompt.length, prompt.cost, prompt.patches.nbytes, decodes=len(clips) - hits, cache_hits=hits
+        )
+
+    def strip(self, sample: Sample) -> list[bytes]:
+        """A few frames of a sample's clips as JPEG files, for the report."""
+        return [jpeg for path in sample.videos for jpeg in thumbnails(self.reader.read(path)[0].frames)]
