@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlvid.rewards.videoscore import DIMS, DIMS2
+from rlvid.rewards.videoscore import DIMS, DIMS2, Rubric
 
 
 class Section(BaseModel):
@@ -564,22 +564,24 @@ class DpoJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _workers_have_work(self) -> DpoJobConfig:
-        most = self.dpo.max_workers or self.placement.trainer_workers
-        if most < self.placement.trainer_workers:
-            raise ValueError(
-                f"dpo.max_workers={most} is less than placement.trainer_workers={self.placement.trainer_workers}"
-            )
-        if self.train.batch_size < most:
-            raise ValueError(f"train.batch_size={self.train.batch_size} gives {most} workers less than one pair each")
-        if most > self.placement.trainer_workers and self.train.zero_stage:
-            raise ValueError(
-                f"train.zero_stage={self.train.zero_stage} keeps a part of the optimizer per worker, which another "
-                f"number of workers cannot take up: set it to 0, or leave dpo.max_workers empty"
-            )
+        _check_dpo_workers(self.dpo, self.train, self.placement)
         return self
 
 
-class IsrtJobConfig(DpoJobConfig):
+def _check_dpo_workers(dpo: DpoConfig, train: TrainConfig, placement: PlacementConfig) -> None:
+    most = dpo.max_workers or placement.trainer_workers
+    if most < placement.trainer_workers:
+        raise ValueError(f"dpo.max_workers={most} is less than placement.trainer_workers={placement.trainer_workers}")
+    if train.batch_size < most:
+        raise ValueError(f"train.batch_size={train.batch_size} gives {most} workers less than one pair each")
+    if most > placement.trainer_workers and train.zero_stage:
+        raise ValueError(
+            f"train.zero_stage={train.zero_stage} keeps a part of the optimizer per worker, which another "
+            f"number of workers cannot take up: set it to 0, or leave dpo.max_workers empty"
+        )
+
+
+class IsrtJobConfig(JobConfig):
     """`rlvid isrt`: iterative self-retrospective judgement (Ahn et al. 2024, arXiv 2406.11280): the model describes,
     answers, judges its own answers and is trained on its verdicts.
 
@@ -587,10 +589,17 @@ class IsrtJobConfig(DpoJobConfig):
     """
 
     warm_start: WarmStartConfig = WarmStartConfig()
+    dpo: DpoConfig = DpoConfig()
     isrt: IsrtConfig = IsrtConfig()
 
+    def dpo_job(self, iteration: int) -> DpoJobConfig:
+        """Step 4 of an iteration as a job of its own, with another order of its pairs in each."""
+        shared = {name: getattr(self, name) for name in DpoJobConfig.model_fields}
+        return DpoJobConfig(**shared | {"seed": self.seed + iteration})
+
     @model_validator(mode="after")
-    def _reference_is_one(self) -> IsrtJobConfig:
+    def _iterations_can_run(self) -> IsrtJobConfig:
+        _check_dpo_workers(self.dpo, self.train, self.placement)
         if self.dpo.reference_path is not None:
             raise ValueError("dpo.reference_path: here isrt.reference says what the reference is; leave it empty")
         longest = max(self.isrt.context_tokens, self.isrt.judge.max_tokens, self.rollout.max_tokens)
@@ -606,6 +615,12 @@ class RewardModelJobConfig(JobConfig):
     """`rlvid reward-model`: a model that scores videos against their prompts, or answers to questions."""
 
     reward_model: RewardModelConfig = RewardModelConfig()
+
+    @property
+    def rubric(self) -> Rubric:
+        """What is kept beside the model's weights."""
+        cfg = self.reward_model
+        return Rubric(cfg.kind, cfg.names, *cfg.bounds, cfg.template, self.video.model_dump(mode="json"))
 
 
 class EvalJobConfig(JobConfig):
