@@ -41,6 +41,7 @@ class Encoded:
     prompt: ObjectRef[Prompt]
     n_tokens: int
     cost: int  # Prompt.cost
+    clip_ids: tuple[str, ...] = ()
 
 
 class Encoder(SampleEncoder):
@@ -197,4 +198,4 @@ class ClipStore:
             # Ray would copy a result this small into the message of every call that it is handed to: pixels would pass
             # through the driver once per consumer. Put once, all consumers read the same copy.
             prompt = ray.put(ray.get(prompt))
-        return Encoded(sample, prompt, outcome.n_tokens, outcome.cost)
+        return Encoded(sample, prompt, outcome.n_tokens, outcome.cost, outcome.clip_ids)

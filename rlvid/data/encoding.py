@@ -53,6 +53,7 @@ class Outcome:
     patch_bytes: int = 0
     decodes: int = 0
     cache_hits: int = 0
+    clip_ids: tuple[str, ...] = ()
     bad: tuple[str, str] | None = None  # path and reason
 
 
@@ -77,7 +78,7 @@ class SampleEncoder:
             hits += is_hit
         prompt = self.family.encode(sample, clips, self.source.max_prompt_tokens)
         return prompt, Outcome(
-            prompt.length, prompt.cost, prompt.patches.nbytes, decodes=len(clips) - hits, cache_hits=hits
+            prompt.length, prompt.cost, prompt.patches.nbytes, len(clips) - hits, hits, clip_ids=prompt.clip_ids
         )
 
     def strip(self, sample: Sample) -> list[bytes]:

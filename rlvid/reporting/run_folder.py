@@ -208,7 +208,7 @@ class RunFolder:
         _append_line(self.metrics_file, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return _read_lines(self.metrics_file)
+        return read_lines(self.metrics_file)
 
     def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> bool:
         """Note a clip that cannot be read. False if its path is noted already, by this or an interrupted process."""
@@ -221,7 +221,7 @@ class RunFolder:
         return True
 
     def read_bad_clips(self) -> list[dict[str, Any]]:
-        return _read_lines(self.bad_clips_file)
+        return read_lines(self.bad_clips_file)
 
     def write_rollouts(
         self,
@@ -335,7 +335,7 @@ class RunFolder:
         self.checkpoints.remove_unfinished()
         self.logs_dir.mkdir(exist_ok=True)
         for path in (self.metrics_file, self.bad_clips_file):
-            _cut_torn_line(path)
+            cut_torn_line(path)
         manifest = self.manifest()
         again = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
         manifest["resumed"] = [*manifest.get("resumed", []), again]
@@ -378,7 +378,7 @@ def _append_line(path: Path, row: Mapping[str, Any]) -> None:
         file.write(safe_json.dumps(row) + "\n")
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; none if there is no file. A last line without its end was being written: left out."""
     if not path.exists():
         return []
@@ -394,7 +394,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """A process killed while it wrote leaves a line without an end; the next row must not be glued to it."""
     if path.exists():
         content = path.read_bytes()
