@@ -68,7 +68,7 @@ def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
 
 def roles_of(cfg: JobConfig) -> tuple[str, ...]:
     """The roles that a job starts. No reference model without a KL term, nor with adapters: the trainer is it then."""
-    if isinstance(cfg, SftJobConfig | DpoJobConfig):
+    if isinstance(cfg, SftJobConfig | DpoJobConfig) or (isinstance(cfg, RewardModelJobConfig) and cfg.rubric.has_head):
         return ("trainer",)
     if isinstance(cfg, EvalJobConfig):
         return ("generator",)

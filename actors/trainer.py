@@ -20,7 +20,7 @@ from actors.generator import SentBucket
 from actors.placement import Placement, Slot
 from actors.processes import enter_process, require_compiler
 from actors.weights import WeightSender, weight_backend
-from rlvid.config import JobConfig
+from rlvid.config import JobConfig, RewardModelJobConfig
 from rlvid.errors import UserError
 from rlvid.training.buckets import Bucket
 from rlvid.training.objectives import Objective
@@ -80,13 +80,17 @@ class TrainerRank:
             "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
         )
         self._checkpoint, self._cfg = folder, cfg
-        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, cfg.rollout.temperature)
+        rubric = cfg.rubric if isinstance(cfg, RewardModelJobConfig) else None
+        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, cfg.rollout.temperature, rubric)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         return self._learner.step(fetch(groups), objective, lr)
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.logprobs(fetch(groups))
+
+    def scores(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        return self._learner.scores(fetch(groups))
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.reference_logprobs(fetch(groups))
@@ -165,8 +169,12 @@ class TrainerGroup:
         """Log-probs under the current weights, one array [sum R] per group, in the order given."""
         return self._score("logprobs", groups)
 
+    def scores(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+        """A reward model's scores: [D] of each group's prompt, or [G * D] of its responses one after another."""
+        return self._score("scores", groups)
+
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        """The same under the reference, which with adapters is part of the trainer."""
+        """Log-probs under the reference, which with adapters is part of the trainer."""
         return self._score("reference_logprobs", groups)
 
     def freeze_reference(self, file: Path) -> None:

@@ -42,7 +42,7 @@ class SharedPrefixLayout:
         """From (prompt length, response lengths) of each group, in the row's order."""
         longest_prompt = max(p for p, _ in groups)
         size = max(len(r) for _, r in groups)
-        longest = max(n for _, r in groups for n in r)
+        longest = max((n for _, r in groups for n in r), default=0)  # 0: prompts alone
         prompts = np.full((len(groups), longest_prompt), -1, dtype=np.int64)
         responses = np.full((len(groups), size, longest), -1, dtype=np.int64)
         at = 0
@@ -52,7 +52,7 @@ class SharedPrefixLayout:
             for g, n in enumerate(lengths):
                 responses[b, g, :n] = np.arange(at, at + n)
                 at += n
-        return cls(torch.from_numpy(prompts), torch.from_numpy(responses.reshape(len(groups), -1)), size)
+        return cls(torch.from_numpy(prompts), torch.from_numpy(responses.reshape(len(groups), size * longest)), size)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -70,14 +70,14 @@ class SharedPrefixLayout:
 
     def owners(self) -> tuple[Tensor, Tensor]:
         """Group [N] of each token, and its response in that group [N], -1 for the tokens of a prompt."""
-        n = int(max(self.prompt_index.max(), self.response_index.max())) + 1
+        n = int(torch.cat([self.prompt_index.flatten(), self.response_index.flatten()]).max()) + 1
         group = torch.full((n,), -1, dtype=torch.int64, device=self.prompt_index.device)
         response = group.clone()
         for index in (self.prompt_index, self.response_index):
             kept = index >= 0
             b, column = kept.nonzero(as_tuple=True)
             group[index[kept]] = b
-            if index is self.response_index:
+            if index is self.response_index and self.group_size:
                 response[index[kept]] = column // (index.shape[1] // self.group_size)
         return group, response
 
@@ -118,9 +118,10 @@ def shared_prefix_attention(
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
     # Padding stands behind the prompt, so causality alone keeps it out.
     prompts = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scale)
+    out = _put(q.new_zeros(n, heads, dim), layout.prompt_index, prompts)
+    if not layout.group_size:
+        return out.unsqueeze(0), None
     responses = _attend_responses(q, k, v, kp, vp, layout, scale)
-    out = q.new_zeros(n, heads, dim)
-    out = _put(out, layout.prompt_index, prompts)
     return _put(out, layout.response_index, responses).unsqueeze(0), None
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,10 @@ class Rubric:
         caption = sample.extra.get("prompt")
         if not isinstance(caption, str) or not caption.strip():
             raise NoScore("prompt, the text that the video was generated from, is missing or empty")
-        content = (*(VideoRef(i) for i in range(len(sample.videos))), self.question(caption))
+        videos = tuple(VideoRef(i) for i in range(len(sample.videos)))
         system = [m for m in sample.messages if m.role == "system"]
-        return Sample(sample.id, sample.videos, (*system, Message("user", content)), sample.answer, extra=sample.extra)
+        asked = Message("user", (*videos, self.question(caption)))
+        return replace(sample, messages=(*system, asked), choices=None)
 
     def scores(self, labels: Any) -> list[float]:
         """Scores in the order of `dims`, looked up by name.

@@ -24,12 +24,15 @@ from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
+from rlvid.rewards.videoscore import Rubric
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.objectives import Grpo, Objective
 from rlvid.training.packing import Group, PackedPolicy, pack
 from rlvid.training.rows import micro_batches, score
+from rlvid.training.scorer import FOLDER, HEAD_FILE, PackedScorer
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
+HEAD = "head."  # PackedScorer's before those of its head
 
 
 def deepspeed_config(cfg: TrainConfig, dtype: str, world_size: int) -> dict[str, Any]:
@@ -62,17 +65,29 @@ class Learner:
         folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights stay as they are, and
             adapters beside them are trained.
         temperature: log-probs are those of sampling at this temperature; None: the model's own, of given responses.
+        rubric: of a reward model with a head. It has scores in the place of log-probs.
     """
 
     def __init__(
-        self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, temperature: float | None
+        self,
+        folder: Path,
+        family: ChatFamily,
+        model: ModelConfig,
+        cfg: TrainConfig,
+        temperature: float | None,
+        rubric: Rubric | None = None,
     ):
         self.cfg = cfg
         self.temperature = temperature
-        self.policy = PackedPolicy(load_model(folder, model.dtype), family, temperature)
+        network = load_model(folder, model.dtype)
+        self.policy: PackedPolicy | PackedScorer = PackedPolicy(network, family, temperature)
         self.lora = model.lora
         if self.lora:
             add_adapters(self.policy.network, self.lora)
+        if rubric and rubric.has_head:
+            self.policy = PackedScorer(network, family, rubric)
+            if (folder / FOLDER / HEAD_FILE).exists():
+                self.policy.load_head(folder, rubric)
         self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
@@ -96,7 +111,8 @@ class Learner:
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
         # The likelihood of given answers is the model's own; that of sampled ones is tempered, as they were sampled.
-        self.policy.temperature = self.temperature if isinstance(objective, Grpo) else None
+        if isinstance(self.policy, PackedPolicy):
+            self.policy.temperature = self.temperature if isinstance(objective, Grpo) else None
         rows = micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i in range(self._most(len(rows))):
@@ -124,6 +140,23 @@ class Learner:
             self.cfg.micro_batch_tokens,
             self.cfg.shared_prefix,
             rounds=self._most,
+        )
+        self.engine.train()
+        return values
+
+    @torch.no_grad()
+    def scores(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+        """Scores [D] of each group's prompt, or [G * D] of its responses one after another."""
+        assert isinstance(self.policy, PackedScorer)
+        width = self.policy.head.out_features
+        self.engine.eval()
+        values = score(
+            lambda row: self.engine(row.to(self.device))[0].flatten(),
+            groups,
+            self.cfg.micro_batch_tokens,
+            self.cfg.shared_prefix,
+            rounds=self._most,
+            size=lambda group: width * max(1, len(group.responses.token_ids)),
         )
         self.engine.train()
         return values
@@ -219,6 +252,10 @@ class Learner:
         buckets = self._buckets(lambda name: name)
         state = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors()}
         if dist.get_rank() == 0:
+            head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
+            if head:
+                (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+                save_file(head, folder / FOLDER / HEAD_FILE)
             network = self.engine.module.network
             if self.lora:
                 adapters = {file_name(name): t for name, t in state.items() if is_adapter(name)}

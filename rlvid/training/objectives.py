@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlvid.algorithms import preference_loss
@@ -120,7 +121,40 @@ class Preferred:
         return preference_loss.orpo(chosen, rejected, cfg.beta)
 
 
-Objective = Supervised | Grpo | Preferred
+@dataclass(frozen=True)
+class Regression:
+    """Mean squared error of a prompt's scores [S, D] to its targets, raw and float32, as VideoScore trains.
+
+    A group's single weight is its share of the mini-batch.
+    """
+
+    def __call__(self, scores: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
+        targets = _flat(groups, "targets", scores).view(scores.shape)
+        error = scores - targets
+        loss = (_flat(groups, "weights", scores) * error.square().mean(1)).sum()
+        sums = {"error": error.detach().abs().mean(1).sum(), "tokens": torch.tensor(float(len(scores)))}
+        return loss, sums | {"loss": loss.detach()}
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """-log sigmoid(chosen - rejected) of the scores [2n, 1] of pairs. A pair's single weight is its share of the
+    mini-batch."""
+
+    def __call__(self, scores: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        margin = chosen - rejected
+        loss = -(_flat(groups, "weights", scores) * F.logsigmoid(margin)).sum()
+        sums = {
+            "pair/margin": margin.detach().sum(),
+            "pair/accuracy": (margin.detach() > 0).float().sum(),
+            "pairs": torch.tensor(float(len(margin))),
+            "tokens": torch.tensor(float(len(scores))),
+        }
+        return loss, sums | {"loss": loss.detach()}
+
+
+Objective = Supervised | Grpo | Preferred | Regression | BradleyTerry
 
 
 def _flat(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:

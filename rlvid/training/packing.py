@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ class Responses:
     old_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
     ref_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
     together: int = 1  # so many neighbours are never parted: 2 for chosen and rejected
+    targets: npt.NDArray[np.float32] | None = None  # [D] scores of the prompt, which then has no responses
 
     @property
     def n_tokens(self) -> int:
@@ -73,6 +74,8 @@ class Group:
 
         A budget of 0 shares nothing: one part per response, or per `together` of them.
         """
+        if not self.responses.token_ids:
+            return [self]
         parts, first, room = [], 0, budget - self.prompt.cost
         lengths = [len(ids) for ids in self.responses.token_ids]
         unit = self.responses.together
@@ -94,6 +97,7 @@ class PackedRow:
     layout: SharedPrefixLayout
     source: Tensor  # [M] int64, the token whose output predicts each response token
     target: Tensor  # [M] int64, the response tokens
+    ends: Tensor  # [S] int64, the last token of each response, or of the prompt where there is none
 
     def to(self, device: torch.device) -> PackedRow:
         return PackedRow(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -101,7 +105,9 @@ class PackedRow:
 
 def pack(groups: Sequence[Group]) -> PackedRow:
     """Lay `groups` one after another."""
-    ids, positions, source = [], [], []
+    ids, positions, ends = [], [], []
+    source: list[npt.NDArray[Any]] = [np.zeros(0)]
+    target: list[npt.NDArray[Any]] = [np.zeros(0)]
     at = 0
     for group in groups:
         prompt = group.prompt
@@ -116,7 +122,11 @@ def pack(groups: Sequence[Group]) -> PackedRow:
                 np.broadcast_to(prompt.next_position + np.arange(n, dtype=np.int32), (len(prompt.positions), n))
             )
             source.append(np.concatenate([[last_of_prompt], np.arange(at, at + n - 1)]))
+            target.append(response)
             at += n
+            ends.append(at - 1)
+        if not group.responses.token_ids:
+            ends.append(last_of_prompt)
     return PackedRow(
         token_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)),
@@ -124,7 +134,8 @@ def pack(groups: Sequence[Group]) -> PackedRow:
         grid_thw=torch.from_numpy(np.concatenate([g.prompt.grid_thw for g in groups])),
         layout=SharedPrefixLayout.of([(g.prompt.length, [len(r) for r in g.responses.token_ids]) for g in groups]),
         source=torch.from_numpy(np.concatenate(source).astype(np.int64)),
-        target=torch.from_numpy(np.concatenate([r for g in groups for r in g.responses.token_ids]).astype(np.int64)),
+        target=torch.from_numpy(np.concatenate(target).astype(np.int64)),
+        ends=torch.tensor(ends),
     )
 
 
@@ -156,6 +167,21 @@ def with_blank_clip(row: PackedRow, family: QwenVL) -> PackedRow:
     )
 
 
+def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow) -> Tensor:
+    """The language model's last hidden states [N, D] of a packed row."""
+    inputs: dict[str, Tensor] = {}
+    if isinstance(family, QwenVL):
+        row = row if len(row.patches) else with_blank_clip(row, family)
+        inputs["position_ids"] = row.positions[:, None]
+        inputs["pixel_values_videos"] = normalise(row.patches, family, network.dtype)
+        inputs["video_grid_thw"] = row.grid_thw
+    else:
+        inputs["position_ids"] = row.positions
+    output = network.model(input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
 class PackedPolicy(nn.Module):
     """The policy network over packed rows; the one forward of trainer and reference.
 
@@ -172,20 +198,8 @@ class PackedPolicy(nn.Module):
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution, which carries no
         gradient and is left out ([0]) where none is asked for."""
-        inputs: dict[str, Tensor] = {}
-        if isinstance(self.family, QwenVL):
-            row = row if len(row.patches) else with_blank_clip(row, self.family)
-            inputs["position_ids"] = row.positions[:, None]
-            inputs["pixel_values_videos"] = normalise(row.patches, self.family, self.network.dtype)
-            inputs["video_grid_thw"] = row.grid_thw
-        else:
-            inputs["position_ids"] = row.positions
-        hidden = self.network.model(
-            input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs
-        ).last_hidden_state[0]
-        hidden = hidden[
-            row.source
-        ]  # logits only where a token is predicted: those of a long prompt would be the largest
+        # Logits only where a token is predicted: those of a long prompt would be the largest.
+        hidden = hidden_states(self.network, self.family, row)[row.source]
         size = max(1, LOGITS_AT_A_TIME // self.network.config.get_text_config().vocab_size)
         if len(hidden) <= size:
             return self._predict(hidden, row.target)

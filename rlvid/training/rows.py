@@ -44,11 +44,13 @@ def score(
     budget: int,
     is_shared: bool = True,
     rounds: Callable[[int], int] = lambda n: n,
+    size: Callable[[Group], int] = lambda group: group.responses.n_tokens,
 ) -> list[npt.NDArray[np.float32]]:
     """Log-probs of all response tokens: one array [sum R] per group.
 
     Args:
         logprobs: a row -> log-probs [M] of its response tokens.
+        size: how many values a group has.
         rounds: of the number of rows, how often `logprobs` has to be called: ranks meet in collectives, so one with
             fewer rows repeats its last.
     """
@@ -59,7 +61,7 @@ def score(
         row = rows[min(i, len(rows) - 1)]
         chosen = [parts[j][1] for j in row]
         flat = logprobs(pack(chosen)).float().cpu().numpy()
-        ends = np.cumsum([part.responses.n_tokens for part in chosen])[:-1]
+        ends = np.cumsum([size(part) for part in chosen])[:-1]
         for j, own in zip(row, np.split(flat, ends), strict=True):
             values[j] = own
     of_group: list[list[npt.NDArray[np.float32]]] = [[] for _ in groups]
