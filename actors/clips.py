@@ -68,7 +68,7 @@ class ClipStore:
         self.decodes = 0
         self.cache_hits = 0
         self.bad: dict[str, str] = {}  # path -> reason
-        self._n_clips = n_clips
+        self.n_clips = n_clips
         self._max_bad_fraction = cfg.data.max_bad_fraction
         self._on_bad = on_bad
         self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
@@ -104,10 +104,10 @@ class ClipStore:
         Raises:
             UserError: too many clips are bad.
         """
-        if len(self.bad) > self._max_bad_fraction * self._n_clips:
+        if len(self.bad) > self._max_bad_fraction * self.n_clips:
             named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.bad.items())[:5])
             raise UserError(
-                f"{len(self.bad)} of {self._n_clips} clips cannot be read, more than data.max_bad_fraction="
+                f"{len(self.bad)} of {self.n_clips} clips cannot be read, more than data.max_bad_fraction="
                 f"{self._max_bad_fraction:g} allows (all are listed in bad_clips.jsonl):\n{named}"
             )
 

@@ -207,11 +207,12 @@ def pair_prompts(sample: Sample, responses: tuple[str, str], context: str | None
 
 
 def score_prompt(template: Template, sample: Sample, response: str, context: str = "") -> Sample:
-    """The prompt of SCORE or MATCH; both show the judge the sample's answer."""
+    """The prompt of SCORE or MATCH; both show the judge the sample's answer. Its id is of sample and response."""
     fields = {"question": question_of(sample), "answer": sample.answer, "response": response}
     if template == SCORE:
         fields["context"] = context
-    return about_video(sample, f"{sample.id}#{template.name}", template.fill(**fields))
+    text = template.fill(**fields)
+    return about_video(sample, f"{sample.id}#{template.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
 
 
 def describe_prompt(sample: Sample, previous: str) -> Sample:
