@@ -46,6 +46,9 @@ _JOBS = {
     "grpo": _Job("jobs.grpo", "GrpoJobConfig", "group relative policy optimisation on videos"),
     "sft": _Job("jobs.sft", "SftJobConfig", "supervised fine-tuning on the manifest's answers"),
     "dpo": _Job("jobs.dpo", "DpoJobConfig", "direct preference optimisation and its relatives on pairs of responses"),
+    "reward-model": _Job(
+        "jobs.reward_model", "RewardModelJobConfig", "a model that scores videos, or answers to questions about them"
+    ),
     "eval": _Job("jobs.evaluate", "EvalJobConfig", "greedy answers to the held-out manifest, scored"),
 }
 

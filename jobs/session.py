@@ -20,7 +20,7 @@ import ray
 from actors.clips import ClipStore, Encoded
 from actors.processes import start_ray
 from actors.team import Team
-from rlvid.config import DpoJobConfig, JobConfig
+from rlvid.config import DpoJobConfig, IsrtJobConfig, JobConfig, RewardModelJobConfig, WarmStartConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.order import batch_indices
 from rlvid.data.preferences import load_preferences
@@ -32,8 +32,10 @@ from rlvid.reporting.console import Console
 from rlvid.reporting.report import write_report
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
+from rlvid.rewards.videoscore import NoScore
 from rlvid.types import Preference, Sample
 from rlvid.video.synth import make_synthetic, pairs_of
+from rlvid.video.synth_lessons import make_lessons
 
 STATE_FILE = "job.json"
 WARM_START_STEP = "warm_start_step"  # in a checkpoint's state: a warm start is under way, so many steps are done
@@ -46,6 +48,7 @@ class Session:
     held_out: list[Sample]
     pairs: list[Preference]  # of a job on preferences; `train` and `held_out` are their samples
     held_out_pairs: list[Preference]
+    warm_up: list[Sample]  # of the warm start; those of `train` unless it has data of its own
     model: Path
     family: ChatFamily
     clips: ClipStore
@@ -60,7 +63,7 @@ class Session:
         self.interrupted = False
         self.state: dict[str, Any] = {}  # what a checkpoint keeps beside weights and optimizer
         self._saved_step = -1
-        self._ahead: tuple[tuple[int, int], list[Future[Encoded | None]]] | None = None
+        self._ahead: tuple[tuple[int, int, bool], list[Future[Encoded | None]]] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -76,7 +79,7 @@ class Session:
                 )
             start_ray()
             stack.callback(ray.shutdown)
-            n_clips = len({path for s in (*self.train, *self.held_out) for path in s.videos})
+            n_clips = len({path for s in (*self.train, *self.held_out, *self.warm_up) for path in s.videos})
             self.clips = ClipStore(self.cfg, self.model, n_clips, self._quarantine)
             stack.callback(self.clips.close)
             self._stack = stack.pop_all()
@@ -90,9 +93,10 @@ class Session:
         tracker = Tracker(self.folder, self.cfg.run, self.cfg.model_dump(mode="json"))
         return self._stack.enter_context(tracker)
 
-    def samples(self, start: int, count: int) -> list[Sample]:
+    def samples(self, start: int, count: int, is_warm_up: bool = False) -> list[Sample]:
         """Training samples at positions [start, start + count) of the endless shuffled stream."""
-        return [self.train[i] for i in batch_indices(len(self.train), self.cfg.seed, start, count)]
+        rows = self.warm_up if is_warm_up else self.train
+        return [rows[i] for i in batch_indices(len(rows), self.cfg.seed, start, count)]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -108,16 +112,17 @@ class Session:
         self.times.clear()
         return times
 
-    def next_batch(self, step: int, size: int, offset: int = 0) -> list[Encoded]:
+    def next_batch(self, step: int, size: int, offset: int = 0, is_warm_up: bool = False) -> list[Encoded]:
         """Prompts of step `step`, which began to be encoded a step ago; those of the next begin now.
 
         The stream is a function of seed and position, so a resumed run goes on with the same data.
         """
         at = offset + step * size
-        if self._ahead is None or self._ahead[0] != (at, size):
-            self._ahead = ((at, size), self.clips.submit(self.samples(at, size)))
+        if self._ahead is None or self._ahead[0] != (at, size, is_warm_up):
+            self._ahead = ((at, size, is_warm_up), self.clips.submit(self.samples(at, size, is_warm_up)))
         _, pending = self._ahead
-        self._ahead = ((at + size, size), self.clips.submit(self.samples(at + size, size)))
+        coming = self.samples(at + size, size, is_warm_up)
+        self._ahead = ((at + size, size, is_warm_up), self.clips.submit(coming))
         return self.clips.collect(pending)
 
     def clip_metrics(self) -> dict[str, float]:
@@ -242,18 +247,50 @@ class Session:
             self.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
             train, made = make_synthetic(self.folder.dir / "data", data.synthetic, self.cfg.seed)
             held_out = held_out or made
-            if isinstance(self.cfg, DpoJobConfig):
+            if self._has_pairs:
                 train, held_out = pairs_of(train), pairs_of(made) if held_out == made else held_out
         how = data.root, data.system_prompt, data.suffix
-        if isinstance(self.cfg, DpoJobConfig):
+        if self._has_pairs:
             self.pairs = load_preferences(train, *how) if train else []
             self.held_out_pairs = load_preferences(held_out, *how) if held_out else []
             self.train, self.held_out = [p.sample for p in self.pairs], [p.sample for p in self.held_out_pairs]
         else:
-            self.train = load_manifest(train, *how) if train else []
-            self.held_out = load_manifest(held_out, *how) if held_out else []
+            self.train = self._graded(load_manifest(train, *how, self._needs_answers)) if train else []
+            self.held_out = self._graded(load_manifest(held_out, *how, self._needs_answers)) if held_out else []
+        warm = getattr(self.cfg, "warm_start", WarmStartConfig())
+        self.warm_up, lessons = self.train, warm.data
+        if warm.data is not None and warm.steps:
+            self.warm_up = load_manifest(warm.data, *how)
+        elif isinstance(self.cfg, IsrtJobConfig) and data.synthetic and train and warm.steps:
+            lessons = make_lessons(train)
+            self.warm_up = load_manifest(lessons, data.root, data.system_prompt, suffix="")  # prompts are complete
         check_disjoint(self.train, self.held_out)
-        self.folder.record(data={str(path): _sha256(path) for path in (train, held_out) if path})
+        check_disjoint(self.warm_up, self.held_out)
+        self.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
+
+    @property
+    def _has_pairs(self) -> bool:
+        if isinstance(self.cfg, RewardModelJobConfig):
+            return self.cfg.reward_model.kind == "bradley_terry"
+        return isinstance(self.cfg, DpoJobConfig)
+
+    @property
+    def _needs_answers(self) -> bool:
+        """A reward model learns labels; only where it reasons first are its answers given."""
+        return not isinstance(self.cfg, RewardModelJobConfig) or self.cfg.reward_model.kind == "thinking"
+
+    def _graded(self, samples: list[Sample]) -> list[Sample]:
+        """Samples as a reward model takes them. One that has no scores is refused alone, with the reason."""
+        if not isinstance(self.cfg, RewardModelJobConfig):
+            return samples
+        graded = []
+        for sample in samples:
+            try:
+                graded.append(self.cfg.rubric.graded(sample))
+            except NoScore as e:
+                self.folder.append_refused(sample.id, str(e))
+                self.console.message(f"refused, left out: {sample.id}: {e}")
+        return graded
 
     def _find_model(self) -> None:
         model = self.cfg.model
@@ -266,9 +303,8 @@ class Session:
                 from rlvid.models.tiny import make_tiny
 
                 self.console.message(f"making a tiny random {model.tiny.family}")
-                texts = [
-                    text for s in self.train or self.held_out for text in (*(m.text for m in s.messages), s.answer)
-                ]
+                samples = self.warm_up or self.held_out
+                texts = [text for s in samples for text in (*(m.text for m in s.messages), s.answer)]
                 texts += [text for pair in getattr(self, "pairs", ()) for text in (pair.chosen, pair.rejected)]
                 make_tiny(self.model, model.tiny, texts, self.cfg.seed)
         self.family = load_family(self.model)

@@ -141,15 +141,16 @@ class Console:
             self._progress.update(self._progress.task_ids[0], completed=step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """One line: accuracy over n held-out samples, and by kind of question."""
+        """One line over n held-out samples: accuracy, and by kind of question; or rank correlation, by dimension."""
         n = metrics.get("eval/n")
-        parts = [f"evaluation after step {step}: accuracy {_shown(metrics.get('eval/accuracy'), _percent)}"]
+        name, form = ("spearman", _tenths) if "eval/spearman" in metrics else ("accuracy", _percent)
+        parts = [f"evaluation after step {step}: {name} {_shown(metrics.get(f'eval/{name}'), form)}"]
         if n is not None:
             parts.append(f"of {n:.0f} samples")
         kinds = [
-            f"{key.removeprefix('eval/accuracy/')} {_shown(value, _percent)}"
+            f"{key.removeprefix(f'eval/{name}/')} {_shown(value, form)}"
             for key, value in metrics.items()
-            if key.startswith("eval/accuracy/")
+            if key.startswith(f"eval/{name}/")
         ]
         self._print(" ".join(parts) + (f" ({', '.join(kinds)})" if kinds else ""), style="bold")
 

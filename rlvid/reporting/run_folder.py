@@ -5,6 +5,7 @@
     metrics.jsonl      one row per step
     rollouts/, frames/ step_000010.parquet: responses with their rewards, and the frames that were shown
     bad_clips.jsonl    clips that could not be read, with the reason
+    refused.jsonl      rows of the manifests that a reward model cannot learn from, with the reason
     checkpoints/       step_N, complete by construction (see checkpoints.py)
     logs/              noise of engines, and tracebacks
     report.html        the page made of all this
@@ -59,7 +60,7 @@ MAY_CHANGE_ON_RESUME = {
 _PHASES = ("warm_start", "train")  # in their order of time; rows of metrics.jsonl without a phase are of the last one
 # What a folder may hold and still count as unused: leftovers of a start that came to nothing.
 _NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb", "checkpoints"}
-_NO_RESULTS |= {"run.json", "bad_clips.jsonl", "report.html"}
+_NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
 
 
 class RunFolder:
@@ -92,6 +93,10 @@ class RunFolder:
     @property
     def bad_clips_file(self) -> Path:
         return self.dir / "bad_clips.jsonl"
+
+    @property
+    def refused_file(self) -> Path:
+        return self.dir / "refused.jsonl"
 
     @property
     def logs_dir(self) -> Path:
@@ -219,6 +224,12 @@ class RunFolder:
         _append_line(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
         self._bad_paths.add(clip.path)
         return True
+
+    def append_refused(self, sample_id: str, reason: str) -> None:
+        """Note a manifest row that a reward model cannot learn from; once, also when the run is taken up again."""
+        row = {"id": sample_id, "reason": reason}
+        if row not in read_lines(self.refused_file):
+            _append_line(self.refused_file, row)
 
     def read_bad_clips(self) -> list[dict[str, Any]]:
         return read_lines(self.bad_clips_file)

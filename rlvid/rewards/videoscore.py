@@ -100,12 +100,20 @@ class Rubric:
             return _THREE.format(caption=escape(caption))
         return five_scores_question(escape(caption), is_float=self.template == "float")
 
-    def sample(self, sample: Sample) -> Sample:
-        """`sample` with this rubric's prompt; its own caption is the manifest's field `prompt`.
+    def graded(self, sample: Sample) -> Sample:
+        """`sample` with this rubric's prompt around its caption (the manifest's field `prompt`).
+
+        The text that is to be generated becomes its answer.
 
         Raises:
-            NoScore: there is no caption.
+            NoScore: no caption, no scores, or an answer that does not say what the labels say.
         """
+        labels = sample.extra.get("labels")
+        scores = self.scores(labels)
+        if self.kind == "generation":
+            sample = replace(sample, answer=self.text(labels))
+        if self.kind == "thinking" and list(self.parse(sample.answer).values()) != scores:
+            raise NoScore(f"the answer scores {list(self.parse(sample.answer).values())}, labels {scores}")
         if self.template == "question":
             return sample
         caption = sample.extra.get("prompt")

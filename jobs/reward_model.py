@@ -1,0 +1,141 @@
+"""`rlvid reward-model`: train a model that scores videos, or answers to questions about them.
+
+VideoScore (arXiv 2406.15252) as regression or as text, VideoScore2 (arXiv 2509.22799) as text, Bradley-Terry on pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.clips import Encoded
+from actors.placement import roles_of
+from actors.team import Team
+from actors.trainer import GroupRef
+from jobs.cli import job_main
+from jobs.session import Session
+from jobs.sft import supervised_batch
+from rlvid.algorithms.schedule import lr_multiplier
+from rlvid.config import RewardModelJobConfig
+from rlvid.evaluation.metrics import accuracy_report
+from rlvid.evaluation.ranking import correlate
+from rlvid.rewards.videoscore import NoScore, Rubric
+from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.objectives import BradleyTerry, Objective, Regression, Supervised
+from rlvid.training.packing import Responses
+from rlvid.training.scorer import FOLDER
+
+
+def batch(prompts: Sequence[Encoded], session: Session, rubric: Rubric) -> tuple[list[GroupRef], Objective]:
+    """What is learned of `prompts`, each of which counts alike; of text each token does."""
+    if not rubric.has_head:
+        return supervised_batch(list(prompts), session.family), Supervised()
+    weights = np.full(1, 1 / len(prompts), dtype=np.float32)
+    if rubric.kind == "regression":
+        targets = [np.array(rubric.scores(p.sample.extra["labels"]), dtype=np.float32) for p in prompts]
+        rows = [Responses(token_ids=(), weights=weights, targets=t) for t in targets]
+    else:
+        pairs = {pair.sample.id: pair for pair in (*session.pairs, *session.held_out_pairs)}
+        sides = [(pairs[p.sample.id].chosen, pairs[p.sample.id].rejected) for p in prompts]
+        encode = session.family.encode_answer
+        rows = [Responses(token_ids=(encode(c), encode(r)), weights=weights, together=2) for c, r in sides]
+    groups = [GroupRef(p.prompt, p.cost, row) for p, row in zip(prompts, rows, strict=True)]
+    return groups, Regression() if rubric.kind == "regression" else BradleyTerry()
+
+
+def predict(
+    session: Session, team: Team, cfg: RewardModelJobConfig, prompts: Sequence[Encoded]
+) -> list[dict[str, float] | None]:
+    """Scores by dimension of each prompt; None where a generated text is not exactly in the form of scores."""
+    if cfg.rubric.has_head:
+        scores = team.trainer.scores(batch(prompts, session, cfg.rubric)[0])
+        return [dict(zip(cfg.rubric.dims, s.tolist(), strict=True)) for s in scores]
+    texts = [r[0].text for r in team.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))]
+    parsed: list[dict[str, float] | None] = []
+    for text in texts:
+        try:
+            parsed.append(cfg.rubric.parse(text))
+        except NoScore:
+            parsed.append(None)
+    return parsed
+
+
+def evaluate(session: Session, team: Team, cfg: RewardModelJobConfig) -> dict[str, float]:
+    """Rank correlation with the held-out labels, dimension by dimension; of pairs, the share ranked right."""
+    rubric, samples = cfg.rubric, session.held_out[: cfg.evaluate.max_samples]
+    prompts: list[Encoded] = []
+    predicted: list[dict[str, float] | None] = []
+    right: list[bool | None] = []
+    for at in range(0, len(samples), cfg.evaluate.batch_size):
+        part = session.clips.encode(samples[at : at + cfg.evaluate.batch_size])
+        prompts += part
+        if rubric.kind == "bradley_terry":
+            groups, _ = batch(part, session, rubric)
+            right += [bool(chosen > rejected) for chosen, rejected in team.trainer.scores(groups)]
+        else:
+            predicted += predict(session, team, cfg, part)
+    if rubric.kind == "bradley_terry":
+        report = accuracy_report(right, [p.sample.problem_type for p in prompts])
+        return {f"eval/{name}": value for name, value in report.as_metrics().items()}
+    kept = [(p, e.sample.extra["labels"]) for p, e in zip(predicted, prompts, strict=True) if p is not None]
+    metrics = correlate([p for p, _ in kept], [t for _, t in kept], rubric.dims).as_metrics()
+    metrics["unparsed"] = float(len(predicted) - len(kept))
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
+    """Run or take up the job; returns what the last line of stdout says."""
+    with Session(cfg, "reward-model") as session:
+        session.require_training_data()
+        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
+            team.wait_ready()
+            start = session.resume(team)
+            tracker = session.open_tracker()
+            session.console.phase(f"reward model ({cfg.reward_model.kind})", cfg.train.steps, start)
+            measured: dict[str, float] = {}
+
+            def measure(step: int) -> None:
+                if not session.held_out:
+                    return
+                with session.stage("evaluation"):
+                    if not cfg.rubric.has_head:
+                        team.fleet.sync(team.trainer, step)
+                    measured.update(evaluate(session, team, cfg))
+                tracker.log(step, measured | session.take_times())
+                session.console.evaluation(step, measured)
+
+            if start == 0:
+                measure(0)
+            for step in session.steps(start, cfg.train.steps):
+                begin = time.monotonic()
+                with session.stage("encode"):
+                    prompts = session.next_batch(step, cfg.train.batch_size)
+                if len(prompts) < cfg.placement.trainer_workers:
+                    session.console.message(f"step {step + 1} is left out: {len(prompts)} of its clips can be read")
+                    continue
+                with session.stage("train"):
+                    lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
+                    stats = team.trainer.step(*batch(prompts, session, cfg.rubric), lr)
+                metrics = {"train/lr": stats.pop("lr"), "train/grad_norm": stats.pop("grad_norm"), **stats}
+                metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
+                tracker.log(step + 1, metrics)
+                session.console.step(step + 1, metrics)
+                session.checkpoint_if_due(step + 1, team)
+                if (step + 1) % cfg.evaluate.every == 0 and step + 1 < cfg.train.steps:
+                    measure(step + 1)
+            session.checkpoint_last(team)
+            if not session.interrupted:
+                measure(cfg.train.steps)
+            found = ("eval/spearman", "eval/accuracy", "eval/unparsed", "eval/n")
+            result = session.finish(
+                team, {name.removeprefix("eval/"): measured[name] for name in found if name in measured}
+            )
+            cfg.rubric.save(session.folder.dir / "policy" / FOLDER)
+            return result
+
+
+if __name__ == "__main__":
+    job_main("reward-model")
