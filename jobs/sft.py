@@ -53,7 +53,7 @@ def warm_start(session: Session, team: Team, tracker: Tracker, cfg: WarmStartCon
     for step in session.steps(start, cfg.steps):
         begin = time.monotonic()
         with session.stage("encode"):
-            prompts = session.next_batch(step, cfg.batch_size)
+            prompts = session.next_batch(step, cfg.batch_size, is_warm_up=True)
         stats = supervised_step(session, team, cfg, step, prompts)
         metrics = {"warm_start/loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
         metrics |= session.take_times() | {"time/step": time.monotonic() - begin}

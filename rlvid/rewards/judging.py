@@ -41,23 +41,23 @@ def as_data(text: str) -> str:
 
 
 _PAIR = (
-    "<question>{question}</question>\n"
+    "<question> {question} </question>\n"
     "%s"
-    "<response_1>{response_1}</response_1>\n"
-    "<response_2>{response_2}</response_2>\n"
+    "<response_1> {response_1} </response_1>\n"
+    "<response_2> {response_2} </response_2>\n"
     "Which response answers the question about the video better? What the video shows counts, length does not. "
     "End with <choice>1</choice> or <choice>2</choice>."
 )
 PAIR = Template("pair", _PAIR % "")
-PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % "<video_description>{context}</video_description>\n")
+PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % "<video_description> {context} </video_description>\n")
 
 # LLaVA-Hound's own protocol: relevance, accuracy, clarity and completeness in one score, 3 and more counts as right.
 SCORE = Template(
     "score",
-    "<question>{question}</question>\n"
-    "<right_answer>{answer}</right_answer>\n"
-    "<video_description>{context}</video_description>\n"
-    "<response>{response}</response>\n"
+    "<question> {question} </question>\n"
+    "<right_answer> {answer} </right_answer>\n"
+    "<video_description> {context} </video_description>\n"
+    "<response> {response} </response>\n"
     "Rate how relevant, accurate, clear and complete the response is, from 1 (worst) to 5 (best). Two lines:\n"
     "Explanation: why, in one sentence\n"
     "Score: a number from 1 to 5",
@@ -66,9 +66,9 @@ SCORE = Template(
 # The protocol of Video-ChatGPT's evaluation: does the response mean the same as the right answer?
 MATCH = Template(
     "match",
-    "<question>{question}</question>\n"
-    "<right_answer>{answer}</right_answer>\n"
-    "<response>{response}</response>\n"
+    "<question> {question} </question>\n"
+    "<right_answer> {answer} </right_answer>\n"
+    "<response> {response} </response>\n"
     "Does the response mean the same as the right answer? Synonyms and paraphrases do. Answer with nothing but "
     "{{'pred': 'yes', 'score': 4}}: yes or no, and a whole number from 0 (no match) to 5 (full match).",
 )
@@ -76,7 +76,7 @@ MATCH = Template(
 DESCRIBE = Template("describe", "Describe the video in detail.")
 REFINE = Template(
     "refine",
-    "<video_description>{context}</video_description>\n"
+    "<video_description> {context} </video_description>\n"
     "Describe the video in detail: correct what is wrong in this description, add what it lacks.",
 )
 TEMPLATES = (PAIR, PAIR_WITH_CONTEXT, SCORE, MATCH, DESCRIBE, REFINE)

@@ -80,7 +80,7 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
         rows = [_make_clip(out_dir, path.stem, i, cfg, rng) for i in range(n)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         wrong = np.random.default_rng([seed, split, 1])
-        pairs = [{**row, "chosen": row["answer"], "rejected": _wrong_answer(row, wrong)} for row in rows]
+        pairs = [{**row, "chosen": row["answer"], "rejected": wrong_answer(row, wrong)} for row in rows]
         pairs_of(path).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     stamp.write_text(json.dumps(spec))  # last: an interrupted set is made again
     return manifests
@@ -99,7 +99,21 @@ def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.
         "question": _question(kind, answer),
         "answer": answer,
         "problem_type": kind,
+        "description": _describe(kind, figures),
     }
+
+
+def _describe(kind: str, figures: list[Figure]) -> str:
+    """What is seen, as far as a question about it could ask."""
+    if kind == "count":
+        return (
+            f"There {'are' if len(figures) > 1 else 'is'} {NUMBERS[len(figures) - 1]} shape{'s' * (len(figures) > 1)}."
+        )
+    first = figures[0]
+    if kind == "order":
+        return f"First a {first.colour} {first.shape}, then a {figures[1].colour} {figures[1].shape}."
+    way = next(name for name, (x, y) in DIRECTIONS.items() if x * first.travel[0] + y * first.travel[1] > 0)
+    return f"A {first.colour} {first.shape} moves {way}."
 
 
 def pairs_of(manifest: Path) -> Path:
@@ -107,7 +121,7 @@ def pairs_of(manifest: Path) -> Path:
     return manifest.with_name(f"{manifest.stem}_pairs.jsonl")
 
 
-def _wrong_answer(row: dict[str, object], rng: np.random.Generator) -> str:
+def wrong_answer(row: dict[str, object], rng: np.random.Generator) -> str:
     """Another answer that the row's question allows."""
     possible = {
         "colour": tuple(COLOURS),
