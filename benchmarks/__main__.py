@@ -31,6 +31,7 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
     "weight_sync": {"memcpy_ratio_50m": (">=", 0.25), "memcpy_ratio_200m": (">=", 0.25), "calls_per_bucket": ("<=", 1)},
     "video_read": {"worst_ratio": ("<=", 1.15), "wrong_frames": ("<=", 0)},
     "memory": {"demo_peak_gib": ("<=", 8), "bytes_per_prompt_ratio": ("<=", 1.1), "stream_peak_gib": ("<=", 1)},
+    "dpo_vs_trl": {"loss_diff": ("<=", 1e-5), "ratio_long": (">=", 2)},
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 
