@@ -40,6 +40,10 @@ class _Job:
     module: str  # has run(cfg) -> dict, the result that is printed
     config: str  # class in rlvid.config
     help: str
+    flags: tuple[str, ...] = ()  # further arguments of run, false unless given as --options
+
+
+_FLAGS = {"only_data": "build the preference pairs of the first iteration and train on none"}
 
 
 _JOBS = {
@@ -48,6 +52,9 @@ _JOBS = {
     "dpo": _Job("jobs.dpo", "DpoJobConfig", "direct preference optimisation and its relatives on pairs of responses"),
     "reward-model": _Job(
         "jobs.reward_model", "RewardModelJobConfig", "a model that scores videos, or answers to questions about them"
+    ),
+    "isrt": _Job(
+        "jobs.isrt", "IsrtJobConfig", "self-judgement with a visual context, then DPO, iterated", flags=("only_data",)
     ),
     "eval": _Job("jobs.evaluate", "EvalJobConfig", "greedy answers to the held-out manifest, scored"),
 }
@@ -105,6 +112,8 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
         )
         command.add_argument("words", nargs="*", metavar="CONFIG.yaml key.sub=value", help=argparse.SUPPRESS)
         command.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same as the first argument")
+        for flag in job.flags:
+            command.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=_FLAGS[flag])
         command.add_argument("--dry-run", action="store_true", help="print the resolved config and the placement only")
     _add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
@@ -160,7 +169,7 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
         print(dump_config(cfg) + "\n# placement\n" + "\n".join(f"# {line}" for line in describe(cfg).splitlines()))
         return
     run_dir.append(cfg.run.dir)
-    result = importlib.import_module(job.module).run(cfg)
+    result = importlib.import_module(job.module).run(cfg, **{flag: getattr(arguments, flag) for flag in job.flags})
 
     from rlvid.reporting.console import Console
 

@@ -21,13 +21,14 @@ NO_ACCURACY_PART = "evaluation needs a reward part that says what is right: add 
 
 
 def evaluate(team: Team, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig) -> dict[str, float]:
-    """Share of right greedy answers (sample-weighted, n given), over all and by problem type."""
+    """Share of right greedy answers (sample-weighted, n given), over all and by problem type; mean length, tokens."""
     name = accuracy_part(cfg.rewards)
     if name is None:
         raise UserError(NO_ACCURACY_PART)
     samples = samples[: cfg.evaluate.max_samples]
     verdicts: list[bool | None] = []
     types: list[str | None] = []
+    lengths: list[int] = []
     size = cfg.evaluate.batch_size
     pending = clips.submit(samples[:size])
     for at in range(0, len(samples), size):
@@ -37,12 +38,14 @@ def evaluate(team: Team, clips: ClipStore, samples: Sequence[Sample], cfg: JobCo
         marks = team.rewards([p.sample for p in prompts], answers)
         verdicts += [m[0].parts[name] == 1.0 if m[0].is_valid else None for m in marks]
         types += [p.sample.problem_type for p in prompts]
+        lengths += [len(a[0].token_ids) for a in answers]
     missing = len(samples) - len(verdicts)  # bad clips: they count as not marked
     verdicts += [None] * missing
     types += [None] * missing
     if all(v is None for v in verdicts):
         raise UserError(f"none of the {len(samples)} held-out samples could be marked; see bad_clips.jsonl and rewards")
-    return {f"eval/{key}": value for key, value in accuracy_report(verdicts, types).as_metrics().items()}
+    metrics = accuracy_report(verdicts, types).as_metrics() | {"length": sum(lengths) / len(lengths)}
+    return {f"eval/{key}": value for key, value in metrics.items()}
 
 
 def run(cfg: EvalJobConfig) -> dict[str, Any]:

@@ -378,9 +378,9 @@ class IsrtConfig(Section):
     context: Literal["none", "judge", "judge_and_responses"] = "judge"
     """Who is shown the visual context, the model's own description of the video, refined in every iteration."""
     prompts: Literal["reuse", "split"] = "reuse"
-    """All training samples in every iteration, or another part of them in each."""
+    """The same training samples in every iteration, or the next `max_prompts` of the shuffled ones in each."""
     max_prompts: int | None = Field(None, ge=1)
-    """Use only so many training samples in an iteration, drawn by `seed`."""
+    """Training samples of an iteration, drawn by `seed`; empty: all."""
     context_tokens: int = Field(256, ge=1)
     """Longest visual context, tokens."""
     context_temperature: float = Field(0.0, ge=0)
@@ -392,6 +392,12 @@ class IsrtConfig(Section):
     chunk_size: int = Field(256, ge=1)
     """Rows that are made and written at a time: what an interrupted run has to do again."""
     judge: JudgeConfig = JudgeConfig()
+
+    @model_validator(mode="after")
+    def _parts_have_a_size(self) -> IsrtConfig:
+        if self.prompts == "split" and self.max_prompts is None:
+            raise ValueError("prompts=split needs max_prompts, the number of training samples of an iteration")
+        return self
 
 
 class RolloutConfig(Section):

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.types import Preference, Sample
+from rlvid.types import Preference, Sample, VideoRef
 
 SIDES = ("chosen", "rejected")
 
@@ -38,6 +38,33 @@ def _pair(path: Path, sample: Sample) -> Preference:
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are the same ({chosen!r:.60}); leave the row out")
     return Preference(sample, chosen, rejected, {k: v for k, v in sample.extra.items() if k not in SIDES})
+
+
+def pair_row(pair: Preference, folder: Path) -> dict[str, Any]:
+    """The manifest row of a pair, for a manifest in `folder`: the question form, or messages where one turn of videos
+    and a question would not say it all. Suffix and system prompt are in it already."""
+    sample = pair.sample
+    videos = [os.path.relpath(path, folder) for path in sample.videos]
+    *before, text = sample.messages[-1].content
+    row: dict[str, Any] = {"id": sample.id}
+    if len(sample.messages) == 1 and isinstance(text, str) and before == [VideoRef(i) for i in range(len(videos))]:
+        row |= ({"video": videos[0] if len(videos) == 1 else videos} if videos else {}) | {"question": text}
+    else:
+        row["messages"] = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "video", "video": videos[part.index]}
+                    if isinstance(part, VideoRef)
+                    else {"type": "text", "text": part}
+                    for part in message.content
+                ],
+            }
+            for message in sample.messages
+        ]
+    known = {"answer": sample.answer, "problem_type": sample.problem_type}
+    row |= {key: value for key, value in known.items() if value}
+    return row | {"chosen": pair.chosen, "rejected": pair.rejected} | dict(pair.meta)
 
 
 def write_preferences(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

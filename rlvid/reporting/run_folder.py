@@ -8,6 +8,8 @@
     refused.jsonl      rows of the manifests that a reward model cannot learn from, with the reason
     checkpoints/       step_N, complete by construction (see checkpoints.py)
     logs/              noise of engines, and tracebacks
+    iterations/NN/     i-SRT: contexts, responses, judgements and pairs, one file of rows each, and the model after them
+    judge_cache.jsonl  answers of judges, by a hash of what they were asked
     report.html        the page made of all this
 
 Two invariants: one writing process at a time (a lock that dies with its process), and one config per folder (what may
@@ -51,6 +53,12 @@ MAY_CHANGE_ON_RESUME = {
     "rollout.tensor_parallel": "a run may go on with other machines",
     "rollout.kv_cache_gib": "memory of an engine",
     "rollout.gpu_memory_utilization": "memory of an engine",
+    "isrt.iterations": "a run may be made longer or shorter",
+    "isrt.chunk_size": "how much is written at a time; what is sampled is a function of seed and id",
+    "isrt.judge.max_invalid_fraction": "when to give up, not what is learned",
+    "isrt.judge.concurrency": "how many wait at a time",
+    "isrt.judge.timeout_s": "a deadline",
+    "isrt.judge.deadline_s": "a deadline",
     "rollout.timeout_s": "a deadline",
     "rollout.sync_timeout_s": "a deadline",
     "rollout.max_restarts": "when to give up, not what is learned",
@@ -107,12 +115,20 @@ class RunFolder:
         return self.dir / "report.html"
 
     @property
+    def judge_cache_file(self) -> Path:
+        return self.dir / "judge_cache.jsonl"
+
+    def iteration_dir(self, number: int) -> Path:
+        return self.dir / "iterations" / f"{number:02d}"
+
+    @property
     def is_run(self) -> bool:
         return self.config_file.is_file()
 
     @property
     def has_results(self) -> bool:
-        return bool(self.checkpoints.complete() or self.rollout_steps()) or self.metrics_file.exists()
+        has_steps = bool(self.checkpoints.complete() or self.rollout_steps()) or self.metrics_file.exists()
+        return has_steps or (self.dir / "iterations").exists()
 
     # --- start and end ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,361 @@
+"""`rlvid isrt`: iterative self-retrospective judgement. The model describes each video, gives two answers, judges them
+itself with its description at hand, and is trained on its verdicts by DPO; then again.
+
+i-SRT, arXiv 2406.11280 (also as ISR-DPO, AAAI 2025). What the paper leaves open is a switch (`isrt` in the config).
+Every stage is a file of rows under `iterations/NN`, and what it samples is a function of seed, iteration, stage and
+sample id: a run that was killed goes on with the row it had come to, and arrives at the same pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.judge import Comparison, Judge, Judged, open_judge
+from actors.team import Team
+from jobs.cli import job_main
+from jobs.dpo import train_preferences
+from jobs.evaluate import evaluate
+from jobs.session import Session
+from jobs.sft import warm_start
+from rlvid.config import IsrtJobConfig
+from rlvid.data.order import batch_indices
+from rlvid.data.preferences import pair_row, write_preferences
+from rlvid.errors import UserError
+from rlvid.reporting.row_file import RowFile
+from rlvid.reporting.tracker import Tracker
+from rlvid.rewards.judging import DESCRIBE, REFINE, as_data, describe_prompt
+from rlvid.rewards.rules import RuleRewards, normalise
+from rlvid.rollout.vllm_engine import Sampling
+from rlvid.types import Message, Preference, Rollout, Sample
+
+Row = Mapping[str, Any]
+MakeRows = Callable[[Sequence[Sample]], Sequence[Row]]
+
+
+def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
+    """Run or take up the job; returns what the last line of stdout says.
+
+    Args:
+        only_data: build the preference pairs of the first iteration and stop before its DPO.
+    """
+    with Session(cfg, "isrt") as session:
+        session.require_training_data()
+        model, tracker = first_model(cfg, session)
+        reference = model
+        for number in range(1, cfg.isrt.iterations + 1):
+            iteration = Iteration(cfg, session, number)
+            pairs = iteration.pairs(model, tracker)
+            if only_data:
+                return {"pairs": len(pairs), **metrics_of(iteration), "file": str(iteration.file("pairs"))}
+            if not pairs:
+                raise UserError(f"{iteration.folder}: no pair is left to train on; see its judgements.jsonl")
+            session.console.message(f"iteration {number}: DPO on {len(pairs)} pairs")
+            start = model if cfg.isrt.reference == "iteration_start" else reference
+            out = iteration.folder / "model"
+            stats = train_preferences(cfg.dpo_job(number), session, model, start, pairs, out)
+            shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is whole
+            log_once(session, tracker, number, "pairs/kept", lambda s=stats, i=iteration: metrics_of(i) | renamed(s))
+            model = out
+        with generators(cfg, session, model) as team:
+            evaluate_once(session, team, tracker, cfg.isrt.iterations)
+        policy = session.folder.dir / "policy"
+        policy.unlink(missing_ok=True)
+        policy.symlink_to(model.relative_to(session.folder.dir))
+        return result_of(session, cfg.isrt.iterations) | session.ending()
+
+
+def first_model(cfg: IsrtJobConfig, session: Session) -> tuple[Path, Tracker]:
+    """The checkpoint that the first iteration starts with: `model`, after the warm start if there is one."""
+    sft = session.folder.dir / "sft"
+    if not cfg.warm_start.steps:
+        return session.model, session.open_tracker()
+    if sft.exists():
+        return sft, session.open_tracker()
+    with Team(session.model, cfg, ("trainer",), session.folder.logs_dir, cfg.seed) as team:
+        team.wait_ready()
+        session.resume(team)
+        tracker = session.open_tracker()
+        warm_start(session, team, tracker, cfg.warm_start)
+        session.end_if_interrupted()
+        part = sft.with_name("sft.part")
+        shutil.rmtree(part, ignore_errors=True)
+        team.trainer.export(part.resolve())
+        part.rename(sft)
+    return sft, tracker
+
+
+def generators(cfg: IsrtJobConfig, session: Session, model: Path) -> Team:
+    """Generators of one iteration's model. DPO needs their place, so they live until it begins."""
+    team = Team(model, cfg, ("generator",), session.folder.logs_dir, cfg.seed)
+    try:
+        team.wait_ready()
+        team.fleet.serve_checkpoint()
+    except BaseException:
+        team.__exit__()
+        raise
+    return team
+
+
+class Iteration:
+    """The data of one iteration: contexts, responses, judgements, pairs, each a file of rows keyed by sample id."""
+
+    def __init__(self, cfg: IsrtJobConfig, session: Session, number: int):
+        self.cfg, self.session, self.number = cfg, session, number
+        self.folder = session.folder.iteration_dir(number)
+        self.samples = prompts_of(cfg, session.train, number)
+        self.contexts, self.responses, self.judgements = (
+            RowFile(self.file(name)) for name in ("contexts", "responses", "judgements")
+        )
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    def pairs(self, model: Path, tracker: Tracker) -> list[Preference]:
+        """Make what is still missing with `model`, and evaluate it before, unless that was done."""
+        is_whole = self.file("pairs").exists()
+        if not is_whole or not is_logged(self.session, self.number - 1, "eval/n"):
+            with generators(self.cfg, self.session, model) as team:
+                evaluate_once(self.session, team, tracker, self.number - 1)
+                if not is_whole:
+                    self._make(model, team)
+        pairs = self._pairs()
+        if not is_whole:
+            write_preferences(self.file("pairs"), (pair_row(pair, self.folder) for pair in pairs))
+        return pairs
+
+    def _make(self, model: Path, team: Team) -> None:
+        cfg, session = self.cfg, self.session
+        self.session.console.message(f"iteration {self.number}: {len(self.samples)} prompts")
+        if cfg.isrt.context != "none":
+            earlier = self._earlier_contexts()
+            videos = list({s.videos: s for s in reversed(self.samples) if s.videos}.values())[::-1]
+            self._in_chunks(self.contexts, videos, lambda chunk: self._describe(team, chunk, earlier), "contexts")
+        contexts = self._contexts()
+        self._in_chunks(self.responses, self.samples, lambda chunk: self._respond(team, chunk, contexts), "responses")
+        both = [s for s in self.samples if s.id in self.responses and len(self.responses[s.id]["responses"]) == 2]
+        if len(both) == len([s for s in both if s.id in self.judgements]):
+            return
+        cache = RowFile(session.folder.judge_cache_file, key="key")
+        logs, seed = session.folder.logs_dir, self.seed("judgements")
+        with open_judge(cfg, model, team.fleet, session.clips, cache, logs, seed) as judge:
+            judge.counters.update(row["state"] for row in self.judgements)
+            self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
+
+    def _in_chunks(self, rows: RowFile, samples: Sequence[Sample], make: MakeRows, stage: str) -> None:
+        """Make the rows that are missing, and keep them chunk by chunk. A bad clip gives none."""
+        todo = [s for s in samples if s.id not in rows]
+        size = self.cfg.isrt.chunk_size
+        for i in self.session.steps(0, -(-len(todo) // size)):
+            with self.session.stage(stage):
+                rows.append(make(todo[i * size : (i + 1) * size]))
+        if self.session.interrupted:
+            self.session.console.message(f"interrupted: the same rlvid command goes on within the {stage}")
+            raise KeyboardInterrupt
+
+    def _describe(self, team: Team, chunk: Sequence[Sample], earlier: Mapping[tuple[str, ...], str]) -> list[Row]:
+        """c_t from the video and c_(t-1)."""
+        isrt = self.cfg.isrt
+        ids = {f"{s.id}#context": s for s in chunk}
+        prompts = self.session.clips.encode([describe_prompt(s, earlier.get(s.videos, "")) for s in chunk])
+        top_p = isrt.top_p if isrt.context_temperature else 1.0
+        sampling = Sampling(1, isrt.context_temperature, isrt.context_tokens, top_p, self.seed("contexts"))
+        return [
+            {
+                "id": ids[p.sample.id].id,
+                "context": rollout.text.strip(),
+                "n_tokens": len(rollout.token_ids),
+                "prompt": (REFINE if ids[p.sample.id].videos in earlier else DESCRIBE).hash,
+            }
+            for p, (rollout,) in zip(prompts, team.fleet.generate(prompts, sampling), strict=True)
+        ]
+
+    def _respond(self, team: Team, chunk: Sequence[Sample], contexts: Mapping[tuple[str, ...], str]) -> list[Row]:
+        """Two different responses to each prompt. They are drawn again until they differ, `isrt.tries` times."""
+        shown = contexts if self.cfg.isrt.context == "judge_and_responses" else {}
+        prompts = self.session.clips.encode([with_context(s, shown.get(s.videos, "")) for s in chunk])
+        kept: dict[str, list[Rollout]] = {p.sample.id: [] for p in prompts}
+        tries = dict.fromkeys(kept, 0)
+        rollout = self.cfg.rollout
+        for attempt in range(self.cfg.isrt.tries):
+            waiting = [p for p in prompts if len(kept[p.sample.id]) < 2]
+            if not waiting:
+                break
+            seed = self.seed("responses", attempt)
+            sampling = Sampling(2, rollout.temperature, rollout.max_tokens, self.cfg.isrt.top_p, seed)
+            for prompt, group in zip(waiting, team.fleet.generate(waiting, sampling), strict=True):
+                tries[prompt.sample.id] += 1
+                add_different(kept[prompt.sample.id], group)
+        return [
+            {
+                "id": name,
+                "responses": [r.text.strip() for r in rollouts],
+                "n_tokens": [len(r.token_ids) for r in rollouts],
+                "tries": tries[name],
+            }
+            for name, rollouts in kept.items()
+        ]
+
+    def _judge(self, judge: Judge, chunk: Sequence[Sample], contexts: Mapping[tuple[str, ...], str]) -> list[Row]:
+        """Which of two responses is better, with c_t."""
+        asked = []
+        for sample in chunk:
+            one, two = self.responses[sample.id]["responses"]
+            asked.append(Comparison(sample, (one, two), contexts.get(sample.videos) or None))
+        return [judgement_row(s.id, judged) for s, judged in zip(chunk, judge.compare(asked), strict=True)]
+
+    def _pairs(self) -> list[Preference]:
+        """What the judge chose in both orders."""
+        pairs = []
+        for sample in self.samples:
+            row = self.judgements.rows.get(sample.id)
+            if row is None or row["state"] != "consistent":
+                continue
+            responses, winner = self.responses[sample.id]["responses"], row["winner"]
+            meta = {"judge": row["judge"], "prompt": row["prompt"], "iteration": self.number}
+            pairs.append(Preference(sample, responses[winner], responses[1 - winner], meta))
+        return pairs
+
+    def _contexts(self) -> dict[tuple[str, ...], str]:
+        """c_t by videos; questions about the same video share it."""
+        videos = {s.id: s.videos for s in self.session.train}
+        return {videos[row["id"]]: row["context"] for row in self.contexts}
+
+    def _earlier_contexts(self) -> dict[tuple[str, ...], str]:
+        """c_(t-1), or the last one of a video that the last iteration did not use."""
+        found: dict[tuple[str, ...], str] = {}
+        for number in range(1, self.number):
+            found |= Iteration(self.cfg, self.session, number)._contexts()
+        return {videos: context for videos, context in found.items() if context}
+
+    def seed(self, stage: str, attempt: int = 0) -> int:
+        digest = hashlib.sha256(f"{self.cfg.seed} {self.number} {stage} {attempt}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
+
+
+def prompts_of(cfg: IsrtJobConfig, train: Sequence[Sample], number: int) -> list[Sample]:
+    """The samples of an iteration, in an order that depends on the seed alone."""
+    count = min(cfg.isrt.max_prompts or len(train), len(train))
+    start = (number - 1) * count if cfg.isrt.prompts == "split" else 0
+    return [train[i] for i in dict.fromkeys(batch_indices(len(train), cfg.seed, start, count))]
+
+
+def with_context(sample: Sample, context: str) -> Sample:
+    """`sample` with its video's description before the text of the last turn."""
+    if not context:
+        return sample
+    *before, last = sample.messages
+    *parts, text = last.content
+    told = f"<video_description> {as_data(context)} </video_description>\n"
+    content = (*parts, told + text) if isinstance(text, str) else (*last.content, told)
+    return Sample(sample.id, sample.videos, (*before, Message(last.role, content)), sample.answer)
+
+
+def add_different(kept: list[Rollout], drawn: Sequence[Rollout]) -> None:
+    """Keep up to two rollouts that say something, and not the same but for case, spaces and a full stop."""
+    for rollout in drawn:
+        known = {normalise(r.text) for r in kept} | {""}
+        if len(kept) < 2 and normalise(rollout.text) not in known:
+            kept.append(rollout)
+
+
+def judgement_row(name: str, judged: Judged) -> Row:
+    verdict = judged.verdict
+    return {
+        "id": name,
+        "state": verdict.state,
+        "winner": getattr(verdict, "winner", None),
+        "reason": verdict.reason,
+        "judge": judged.judge,
+        "prompt": judged.prompt_hash,
+        "answers": list(judged.answers),
+    }
+
+
+def metrics_of(iteration: Iteration) -> dict[str, float]:
+    """An iteration's data in numbers, from its rows alone; means over rows (sample-weighted)."""
+    responses = {row["id"]: row for row in iteration.responses}
+    both = [row for row in responses.values() if len(row["responses"]) == 2]
+    states = [row["state"] for row in iteration.judgements]
+    valid = [state for state in states if state in ("consistent", "inconsistent")]
+    decided = [row for row in iteration.judgements if row["state"] == "consistent"]
+    uneven = [(responses[row["id"]]["n_tokens"], row["winner"]) for row in decided]
+    uneven = [(n, winner) for n, winner in uneven if n[0] != n[1]]
+    metrics = {
+        "context/length": mean([row["n_tokens"] for row in iteration.contexts]),
+        "response/length": mean([n for row in both for n in row["n_tokens"]]),
+        "response/same": float(len(responses) - len(both)),
+        "judge/consistency": mean([state == "consistent" for state in valid]),
+        "judge/unparsed": float(states.count("unparsed")),
+        "judge/failed": float(states.count("failed")),
+        "judge/longer_wins": mean([n[winner] > n[1 - winner] for n, winner in uneven]),
+        "pairs/longer": mean([n[winner] - n[1 - winner] for n, winner in uneven]) if uneven else 0.0,
+        "pairs/kept": len(decided) / len(iteration.samples),
+        "pairs/n": float(len(decided)),
+    }
+    return metrics | judge_accuracy(iteration, decided)
+
+
+def judge_accuracy(iteration: Iteration, decided: Sequence[Row]) -> dict[str, float]:
+    """How often the judge chose the right response, where the rules know exactly one of the two to be right. The run
+    itself never sees this."""
+    rules = RuleRewards(iteration.cfg.rewards)
+    samples = {s.id: s for s in iteration.samples}
+    hits = []
+    for row in decided:
+        told = iteration.responses[row["id"]]
+        marks = [
+            rules(text, n, samples[row["id"]]) for text, n in zip(told["responses"], told["n_tokens"], strict=True)
+        ]
+        if all(m.is_valid for m in marks) and marks[0].total != marks[1].total:
+            hits.append(marks[row["winner"]].total > marks[1 - row["winner"]].total)
+    return {"judge/accuracy": mean(hits), "judge/accuracy_n": float(len(hits))}
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def renamed(stats: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the DPO under names of their own: `eval/accuracy` is that of answers here."""
+    return {f"dpo/{name.replace('/', '_')}": value for name, value in stats.items()}
+
+
+def is_logged(session: Session, step: int, key: str) -> bool:
+    return any(row["step"] == step and key in row for row in session.folder.read_metrics() if "phase" not in row)
+
+
+def log_once(session: Session, tracker: Tracker, step: int, key: str, make: Callable[[], Mapping[str, float]]) -> None:
+    """Each row is logged when its stage is done; a run that goes on must not log it again."""
+    if not is_logged(session, step, key):
+        tracker.log(step, dict(make()) | session.clip_metrics() | session.take_times())
+
+
+def evaluate_once(session: Session, team: Team, tracker: Tracker, step: int) -> None:
+    """Greedy accuracy of the model behind `team` on the held-out samples: the result of iteration `step`."""
+    if not session.held_out or is_logged(session, step, "eval/n"):
+        return
+    with session.stage("evaluation"):
+        metrics = evaluate(team, session.clips, session.held_out, session.cfg)
+    tracker.log(step, metrics | session.take_times())
+    session.console.evaluation(step, metrics)
+
+
+def result_of(session: Session, iterations: int) -> dict[str, Any]:
+    rows = [row for row in session.folder.read_metrics() if "phase" not in row and "eval/n" in row]
+    by_step = {row["step"]: row for row in rows}
+    result: dict[str, Any] = {"iterations": iterations}
+    if 0 in by_step and iterations in by_step:
+        first, last = by_step[0], by_step[iterations]
+        result |= {"accuracy_before": first["eval/accuracy"], "accuracy_after": last["eval/accuracy"]}
+        result |= {"length_ratio": last["eval/length"] / first["eval/length"]}
+    return result
+
+
+if __name__ == "__main__":
+    job_main("isrt")
