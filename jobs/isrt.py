@@ -60,7 +60,9 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
             out = iteration.folder / "model"
             stats = train_preferences(cfg.dpo_job(number), session, model, start, pairs, out)
             shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is whole
-            log_once(session, tracker, number, "pairs/kept", lambda s=stats, i=iteration: metrics_of(i) | renamed(s))
+            if not is_logged(session, number, "pairs/kept"):
+                metrics = metrics_of(iteration) | renamed(stats) | session.clip_metrics() | session.take_times()
+                tracker.log(number, metrics)
             model = out
         with generators(cfg, session, model) as team:
             evaluate_once(session, team, tracker, cfg.isrt.iterations)
@@ -327,13 +329,8 @@ def renamed(stats: Mapping[str, float]) -> dict[str, float]:
 
 
 def is_logged(session: Session, step: int, key: str) -> bool:
+    """A row is logged when its stage is done; a run that goes on must not log it again."""
     return any(row["step"] == step and key in row for row in session.folder.read_metrics() if "phase" not in row)
-
-
-def log_once(session: Session, tracker: Tracker, step: int, key: str, make: Callable[[], Mapping[str, float]]) -> None:
-    """Each row is logged when its stage is done; a run that goes on must not log it again."""
-    if not is_logged(session, step, key):
-        tracker.log(step, dict(make()) | session.clip_metrics() | session.take_times())
 
 
 def evaluate_once(session: Session, team: Team, tracker: Tracker, step: int) -> None:

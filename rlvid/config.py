@@ -392,6 +392,7 @@ class IsrtConfig(Section):
     chunk_size: int = Field(256, ge=1)
     """Rows that are made and written at a time: what an interrupted run has to do again."""
     judge: JudgeConfig = JudgeConfig()
+    """Who compares the responses."""
 
     @model_validator(mode="after")
     def _parts_have_a_size(self) -> IsrtConfig:
@@ -621,6 +622,15 @@ class RewardModelJobConfig(JobConfig):
     """`rlvid reward-model`: a model that scores videos against their prompts, or answers to questions."""
 
     reward_model: RewardModelConfig = RewardModelConfig()
+
+    @model_validator(mode="after")
+    def _prompt_is_the_template(self) -> RewardModelJobConfig:
+        if self.data.suffix or self.data.system_prompt:
+            raise ValueError(
+                "data.suffix and data.system_prompt do not go with reward_model: the model would be asked without them "
+                "later; write them into the manifest's questions and set reward_model.template to question"
+            )
+        return self
 
     @property
     def rubric(self) -> Rubric:

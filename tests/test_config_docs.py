@@ -89,7 +89,7 @@ def test_hand_checked_entries(key: str, type_words: str, default: str) -> None:
 
 def test_sections_of_one_job_say_so() -> None:
     text = page()
-    assert "## `warm_start`\n\nOnly in `grpo`." in text
+    assert "## `warm_start`\n\nOnly in `isrt` or `grpo`." in text
     assert "## `train`\n\nOnly" not in text
 
 
