@@ -32,6 +32,11 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
     "video_read": {"worst_ratio": ("<=", 1.15), "wrong_frames": ("<=", 0)},
     "memory": {"demo_peak_gib": ("<=", 8), "bytes_per_prompt_ratio": ("<=", 1.1), "stream_peak_gib": ("<=", 1)},
     "dpo_vs_trl": {"loss_diff": ("<=", 1e-5), "ratio_long": (">=", 2)},
+    "videoscore_learns": {
+        "spearman_regression": (">=", 0.8),
+        "spearman_generation": (">=", 0.7),
+        "prompt_swap_share": (">=", 0.8),
+    },
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 

@@ -69,6 +69,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             _run_job(arguments, run_dir)
         elif arguments.command == "synth":
             _make_synthetic(arguments)
+        elif arguments.command == "data":
+            _convert(arguments)
+        elif arguments.command == "score":
+            from jobs.score import main as score
+
+            score(arguments)
         elif arguments.command == "doctor":
             from jobs.doctor import doctor
 
@@ -116,6 +122,8 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
             command.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=_FLAGS[flag])
         command.add_argument("--dry-run", action="store_true", help="print the resolved config and the placement only")
     _add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
+    _add_data(commands.add_parser("data", help="make a manifest of a known data set"))
+    _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     doctor = commands.add_parser("doctor", help="say what is installed, what works, and how to mend what does not")
@@ -144,6 +152,28 @@ def _add_synth(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frames", metavar="N", help="frames in a clip, 8 a second")
     command.add_argument("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    dialects = command.add_subparsers(dest="dialect", required=True, metavar="DATASET")
+    one = dialects.add_parser("videofeedback", help="VideoFeedback: generated videos with five human scores")
+    one.add_argument("source", type=Path, metavar="IN", help="file of items (JSON list or lines), or a folder of them")
+    one.add_argument("out", type=Path, metavar="OUT", help="gets manifest.jsonl, clips/ and refused.jsonl")
+    one.add_argument("--source", dest="which", choices=("annotated", "real", "both"), default="both")
+    one.add_argument(
+        "--mismatched", type=float, default=0.0, metavar="SHARE", help="so many items again, with a wrong prompt (0)"
+    )
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="of the mismatched items (0)")
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, metavar="MODEL", help="folder `policy` of a run of rlvid reward-model")
+    command.add_argument("videos", type=Path, nargs="+", metavar="VIDEO")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="what the videos were generated from")
+    command.add_argument(
+        "--response", action="append", default=[], metavar="TEXT", help="an answer to score (Bradley-Terry models)"
+    )
+    command.add_argument("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
 
 
 def _version() -> str:
@@ -192,6 +222,15 @@ def _make_synthetic(arguments: argparse.Namespace) -> None:
 
     for manifest in make_synthetic(arguments.out_dir, cfg, arguments.seed):
         print(manifest)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from rlvid.data.videofeedback import convert
+
+    a = arguments
+    manifest, n, refused = convert(a.source, a.out, a.which, a.mismatched, a.seed)
+    note = f"; {refused} items refused, see {a.out / 'refused.jsonl'}" if refused else ""
+    print(f"{manifest}: {n} rows{note}")
 
 
 def _write_report(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,144 @@
+"""`python -m benchmarks.videoscore_learns`: does a reward model learn what it is shown?
+
+Clips whose five qualities are set: noise (visual quality), flicker (temporal consistency), way travelled (dynamic
+degree), the colour that the prompt names (text-to-video alignment), jumps across the picture (factual consistency). A
+tiny model is trained on them by `rlvid reward-model`, once as regression and once as text, each clip with its own
+prompt and with another clip's. Then: rank correlation on clips that were held out, and for how many of them the
+alignment falls when the prompt is swapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import finish, machine
+from rlvid.data.videofeedback import mismatch
+from rlvid.rewards.videoscore import ALIGNMENT, DIMS
+from rlvid.video.synth import COLOURS, FPS, Figure, Frames, render, write_mp4
+
+SIZE, FRAMES = 56, 8
+NOISE = (50.0, 26.0, 12.0, 0.0)  # standard deviation, of grey levels; by score 1 to 4, as below
+FLICKER = (45.0, 25.0, 12.0, 0.0)  # grey levels by which frames are lighter and darker in turns
+WAY = (0.0, 0.2, 0.4, 0.6)  # of the width
+JUMPS = (4, 2, 1, 0)  # frames in which the shape is in the other half of the picture
+
+CONFIG = """
+model: {{tiny: {{}}}}
+data: {{train: {data}/train.jsonl, eval: {data}/eval.jsonl, root: {data}, cache_dir: {data}/cache}}
+video: {{frames: {frames}, height: {size}, width: {size}}}
+run: {{dir: {data}/{kind}, wandb: disabled, checkpoint_every: 10000}}
+reward_model: {{kind: {kind}, template: question}}
+train: {{steps: {steps}, batch_size: 64, lr: 1.0e-3, schedule: cosine, warmup_steps: 30}}
+evaluate: {{every: 100000}}
+rollout: {{max_tokens: 96, max_model_len: 512}}
+placement: {{threads: 1}}
+"""
+
+
+def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
+    """Frames, the prompt, and the scores of a clip that matches it."""
+    level = rng.integers(0, 4, size=4)  # score - 1 of all but the alignment
+    colour = str(rng.choice(list(COLOURS)))
+    noise, flicker, way, jumps = (table[i] for table, i in zip((NOISE, FLICKER, WAY, JUMPS), level, strict=True))
+    side = int(rng.choice([-1, 1]))
+    x, y = SIZE / 2 - side * way * SIZE / 2, SIZE * (0.28 if rng.random() < 0.5 else 0.72)
+    here, there = (
+        render([Figure("circle", colour, 0.17 * SIZE, (x, h), (side * way * SIZE, 0.0))], SIZE, FRAMES, 70)
+        for h in (y, SIZE - y)
+    )
+    frames = here.astype(np.float64)
+    jumped = rng.permutation(np.arange(1, FRAMES))[:jumps]
+    frames[jumped] = there[jumped]
+    frames += rng.normal(0, noise, size=frames.shape) if noise else 0
+    frames += flicker * np.where(np.arange(FRAMES) % 2, 1, -1)[:, None, None, None]
+    scores = dict(zip((DIMS[0], DIMS[1], DIMS[2], DIMS[4]), (level + 1.0).tolist(), strict=True))
+    return frames.clip(0, 255).astype(np.uint8), f"a {colour} ball", scores | {ALIGNMENT: 4.0}
+
+
+def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Write `n` clips and the manifest `<split>.jsonl`, every clip twice: with its prompt, and with another's."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(n):
+        frames, prompt, labels = make_clip(rng)
+        video = f"clips/{split}-{i}.mp4"
+        write_mp4(folder / video, frames, FPS)
+        rows.append({"id": f"{split}-{i}", "video": video, "prompt": prompt, "labels": labels, "source": "annotated"})
+    both = [{**row, "question": row["prompt"], "answer": ""} for row in (*rows, *mismatch(rows, 1.0, rng))]
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
+    return both
+
+
+def train(folder: Path, kind: str, steps: int) -> dict[str, Any]:
+    """Run the job in a process of its own; its result."""
+    config = folder / f"{kind}.yaml"
+    config.write_text(CONFIG.format(data=folder, kind=kind, steps=steps, size=SIZE, frames=FRAMES))
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "jobs.cli", "reward-model", str(config)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    print(*(line for line in done.stdout.splitlines() if "evaluation" in line), sep="\n", flush=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
+    """Share of the held-out clips whose alignment falls when another clip's prompt takes the place of their own."""
+    from rlvid.rewards.reward_model import HeadModel, ask, video_config
+    from rlvid.video.cache import FrameCache
+    from rlvid.video.clips import ClipReader
+
+    judge = HeadModel(model)
+    cache = FrameCache(folder / "cache", 2**30)
+    reader = ClipReader(video_config(judge.rubric), judge.family.frame_multiple, cache)
+    prompts = []
+    for row in rows:
+        clip, _ = reader.read(str(folder / row["video"]))
+        prompts.append(judge.family.encode(ask(judge.rubric, row["id"], [row["video"]], row["prompt"]), [clip]))
+    scores = {r["id"]: own[0].scores for r, own in zip(rows, judge(prompts), strict=True)}
+    own = [name for name in scores if not name.endswith("-mismatched")]
+    return float(np.mean([scores[f"{n}-mismatched"][ALIGNMENT] < scores[n][ALIGNMENT] for n in own]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=1500, help="training clips")
+    parser.add_argument("--eval", type=int, default=200, help="held-out clips")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the regression")
+    parser.add_argument("--text-steps", type=int, default=400, help="optimizer steps of the generation")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    begin = time.monotonic()
+    with TemporaryDirectory(prefix="rlvid-videoscore-") as name:
+        folder = Path(name)
+        rng = np.random.default_rng(options.seed)
+        make_data(folder, "train", options.train, rng)
+        held_out = make_data(folder, "eval", options.eval, rng)
+        regression = train(folder, "regression", options.steps)
+        share = swapped_share(folder, folder / "regression" / "policy", held_out)
+        generation = train(folder, "generation", options.text_steps)
+    finish(
+        {
+            "spearman_regression": regression["spearman"] / 100,
+            "spearman_generation": generation["spearman"] / 100,
+            "prompt_swap_share": share,
+            "unparsed_generation": generation["unparsed"],
+            "n": regression["n"],
+            "seconds_regression": regression["seconds"],
+            "seconds_generation": generation["seconds"],
+            "seconds": time.monotonic() - begin,
+            "machine": machine(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""A trained reward model in this process: from a checkpoint that `rlvid reward-model` exported to scores by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from rlvid.config import RolloutConfig, VideoConfig
+from rlvid.models.families import load_family
+from rlvid.models.families.chat import ChatFamily
+from rlvid.rewards.videoscore import NoScore, Rubric, soft_score
+from rlvid.training.scorer import FOLDER
+from rlvid.types import Message, Prompt, Rollout, Sample, VideoRef
+
+BUDGET = 16384  # tokens of one forward
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by dimension. A model that answers in text has `soft` ones too, and perhaps none, with the reason."""
+
+    scores: dict[str, float] | None
+    soft: dict[str, float] | None = None
+    reason: str | None = None
+
+
+def ask(rubric: Rubric, name: str, videos: Sequence[str], caption: str) -> Sample:
+    """The sample that a reward model of this rubric is asked about `videos`."""
+    refs = tuple(VideoRef(i) for i in range(len(videos)))
+    return Sample(name, tuple(videos), (Message("user", (*refs, rubric.question(caption))),), "")
+
+
+def video_config(rubric: Rubric) -> VideoConfig:
+    """Frames and sizes as the model was trained on."""
+    return VideoConfig.model_validate(dict(rubric.video))
+
+
+class HeadModel:
+    """Regression and Bradley-Terry: one forward.
+
+    Raises:
+        UserError: `folder` holds no reward model with a head.
+    """
+
+    def __init__(self, folder: Path, on_gpu: bool = False):
+        import torch
+
+        from rlvid.models.loading import load_model
+        from rlvid.training.scorer import PackedScorer
+
+        self.rubric = Rubric.load(folder / FOLDER)
+        self.family = load_family(folder)
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+        scorer = PackedScorer(load_model(folder, "bfloat16" if on_gpu else "float32"), self.family, self.rubric)
+        scorer.load_head(folder, self.rubric)
+        self._scorer = scorer.eval().to(self._device)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
+        """Of each prompt one score, or with `responses` (Bradley-Terry) one for each of them."""
+        import torch
+
+        from rlvid.training.packing import Group, Responses
+        from rlvid.training.rows import score
+
+        encoded = [tuple(self.family.encode_answer(r) for r in own) for own in responses] or [()] * len(prompts)
+        groups = [
+            Group(p, Responses(token_ids=ids, weights=np.zeros(0, dtype=np.float32)))
+            for p, ids in zip(prompts, encoded, strict=True)
+        ]
+        width = len(self.rubric.dims)
+        with torch.no_grad():
+            values = score(
+                lambda row: self._scorer(row.to(self._device))[0].flatten(),
+                groups,
+                BUDGET,
+                size=lambda g: width * max(1, len(g.responses.token_ids)),
+            )
+        return [
+            [Scored(dict(zip(self.rubric.dims, row, strict=True))) for row in v.reshape(-1, width).tolist()]
+            for v in values
+        ]
+
+
+class TextModel:
+    """Scores as generated text, greedy; beside the integers the soft scores of VideoScore2.
+
+    Raises:
+        UserError: `folder` holds no reward model, or vLLM cannot serve it.
+    """
+
+    def __init__(self, folder: Path, on_gpu: bool = False, max_tokens: int = 1024):
+        from rlvid.rollout.vllm_engine import VllmEngine
+
+        self.rubric = Rubric.load(folder / FOLDER)
+        self.family = load_family(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        longest = config.get("text_config", config).get("max_position_embeddings", 8192)
+        cfg = RolloutConfig(max_model_len=min(16384, longest), max_tokens=max_tokens)
+        self._max_tokens = max_tokens
+        dtype = "bfloat16" if on_gpu else "float32"
+        self._engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
+        from rlvid.rollout.vllm_engine import Sampling
+
+        order = [self._engine.submit(prompt, Sampling(1, 0.0, self._max_tokens)) for prompt in prompts]
+        done: dict[str, Rollout] = {}
+        while self._engine.is_busy:
+            done |= {request: rollouts[0] for request, rollouts in self._engine.step()}
+        return [[self._scored(p, done[request])] for p, request in zip(prompts, order, strict=True)]
+
+    def _scored(self, prompt: Prompt, rollout: Rollout) -> Scored:
+        try:
+            scores = self.rubric.parse(rollout.text)
+        except NoScore as e:
+            return Scored(None, reason=str(e))
+        return Scored(scores, self._soft(prompt, rollout, scores))
+
+    def _soft(self, prompt: Prompt, rollout: Rollout, scores: dict[str, float]) -> dict[str, float] | None:
+        """None where the tokenizer does not write a score as one token of its own."""
+        soft = {}
+        for name, offset in self.rubric.digit_offsets(rollout.text).items():
+            at = token_at(self.family, rollout.token_ids.tolist(), offset)
+            before = self.family.decode([int(rollout.token_ids[at])])[:-1]  # some tokenizers keep the space: " 4"
+            choices = {
+                score: self.family.tokens(f"{before}{score}") for score in range(self.rubric.low, self.rubric.high + 1)
+            }
+            chosen = int(scores[name])
+            if any(len(ids) != 1 for ids in choices.values()) or choices[chosen][0] != rollout.token_ids[at]:
+                return None
+            tokens = [ids[0] for ids in choices.values()]
+            logprobs = self._engine.first_logprobs(extended(prompt, rollout.token_ids[:at].tolist()), tokens, 1.0)
+            soft[name] = soft_score(chosen, dict(zip(choices, logprobs.tolist(), strict=True)))
+        return soft
+
+
+def token_at(family: ChatFamily, token_ids: Sequence[int], offset: int) -> int:
+    """Index of the token that writes character `offset` of the decoded text."""
+    low, high = 0, len(token_ids) - 1
+    while low < high:  # the decoded length grows with the tokens; a response has hundreds of them
+        middle = (low + high) // 2
+        if len(family.decode(token_ids[: middle + 1])) > offset:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
+    """The prompt with the beginning of a response behind it."""
+    after = prompt.next_position + np.arange(len(token_ids), dtype=np.int32)
+    return replace(
+        prompt,
+        token_ids=np.concatenate([prompt.token_ids, np.array(token_ids, dtype=np.int32)]),
+        positions=np.concatenate([prompt.positions, np.broadcast_to(after, (len(prompt.positions), len(after)))], 1),
+    )
+
+
+def load_reward_model(folder: Path, on_gpu: bool = False) -> HeadModel | TextModel:
+    """
+    Raises:
+        UserError: `folder` holds no reward model.
+    """
+    return (HeadModel if Rubric.load(folder / FOLDER).has_head else TextModel)(folder, on_gpu)
