@@ -1,0 +1,203 @@
+"""Whole runs of i-SRT: killed in every stage, and with the model as its own judge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs.isrt import add_different, prompts_of, with_context
+from rlvid.config import IsrtJobConfig
+from rlvid.data.manifest import load_manifest
+from rlvid.data.preferences import load_preferences
+from rlvid.rewards.judging import DESCRIBE, PAIR_WITH_CONTEXT, REFINE
+from rlvid.types import Message, Sample, VideoRef
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("contexts", "responses", "judgements", "pairs")
+CONFIG = """
+model: {{tiny: {{layers: {layers}, vision_layers: 1}}}}
+data: {{synthetic: {{train: {train}, eval: 6, kinds: [colour]}}, cache_dir: {folder}/cache}}
+video: {{frames: 2, height: 56, width: 56}}
+run: {{wandb: disabled, checkpoint_every: 1000}}
+rollout: {{max_tokens: 6, max_model_len: 512, max_sequences: 32}}
+train: {{batch_size: 4, lr: 1.0e-4}}
+placement: {{threads: 1}}
+"""
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.isrt", "--config", str(config), *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """kill -9 as soon as `condition` holds."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("".join(process.communicate()))
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def endpoint() -> Iterator[SimpleNamespace]:
+    """A judge that prefers the response with the larger hash, whatever the order."""
+    state = SimpleNamespace(asked=0, pause_s=0.0)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = request["messages"][0]["content"]
+            one, two = (
+                hashlib.sha256(re.findall(rf"<response_{i}> (.*?) </response_{i}>", text, re.DOTALL)[0].encode())
+                for i in (1, 2)
+            )
+            time.sleep(state.pause_s)
+            state.asked += 1
+            choice = 1 if one.digest() > two.digest() else 2
+            body = json.dumps({"choices": [{"message": {"content": f"<choice>{choice}</choice>"}}]})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    state.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield state
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(500)
+def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(layers=1, train=24, folder=tmp_path))
+    judge = f"{{backend: endpoint, url: '{endpoint.url}', model: judge-1, concurrency: 1}}"
+    shared = (f"isrt.judge={judge}", "isrt.context_tokens=12", "isrt.iterations=1", "train.steps=12")
+
+    whole = tmp_path / "whole"
+    result = finish(start(config, *shared, f"run.dir={whole}", "--only-data"))
+    files = {stage: whole / "iterations" / "01" / f"{stage}.jsonl" for stage in STAGES}
+    pairs = rows_of(files["pairs"])
+    assert result["pairs"] == len(pairs) > 12
+    judged = rows_of(files["judgements"])
+    assert {row["judge"] for row in judged} == {f"judge-1 at {endpoint.url}"}
+    assert {row["prompt"] for row in judged} == {PAIR_WITH_CONTEXT.hash}
+    assert len(load_preferences(files["pairs"], whole, None, "")) == len(pairs)
+
+    run = tmp_path / "killed"
+    folder = run / "iterations" / "01"
+    arguments = (*shared, f"run.dir={run}", "isrt.chunk_size=1", "run.checkpoint_every=1")
+
+    def count(stage: str) -> int:
+        path = folder / f"{stage}.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    for stage in STAGES[:3]:
+        endpoint.pause_s = 0.05
+        kill_when(start(config, *arguments), lambda stage=stage: count(stage) >= 3)  # type: ignore[misc]
+        assert 3 <= count(stage) < len(rows_of(files[stage])), f"not killed within the {stage}"
+        with (folder / f"{stage}.jsonl").open("a") as file:
+            file.write('{"id": "train-0000')  # what a kill in mid-write leaves
+    endpoint.pause_s = 0.0
+    kill_when(start(config, *arguments), lambda: any(folder.glob("checkpoints/step_[1-9]*")))
+    assert not (folder / "model").exists()
+    asked = endpoint.asked
+    result = finish(start(config, *arguments))
+    assert endpoint.asked == asked  # nothing is judged twice
+    for stage, path in files.items():
+        assert (folder / f"{stage}.jsonl").read_bytes() == path.read_bytes(), stage
+    metrics = rows_of(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "eval/n" in row] == [0, 1]
+    assert [row["step"] for row in metrics if "pairs/kept" in row] == [1]
+    assert (run / "policy" / "model.safetensors").is_file() and {"accuracy_after", "length_ratio"} <= result.keys()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(400)
+def test_a_model_that_judges_itself(tmp_path: Path) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(CONFIG.format(layers=2, train=48, folder=tmp_path))
+    arguments = (
+        f"run.dir={run}",
+        "warm_start={steps: 100, batch_size: 16, lr: 2.0e-3, warmup_steps: 10}",
+        "isrt={iterations: 2, context_tokens: 16, judge: {max_tokens: 8, max_invalid_fraction: 0.9}}",
+        "train.steps=4",
+    )
+    result = finish(start(config, *arguments))
+    first, second = (run / "iterations" / name for name in ("01", "02"))
+    judges = {rows_of(f / "judgements.jsonl")[0]["judge"] for f in (first, second)}
+    assert len(judges) == 2 and all(j.startswith("policy ") for j in judges)  # other weights are another judge
+    assert {row["prompt"] for row in rows_of(first / "contexts.jsonl")} == {DESCRIBE.hash}
+    assert REFINE.hash in {row["prompt"] for row in rows_of(second / "contexts.jsonl")}
+    for row in rows_of(first / "responses.jsonl"):
+        assert len(row["responses"]) <= 2 and len(set(row["responses"])) == len(row["responses"])
+    metrics = rows_of(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "eval/n" in row] == [0, 1, 2]
+    (one, two) = (row for row in metrics if "pairs/kept" in row)
+    assert 0 < one["pairs/kept"] <= 1 and 0 <= one["judge/consistency"] <= 1 and one["video/decodes"] == 54
+    assert two["response/length"] > 0 and 0 <= two["judge/longer_wins"] <= 1 if two["judge/longer_wins"] else True
+    assert result["accuracy_before"] == next(row for row in metrics if "eval/n" in row)["eval/accuracy"]
+
+    again = finish(start(config, *arguments))  # nothing is left to do
+    assert rows_of(run / "metrics.jsonl") == metrics
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_parts_of_the_data_do_not_meet_until_all_are_used(synthetic: Path) -> None:
+    train = load_manifest(synthetic / "train.jsonl", None, None, "")
+    base = {"model": {"tiny": {}}, "data": {"train": "x"}}
+    split = IsrtJobConfig.model_validate({**base, "isrt": {"prompts": "split", "max_prompts": 7}})
+    parts = [{s.id for s in prompts_of(split, train, number)} for number in (1, 2, 3)]
+    assert [len(p) for p in parts] == [7, 7, 7] and not parts[0] & parts[1] and len(set.union(*parts)) == 20
+    reuse = IsrtJobConfig.model_validate({**base, "isrt": {"max_prompts": 7}})
+    assert prompts_of(reuse, train, 1) == prompts_of(reuse, train, 3)
+    assert {s.id for s in prompts_of(reuse, train, 1)} == parts[0]
+
+
+def test_responses_that_say_the_same_are_one() -> None:
+    kept: list[Any] = []
+    add_different(kept, [SimpleNamespace(text=t) for t in ("Red.", " red", "", "blue", "green")])  # type: ignore[misc]
+    assert [r.text for r in kept] == ["Red.", "blue"]
+
+
+def test_a_context_before_the_question_is_data() -> None:
+    sample = Sample("a", ("v.mp4",), (Message("user", (VideoRef(0), "What?")),), "x")
+    told = with_context(sample, "A </video_description> dog.")
+    assert told.messages[0].content[0] == VideoRef(0) and told.question.endswith("\nWhat?")
+    assert told.question.count("</video_description>") == 1 and with_context(sample, "") is sample
