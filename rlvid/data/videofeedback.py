@@ -14,6 +14,7 @@ Items are judged one by one. What is refused stands in `refused.jsonl` with the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -55,28 +56,29 @@ def convert(
         UserError: nothing to read, or nothing left.
     """
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    refused: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    items = list(_items(source))
+    first = {_name(item): where for where, _, item in reversed(items)}
 
-    def one(item: tuple[str, Path, Any]) -> dict[str, Any] | None:
-        return _row(item[2], item[1].parent, out, which)
+    def made(where: str, file: Path, item: Any) -> dict[str, Any] | NoScore | None:
+        try:
+            if _name(item) and (earlier := first[_name(item)]) != where:
+                raise NoScore(f"it has the same id as {earlier}")
+            return _row(item, file.parent, out, which)
+        except NoScore as e:
+            return e
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and encoding let go of the interpreter
-        items = list(_items(source))
-        for (where, _, item), row in zip(items, pool.map(lambda i: _try(one, i), items), strict=True):
-            name = item.get("id") if isinstance(item, dict) else None
-            if isinstance(row, NoScore):
-                refused.append({"id": name, "where": where, "reason": str(row)})
-            elif row is not None and row["id"] in seen:
-                refused.append({"id": name, "where": where, "reason": "an earlier item has the same id"})
-            elif row is not None:
-                seen.add(row["id"])
-                rows.append(row)
+        outcomes = list(pool.map(made, *zip(*items, strict=True))) if items else []
+    rows = [row for row in outcomes if isinstance(row, dict)]
+    refused = [
+        {"id": _name(item) or None, "where": where, "reason": str(outcome)}
+        for (where, _, item), outcome in zip(items, outcomes, strict=True)
+        if isinstance(outcome, NoScore)
+    ]
     _write(out / "refused.jsonl", refused)
     if not rows:
-        first = f"; the first: {refused[0]['where']}: {refused[0]['reason']}" if refused else ""
-        raise UserError(f"{source}: no item left for source={which}, {len(refused)} refused{first}")
+        why = f"; the first: {refused[0]['where']}: {refused[0]['reason']}" if refused else ""
+        raise UserError(f"{source}: no item left for source={which}, {len(refused)} refused{why}")
     rows += mismatch(rows, mismatched, np.random.default_rng(seed))
     _write(out / "manifest.jsonl", rows)
     return out / "manifest.jsonl", len(rows), len(refused)
@@ -150,11 +152,10 @@ def _items(source: Path) -> Iterator[tuple[str, Path, Any]]:
         yield from ((f"{file}: item {i}", file, item) for i, item in enumerate(items))
 
 
-def _try(make: Any, item: Any) -> Any:
-    try:
-        return make(item)
-    except NoScore as e:
-        return e
+def _name(item: Any) -> str:
+    """An item's id as text; "" where it has none."""
+    value = item.get("id") if isinstance(item, dict) else None
+    return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 def _row(item: Any, folder: Path, out: Path, which: SourceName) -> dict[str, Any] | None:
@@ -163,9 +164,8 @@ def _row(item: Any, folder: Path, out: Path, which: SourceName) -> dict[str, Any
     Raises:
         NoScore: the item is refused.
     """
-    if not isinstance(item, dict) or not isinstance(item.get("id"), str | int) or not str(item["id"]).strip():
+    if not (name := _name(item)):
         raise NoScore("expected an object with an id")
-    name = str(item["id"])
     # Items do not say where they are from; ids of real videos begin with p (p005353), those of Panda-70M.
     source = item.get("source") or ("real" if re.fullmatch(r"p\d+", name) else "annotated")
     if which not in ("both", source):
@@ -194,7 +194,7 @@ def _texts(caption: str, labels: Mapping[str, float]) -> dict[str, Any]:
 
 def _clip(item: Mapping[str, Any], name: str, folder: Path, out: Path) -> str:
     """Put the item's video under `out/clips`; returns its path relative to `out`. One that is there is kept."""
-    stem = name if re.fullmatch(r"[\w-]{1,100}", name) else name.encode().hex()[:100]
+    stem = name if re.fullmatch(r"[\w-]{1,100}", name) else hashlib.sha256(name.encode()).hexdigest()
     if isinstance(video := item.get("video", item.get("file")), str):
         file = _inside(folder, video)
         target = Path("clips") / f"{stem}{file.suffix}"

@@ -1,0 +1,126 @@
+"""The head on the last token: packed rows against transformers' own forward, losses by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlvid.errors import UserError
+from rlvid.models.families import load_family
+from rlvid.models.loading import load_model
+from rlvid.rewards.videoscore import Rubric
+from rlvid.training.objectives import BradleyTerry, Regression
+from rlvid.training.packing import Group, Responses, normalise, pack
+from rlvid.training.rows import micro_batches, score
+from rlvid.training.scorer import FOLDER, HEAD_FILE, PackedScorer
+from tests.prompts import prompt_of
+
+RUBRIC = Rubric("regression", ("a", "b", "c"), 1, 4, "question", {})
+
+
+def prompts_alone(family, shapes=((4, 56, 56), (8, 56, 84), (4, 84, 56)), **fields) -> list[Group]:  # type: ignore[no-untyped-def]
+    responses = Responses(token_ids=(), weights=np.full(1, 1 / len(shapes), np.float32), **fields)
+    return [Group(prompt_of(family, shape, seed=i), responses) for i, shape in enumerate(shapes)]
+
+
+def random_scorer(folder: Path, rubric: Rubric = RUBRIC) -> PackedScorer:
+    scorer = PackedScorer(load_model(folder, "float32"), load_family(folder), rubric).eval()
+    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
+    return scorer
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_last_token_in_transformers_own_forward(tiny_model: Path) -> None:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    scorer, family = random_scorer(tiny_model), load_family(tiny_model)
+    groups = prompts_alone(family)
+    packed = scorer(pack(groups))[0]
+    plain = Qwen2VLForConditionalGeneration.from_pretrained(tiny_model, attn_implementation="eager")
+    for group, ours in zip(groups, packed, strict=True):
+        hidden = plain.model(
+            input_ids=torch.from_numpy(group.prompt.token_ids).long()[None],
+            position_ids=torch.from_numpy(group.prompt.positions).long()[:, None],
+            pixel_values_videos=normalise(torch.from_numpy(group.prompt.patches), family, torch.float32),
+            video_grid_thw=torch.from_numpy(group.prompt.grid_thw),
+        ).last_hidden_state[0, -1]
+        assert torch.allclose(ours, scorer.head(hidden), atol=1e-4)
+
+
+@torch.no_grad()
+def test_pair_shares_its_prompt_and_scores_as_two_sequences_do(tiny_model: Path) -> None:
+    scorer, family = random_scorer(tiny_model, replace(RUBRIC, dims=("reward",))), load_family(tiny_model)
+    prompt = prompt_of(family, (4, 56, 56))
+    answers = tuple(family.encode_answer(word) for word in ("a red square", "two"))
+    nothing = np.zeros(1, np.float32)
+    pair = scorer(pack([Group(prompt, Responses(token_ids=answers, weights=nothing))]))[0]
+    each = [scorer(pack([Group(prompt, Responses(token_ids=(a,), weights=nothing))]))[0] for a in answers]
+    assert torch.allclose(pair, torch.cat(each), atol=1e-5)
+    # The same last token after a longer prompt: the response is part of the prompt's sequence.
+    mixed = scorer(pack([*prompts_alone(family), Group(prompt, Responses(token_ids=answers, weights=nothing))]))[0]
+    assert torch.allclose(mixed[3:], pair, atol=1e-5)
+    assert torch.allclose(mixed[:3], scorer(pack(prompts_alone(family)))[0], atol=1e-5)
+
+
+def test_prompts_alone_fill_rows_and_come_back_in_order(tiny_model: Path) -> None:
+    scorer, groups = random_scorer(tiny_model), prompts_alone(load_family(tiny_model))
+    rows = micro_batches(groups, budget=groups[0].cost + groups[2].cost)
+    assert sorted(g.prompt.cost for row in rows for g in row) == sorted(g.cost for g in groups) and len(rows) == 2
+    with torch.no_grad():
+        values = score(lambda row: scorer(row)[0].flatten(), groups, groups[0].cost + groups[2].cost, size=lambda g: 3)
+        assert np.allclose(np.stack(values), scorer(pack(groups))[0], atol=1e-5)
+
+
+def test_head_begins_at_the_middle_of_the_scale(tiny_model: Path) -> None:
+    network, family = load_model(tiny_model, "float32"), load_family(tiny_model)
+    with torch.no_grad():
+        assert (PackedScorer(network, family, RUBRIC)(pack(prompts_alone(family)))[0] == 2.5).all()
+
+
+def test_regression_by_hand(tiny_model: Path) -> None:
+    family = load_family(tiny_model)
+    groups = [
+        replace(g, responses=replace(g.responses, targets=np.array(t, np.float32)))
+        for g, t in zip(prompts_alone(family, ((4, 56, 56), (4, 56, 56))), ([1, 2, 3], [4, 4, 4]), strict=True)
+    ]
+    scores = torch.tensor([[2.0, 2.0, 3.0], [4.0, 1.0, 4.0]], requires_grad=True)
+    loss, stats = Regression()(scores, groups)
+    assert loss.item() == pytest.approx((1 / 3 + 9 / 3) / 2)
+    assert stats["error"].item() == pytest.approx(1 / 3 + 3 / 3) and stats["tokens"].item() == 2
+    loss.backward()
+    assert scores.grad is not None and scores.grad[0].tolist() == pytest.approx([2 * 1 / 6, 0, 0])
+
+
+def test_bradley_terry_by_hand(tiny_model: Path) -> None:
+    pair = Responses(token_ids=(np.ones(2, np.int32),) * 2, weights=np.full(1, 0.5, np.float32), together=2)
+    groups = [Group(prompt_of(load_family(tiny_model), (4, 56, 56)), pair)] * 2
+    loss, stats = BradleyTerry()(torch.tensor([[1.0], [0.0], [0.0], [2.0]]), groups)
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2)
+    assert stats["pair/accuracy"].item() == 1 and stats["pair/margin"].item() == pytest.approx(-1.0)
+
+
+def test_head_is_loaded_by_name_not_by_position(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    stored = random_scorer(tiny_model)
+    RUBRIC.save(tmp_path / FOLDER)
+    save_file(dict(stored.head.state_dict()), tmp_path / FOLDER / HEAD_FILE)
+    other = random_scorer(tiny_model, replace(RUBRIC, dims=("c", "a")))
+    other.load_head(tmp_path, replace(RUBRIC, dims=("c", "a")))
+    assert torch.equal(other.head.weight, stored.head.weight[[2, 0]])
+    with pytest.raises(UserError, match="lacks z"):
+        other.load_head(tmp_path, replace(RUBRIC, dims=("z",)))
+    (tmp_path / FOLDER / HEAD_FILE).unlink()
+    with pytest.raises(UserError, match="head"):
+        stored.load_head(tmp_path, RUBRIC)
+
+
+def test_rubric_file_is_plain_json(tmp_path: Path) -> None:
+    RUBRIC.save(tmp_path)
+    assert json.loads((tmp_path / "rubric.json").read_text())["dims"] == ["a", "b", "c"]
