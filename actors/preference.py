@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rlvid.training.packing import Group
 
 STATE_FILE = "workers.json"
+DRIVER_TIMEOUT_S = 60.0  # to write down what it was told
 Event = tuple[str, Any]  # what a worker tells the driver: kind and content
 Scores = dict[str, npt.NDArray[np.float32]]  # pair id -> reference log-probs [chosen tokens, rejected tokens]
 
@@ -73,16 +74,25 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._put = self._taken = self._done = 0
         self._is_stopping = False
 
     def put(self, *events: Event) -> bool:
         """Returns whether to stop."""
         self._events += events
+        self._put += len(events)
         return self._is_stopping
 
     def take(self) -> list[Event]:
+        """The driver takes the next ones when it is done with the last ones."""
+        self._done = self._taken
         events, self._events = self._events, []
+        self._taken += len(events)
         return events
+
+    def is_done(self) -> bool:
+        """Whether the driver has written down all that was put."""
+        return self._done == self._put
 
     def stop(self) -> None:
         self._is_stopping = True
@@ -162,7 +172,7 @@ class PreferenceTraining:
                 yield kind, content
             if is_over:
                 break
-            self._thread.join(timeout=0.2)
+            self._thread.join(timeout=0.05)
         if self._error is not None:
             failures = getattr(self._error, "worker_failures", {})
             raise next(iter(failures.values()), self._error)
@@ -422,6 +432,9 @@ class Worker:
         import torch.distributed as dist
 
         begin = time.monotonic()
+        if self.rank == 0:  # a run that is killed now goes on from here: the steps before must stand in its metrics
+            while not ray.get(self._mailbox.is_done.remote()) and time.monotonic() < begin + DRIVER_TIMEOUT_S:
+                time.sleep(0.02)
         writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
         folder = [str(writing.__enter__()) if self.rank == 0 else ""]
         dist.broadcast_object_list(folder, src=0)

@@ -95,7 +95,9 @@ class Preferred:
             "pair/chosen": chosen.sum(),
             "pair/rejected": rejected.sum(),
             "pair/margin": (chosen - rejected).sum(),
-            "pair/accuracy": (chosen > rejected).float().sum(),
+            "pair/accuracy": (
+                (chosen > rejected).float() + 0.5 * (chosen == rejected)
+            ).sum(),  # at the start all are equal
             "pair/logps_chosen": own.detach()[:, 0].sum(),
             "pair/logps_rejected": own.detach()[:, 1].sum(),
             "pair/length_chosen": sizes[:, 0].sum(),

@@ -1,0 +1,116 @@
+"""Whole DPO runs as a person starts them: Ray Train, Ray Data, DeepSpeed, real clips."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.test_runs import ROOT, finish, metrics_of, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+CONFIG = """
+model: {{tiny: {{layers: 1, vision_layers: 1}}}}
+data: {{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp}/cache}}
+run: {{wandb: disabled, checkpoint_every: 2}}
+rollout: {{max_tokens: 4, max_model_len: 512}}
+video: {{frames: 4, height: 56, width: 56}}
+train: {{steps: 6, batch_size: 4, lr: 1.0e-3}}
+evaluate: {{every: 100}}
+placement: {{threads: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("dpo")
+    (tmp / "config.yaml").write_text(CONFIG.format(tmp=tmp))
+    return tmp / "config.yaml"
+
+
+def start(config: Path, run: str, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.dpo", "--config", str(config), f"run.dir={config.parent / run}", *overrides]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [row for row in metrics_of(run) if "rewards/margins" in row]
+
+
+def test_two_killed_workers_with_stored_reference_learn_what_one_learns(config: Path) -> None:
+    """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and taken up again."""
+    one = finish(start(config, "one"))
+    assert one["steps"] == 6 and one["accuracy_before"] == 0.5  # policy and reference are equal
+    expected = steps_of(config.parent / "one")
+    assert expected[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert expected[-1]["loss"] < expected[0]["loss"] and expected[-1]["rewards/margins"] > 0
+    assert (config.parent / "one" / "policy" / "model.safetensors").is_file()
+
+    two = config.parent / "two"
+    options = ("placement.trainer_workers=2", "train.zero_stage=2", "dpo.reference=precomputed")
+    process = start(config, "two", *options, "train.steps=6")
+    wait_for(lambda: (two / "checkpoints" / "step_2").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    finish(start(config, "two", *options))
+    rows = steps_of(two)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row, same in zip(rows, expected, strict=True):
+        for name in ("loss", "rewards/margins", "logps/chosen", "train/grad_norm"):
+            assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-4), (row["step"], name)
+
+
+def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
+    finish(start(config, "kto", "model.lora={rank: 4}", "dpo.loss=kto", "train.steps=3"))
+    first, *_, last = steps_of(config.parent / "kto")
+    assert first["preference/kl"] == 0.0 and first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert math.isfinite(last["loss"]) and last["train/grad_norm"] > 0
+    assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
+    data = config.parent / "one" / "data"  # made by the first test
+    rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
+    rows[0]["video"] = "clips/missing.mp4"
+    (data / "bad_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (f"data.train={data}/bad_pairs.jsonl", "train.steps=2000", "run.checkpoint_every=1000")
+    process = start(config, "stopped", *options)
+    run = config.parent / "stopped"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "goes on from the last checkpoint" in out and "Traceback" not in out + err
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step_{steps_of(run)[-1]['step']}"
+    (bad,) = map(json.loads, (run / "bad_clips.jsonl").read_text().splitlines())
+    assert bad["path"].endswith("missing.mp4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dpo.loss=simpo", "dpo.logprobs=sum"], "simpo is defined on mean log-probs"),
+        (["dpo.loss=ipo", "dpo.label_smoothing=0.1"], "label_smoothing belongs to sigmoid and robust"),
+        (["dpo.max_workers=2", "train.zero_stage=2"], "train.zero_stage"),
+        (["train.batch_size=1", "dpo.max_workers=2"], "less than one pair each"),
+        (["placement.trainer_workers=40", "train.batch_size=40"], "the actors need"),
+        (["dpo.reference_path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_trains(config: Path, overrides: list[str], message: str) -> None:
+    process = start(config, f"bad-{abs(hash(tuple(overrides)))}", *overrides)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert message in err and "Traceback" not in err
