@@ -1,17 +1,18 @@
 """How much a tiny model gains by its own judgement, and what its visual context and the switches do for it.
 
-`python -m benchmarks.isrt` warms a model up once per seed (jobs/configs/isrt_demo.yaml) and lets each variant go on from
-there: three iterations on the synthetic task, the model its own judge. No answer key is used after the warm start.
+`python -m benchmarks.isrt` warms a model up once per seed (jobs/configs/isrt_demo.yaml) and lets each variant go on
+from there: three iterations on the synthetic task, the model its own judge. After the warm start nothing is learned
+from the answer key.
 
   context        the judge is shown the model's own description; reference is the iteration's start; same prompts
   no_context     the judge sees the video alone
   reference_sft  as `context`, the reference of DPO stays the warmed-up model
   split          as `context`, each iteration has a third of the prompts
 
-`gain_points` is the held-out accuracy (greedy answers) after the last iteration minus that of the warm start, in points,
-for `context`; `length_ratio` the mean length of those answers, after over before; `context_gain_points` the gain with
-context minus that without. All are means over the seeds. With --variants or --seeds parts can be run; a run folder
-that is there already is gone on with.
+`gain_points` is the held-out accuracy (greedy answers) after the last iteration minus that of the warm start, in
+points, for `context`; `length_ratio` the mean length of those answers, after over before; `context_gain_points` the
+gain with context minus that without. All are means over the seeds. With --variants or --seeds parts can be run; a run
+folder that is there already is gone on with.
 """
 
 from __future__ import annotations

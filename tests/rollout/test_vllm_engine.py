@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,30 @@ def test_logprobs_are_those_of_the_tempered_distribution(both: Both) -> None:
         assert both.gap(prompt, rollouts) < 1e-4
     finally:
         both.policy.temperature = 1.0
+
+
+def test_answers_with_a_seed_do_not_depend_on_what_else_is_in_the_batch(both: Both) -> None:
+    prompts = [
+        replace(prompt_of(both.family, (4 + 2 * (i % 3), 56, 56), seed=i), sample_id=f"sample {i}") for i in range(12)
+    ]
+
+    def answers(batch: list[Prompt], seed: int) -> dict[str, list[Rollout]]:
+        ids = {both.engine.submit(p, Sampling(2, 1.0, 24, top_p=0.95, seed=seed)): p.sample_id for p in batch}
+        ended: dict[str, list[Rollout]] = {}
+        while both.engine.is_busy:
+            ended |= {ids[request]: rollouts for request, rollouts in both.engine.step()}
+        return ended
+
+    together = answers(prompts, seed=1)
+    alone = {name: rollouts for p in reversed(prompts) for name, rollouts in answers([p], seed=1).items()}
+    for name, rollouts in together.items():
+        for one, other in zip(rollouts, alone[name], strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert np.abs(one.logprobs - other.logprobs).max() < 1e-5  # rounding
+        assert rollouts[0].token_ids.tolist() != rollouts[1].token_ids.tolist()
+    elsewhere = answers([replace(prompts[0], sample_id="another"), prompts[1]], seed=1)
+    assert elsewhere["another"][0].token_ids.tolist() != together["sample 0"][0].token_ids.tolist()
+    assert answers(prompts[:1], seed=2)["sample 0"][0].token_ids.tolist() != together["sample 0"][0].token_ids.tolist()
 
 
 def test_placeholders_are_never_sampled(both: Both) -> None:
