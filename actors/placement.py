@@ -30,7 +30,7 @@ from rlvid.errors import UserError
 class Slot:
     """One actor's place: the placement group it lies in, and its share of it."""
 
-    role: str  # "trainer" | "generator" | "reference"
+    role: str  # "trainer" | "generator" | "reference" | "scorer"
     index: int
     group: str
     cpus: float
@@ -53,6 +53,9 @@ def plan(cfg: JobConfig, roles: tuple[str, ...]) -> list[Slot]:
         slots += [generator_slot(cfg, i, shares) for i in range(cfg.rollout.replicas)]
     if "reference" in roles:
         slots.append(Slot("reference", 0, "reference-0", place.reference_cpus, place.gpus))
+    if "scorer" in roles:
+        n = sum(part.kind == "model" for part in cfg.rewards)
+        slots += [Slot("scorer", i, f"scorer-{i}", place.reference_cpus, place.gpus) for i in range(n)]
     return slots
 
 
@@ -70,10 +73,12 @@ def roles_of(cfg: JobConfig) -> tuple[str, ...]:
     """The roles that a job starts. No reference model without a KL term, nor with adapters: the trainer is it then."""
     if isinstance(cfg, SftJobConfig | DpoJobConfig) or (isinstance(cfg, RewardModelJobConfig) and cfg.rubric.has_head):
         return ("trainer",)
+    scorer = ("scorer",) if any(part.kind == "model" for part in cfg.rewards) else ()
     if isinstance(cfg, EvalJobConfig):
-        return ("generator",)
+        return ("generator", *scorer)
     needs_reference = isinstance(cfg, GrpoJobConfig) and cfg.grpo.kl_coef > 0 and cfg.model.lora is None
-    return ("trainer", "generator", "reference") if needs_reference else ("trainer", "generator")
+    reference = ("reference",) if needs_reference else ()
+    return ("trainer", "generator", *reference, *scorer)
 
 
 def describe(cfg: JobConfig) -> str:

@@ -10,6 +10,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
+from actors.scorer import ScorerHandle, check_model_part
 from rlvid.config import RewardPartConfig
 from rlvid.rewards.rules import RuleRewards
 from rlvid.types import Reward, Rollout, Sample
@@ -19,9 +20,34 @@ TIMEOUT_S = 120.0  # of one batch
 TRIES = 2
 
 
+def check_parts(parts: Sequence[RewardPartConfig]) -> None:
+    """
+    Raises:
+        UserError: no parts, two parts of one name, or a part that could never be given.
+    """
+    for index, part in enumerate(parts):
+        if part.kind == "model":
+            check_model_part(part, where=f"rewards[{index}] ({part.name or part.kind})")
+    # As rules of some kind: what is left to check is the same for all.
+    RuleRewards([p if p.kind != "model" else RewardPartConfig(kind="exact", name=p.name or "model") for p in parts])
+
+
+def _with(part: RewardPartConfig, marks: Sequence[Reward], scores: Sequence[float] | str) -> list[Reward]:
+    """One sample's rewards with a reward model's part added; invalid where the model has no score."""
+    name = part.name or part.kind
+    if isinstance(scores, str):
+        return [Reward.invalid(f"{name}: {scores}") if m.is_valid else m for m in marks]
+    return [
+        Reward({**m.parts, name: value}, m.total + part.weight * value) if m.is_valid else m
+        for m, value in zip(marks, scores, strict=True)
+    ]
+
+
 class RewardWorker:
+    """Marks by rules; without any, every response begins at 0."""
+
     def __init__(self, parts: Sequence[RewardPartConfig]):
-        self._rewards = RuleRewards(parts)
+        self._rewards = RuleRewards(parts) if parts else lambda *_: Reward({}, 0.0)
 
     def mark(self, batch: Sequence[tuple[Sample, Sequence[tuple[str, int]]]]) -> list[list[Reward]]:
         """Rewards of (response text, number of tokens), by sample."""
@@ -31,9 +57,17 @@ class RewardWorker:
 class Rewards:
     """Marks groups of rollouts. A batch that fails or takes too long twice is invalid, never 0."""
 
-    def __init__(self, parts: Sequence[RewardPartConfig], workers: int, cpus: float):
-        RuleRewards(parts)  # a wrong configuration is an error here, not in a worker
-        self._parts, self._cpus = parts, cpus
+    def __init__(
+        self,
+        parts: Sequence[RewardPartConfig],
+        workers: int,
+        cpus: float,
+        scorers: Sequence[ScorerHandle] = (),
+    ):
+        check_parts(parts)  # a wrong configuration is an error here, not in a worker
+        self._parts = [p for p in parts if p.kind != "model"]
+        self._models = list(zip((p for p in parts if p.kind == "model"), scorers, strict=True))
+        self._cpus = cpus
         self._workers: list[ActorHandle[Any]] = [self._start() for _ in range(workers)]
 
     def _start(self) -> ActorHandle[Any]:
@@ -49,6 +83,9 @@ class Rewards:
         marked: list[list[Reward]] = [[] for _ in batch]
         for i, share in enumerate(self._mark(shares)):
             marked[i::n] = share
+        answers = [(s, [text for text, _ in responses]) for s, responses in batch]
+        for part, scorer in self._models:
+            marked = [_with(part, marks, scores) for marks, scores in zip(marked, scorer(answers), strict=True)]
         return marked
 
     def _mark(self, shares: Sequence[Sequence[Any]]) -> list[list[list[Reward]]]:

@@ -15,6 +15,7 @@ from actors.pool import GeneratorFleet
 from actors.processes import require_compiler
 from actors.reference import Reference
 from actors.reward import Rewards
+from actors.scorer import ScorerHandle
 from actors.trainer import GroupRef, TrainerGroup
 from rlvid.config import JobConfig
 
@@ -31,13 +32,21 @@ class Team:
         slots = plan(cfg, tuple(roles))
         logs = logs.resolve()
         self._placement = Placement(slots, cfg.placement)
-        by_role = {role: [s for s in slots if s.role == role] for role in ("trainer", "generator", "reference")}
+        by_role = {
+            role: [s for s in slots if s.role == role] for role in ("trainer", "generator", "reference", "scorer")
+        }
         folder = folder.resolve()
         if by_role["trainer"]:
             self.trainer = TrainerGroup(folder, cfg, by_role["trainer"], self._placement, logs)
         if by_role["generator"]:
             self.fleet = GeneratorFleet(folder, cfg, by_role["generator"], self._placement, logs, seed)
-            self.rewards = Rewards(cfg.rewards, cfg.placement.reward_workers, cfg.placement.reward_cpus)
+            models = [part.path for part in cfg.rewards if part.kind == "model" and part.path]
+            self._scorers = [
+                ScorerHandle(path, cfg, slot, self._placement, logs)
+                for path, slot in zip(models, by_role["scorer"], strict=True)
+            ]
+            place = cfg.placement
+            self.rewards = Rewards(cfg.rewards, place.reward_workers, place.reward_cpus, self._scorers)
         self.reference: Any = None
         if by_role["reference"]:
             slot = by_role["reference"][0]
@@ -53,6 +62,8 @@ class Team:
             self.trainer.wait_ready()
         if hasattr(self, "fleet"):
             self.fleet.wait_ready()
+            for scorer in self._scorers:
+                scorer.wait_ready()
         if self.reference is not None:
             ray.get(self._reference_ready)
 
@@ -81,6 +92,8 @@ class Team:
         if hasattr(self, "fleet"):
             self.fleet.stop()
             self.rewards.stop()
+            for scorer in self._scorers:
+                scorer.stop()
         if hasattr(self, "trainer"):
             self.trainer.stop()
         if self.reference is not None:

@@ -39,7 +39,7 @@ video: {{frames: {frames}, height: {size}, width: {size}}}
 run: {{dir: {data}/{kind}, wandb: disabled, checkpoint_every: 10000}}
 reward_model: {{kind: {kind}, template: question}}
 train: {{steps: {steps}, batch_size: 64, lr: 1.0e-3, schedule: cosine, warmup_steps: 30}}
-evaluate: {{every: 100000}}
+evaluate: {{every: 100}}
 rollout: {{max_tokens: 96, max_model_len: 512}}
 placement: {{threads: 1}}
 """
@@ -127,8 +127,8 @@ def main() -> None:
         generation = train(folder, "generation", options.text_steps)
     finish(
         {
-            "spearman_regression": regression["spearman"] / 100,
-            "spearman_generation": generation["spearman"] / 100,
+            "spearman_regression": (regression["spearman"] or 0.0) / 100,  # null where nothing was learned
+            "spearman_generation": (generation["spearman"] or 0.0) / 100,
             "prompt_swap_share": share,
             "unparsed_generation": generation["unparsed"],
             "n": regression["n"],

@@ -16,6 +16,7 @@ from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_r
 from actors.clips import Encoded
 from actors.parity import check_parity, group_of
 from actors.placement import roles_of
+from actors.reward import check_parts
 from actors.team import Team
 from jobs.cli import job_main
 from jobs.evaluate import NO_ACCURACY_PART, evaluate
@@ -25,7 +26,6 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
 from rlvid.reporting.tracker import Tracker
-from rlvid.rewards.rules import RuleRewards
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.objectives import Grpo
 from rlvid.types import Reward, Rollout
@@ -37,7 +37,7 @@ def run(cfg: GrpoJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
     with Session(cfg, "grpo") as session:
         session.require_training_data()
-        RuleRewards(cfg.rewards)  # a wrong configuration is an error before anything starts
+        check_parts(cfg.rewards)  # a wrong configuration is an error before anything starts
         if session.held_out and accuracy_part(cfg.rewards) is None:
             raise UserError(NO_ACCURACY_PART)
         with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:

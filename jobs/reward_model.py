@@ -22,11 +22,10 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import RewardModelJobConfig
 from rlvid.evaluation.metrics import accuracy_report
 from rlvid.evaluation.ranking import correlate
-from rlvid.rewards.videoscore import NoScore, Rubric
+from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.objectives import BradleyTerry, Objective, Regression, Supervised
 from rlvid.training.packing import Responses
-from rlvid.training.scorer import FOLDER
 
 
 def batch(prompts: Sequence[Encoded], session: Session, rubric: Rubric) -> tuple[list[GroupRef], Objective]:
@@ -133,7 +132,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
             result = session.finish(
                 team, {name.removeprefix("eval/"): measured[name] for name in found if name in measured}
             )
-            cfg.rubric.save(session.folder.dir / "policy" / FOLDER)
+            cfg.rubric.save(session.folder.dir / "policy" / RUBRIC_FOLDER)
             return result
 
 

@@ -440,11 +440,12 @@ class RolloutConfig(Section):
 
 
 class RewardPartConfig(Section):
-    """One rule. The reward of a response is the weighted sum of all rules."""
+    """One rule, or a reward model. The reward of a response is the weighted sum of all parts."""
 
-    kind: Literal["exact", "choice", "number", "format", "length"]
+    kind: Literal["exact", "choice", "number", "format", "length", "model"]
     """exact: answer equal after normalisation. choice: letter or text of the right choice. number: equal value.
-    format: the response has the tags. length: number of tokens inside the window."""
+    format: the response has the tags. length: number of tokens inside the window. model: what the reward model in
+    `path` gives."""
     weight: float = 1.0
     """Factor in the total."""
     name: str | None = None
@@ -458,6 +459,8 @@ class RewardPartConfig(Section):
     """length: longest response that is rewarded."""
     tolerance: float = Field(1e-6, ge=0)
     """number: absolute difference that still counts as equal."""
+    path: Path | None = None
+    """model: folder `policy` of a run of `rlvid reward-model` of kind bradley_terry. It runs in an actor of its own."""
 
 
 class EvaluateConfig(Section):
@@ -485,7 +488,7 @@ class PlacementConfig(Section):
     generator_cpus: float = Field(0.5, gt=0)
     """CPUs reserved per generator."""
     reference_cpus: float = Field(0.25, gt=0)
-    """CPUs reserved by the reference model."""
+    """CPUs reserved by the reference model, and by each reward model of `rewards`."""
     encode_cpus: float = Field(0.25, gt=0)
     """CPUs reserved per encoder."""
     encoders: int = Field(2, ge=1)

@@ -12,8 +12,7 @@ import numpy as np
 from rlvid.config import RolloutConfig, VideoConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
-from rlvid.rewards.videoscore import NoScore, Rubric, soft_score
-from rlvid.training.scorer import FOLDER
+from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
 from rlvid.types import Message, Prompt, Rollout, Sample, VideoRef
 
 BUDGET = 16384  # tokens of one forward
@@ -52,7 +51,7 @@ class HeadModel:
         from rlvid.models.loading import load_model
         from rlvid.training.scorer import PackedScorer
 
-        self.rubric = Rubric.load(folder / FOLDER)
+        self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
         self._device = torch.device("cuda" if on_gpu else "cpu")
         scorer = PackedScorer(load_model(folder, "bfloat16" if on_gpu else "float32"), self.family, self.rubric)
@@ -95,7 +94,7 @@ class TextModel:
     def __init__(self, folder: Path, on_gpu: bool = False, max_tokens: int = 1024):
         from rlvid.rollout.vllm_engine import VllmEngine
 
-        self.rubric = Rubric.load(folder / FOLDER)
+        self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         longest = config.get("text_config", config).get("max_position_embeddings", 8192)
@@ -165,4 +164,4 @@ def load_reward_model(folder: Path, on_gpu: bool = False) -> HeadModel | TextMod
     Raises:
         UserError: `folder` holds no reward model.
     """
-    return (HeadModel if Rubric.load(folder / FOLDER).has_head else TextModel)(folder, on_gpu)
+    return (HeadModel if Rubric.load(folder / RUBRIC_FOLDER).has_head else TextModel)(folder, on_gpu)

@@ -214,6 +214,8 @@ def _rule(part: RewardPartConfig) -> Rule:
 
 
 def _check_part(part: RewardPartConfig, where: str) -> None:
+    if part.kind == "model":
+        raise UserError(f"{where}: a reward model is no rule; only the rewards of rlvid grpo and rlvid eval serve it")
     if not math.isfinite(part.weight):
         raise UserError(f"{where}: weight must be a finite number, got {part.weight}")
     if part.kind == "format" and not part.tags:

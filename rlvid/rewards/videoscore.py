@@ -24,6 +24,7 @@ from rlvid.types import Message, Sample, VideoRef
 DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
 DIMS2 = ("visual quality", "text-to-video alignment", "physical/common-sense consistency")  # VideoScore2
 ALIGNMENT = "text-to-video alignment"
+RUBRIC_FOLDER = "reward_model"  # in an exported checkpoint: rubric.json and, where there is a head, head.safetensors
 CAPTION_BEGINS, CAPTION_ENDS = 'the text prompt is "', '",\nall the frames of video are as follows:'
 
 _INTEGER_SCALE = """\

@@ -24,12 +24,12 @@ from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
-from rlvid.rewards.videoscore import Rubric
+from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.objectives import Grpo, Objective
 from rlvid.training.packing import Group, PackedPolicy, pack
 from rlvid.training.rows import micro_batches, score
-from rlvid.training.scorer import FOLDER, HEAD_FILE, PackedScorer
+from rlvid.training.scorer import HEAD_FILE, PackedScorer
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
 HEAD = "head."  # PackedScorer's before those of its head
@@ -86,7 +86,7 @@ class Learner:
             add_adapters(self.policy.network, self.lora)
         if rubric and rubric.has_head:
             self.policy = PackedScorer(network, family, rubric)
-            if (folder / FOLDER / HEAD_FILE).exists():
+            if (folder / RUBRIC_FOLDER / HEAD_FILE).exists():
                 self.policy.load_head(folder, rubric)
         self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
@@ -254,8 +254,8 @@ class Learner:
         if dist.get_rank() == 0:
             head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
             if head:
-                (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-                save_file(head, folder / FOLDER / HEAD_FILE)
+                (folder / RUBRIC_FOLDER).mkdir(parents=True, exist_ok=True)
+                save_file(head, folder / RUBRIC_FOLDER / HEAD_FILE)
             network = self.engine.module.network
             if self.lora:
                 adapters = {file_name(name): t for name, t in state.items() if is_adapter(name)}

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
-from rlvid.rewards.videoscore import Rubric
+from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.packing import PackedRow, hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FOLDER = "reward_model"  # in an exported checkpoint: rubric.json and, where there is a head, head.safetensors
 HEAD_FILE = "head.safetensors"
 
 
@@ -52,8 +51,8 @@ class PackedScorer(nn.Module):
         Raises:
             UserError: the checkpoint has no head, or lacks a dimension.
         """
-        stored = Rubric.load(folder / FOLDER)
-        file = folder / FOLDER / HEAD_FILE
+        stored = Rubric.load(folder / RUBRIC_FOLDER)
+        file = folder / RUBRIC_FOLDER / HEAD_FILE
         if missing := [name for name in rubric.dims if name not in stored.dims]:
             raise UserError(f"{file} scores {', '.join(stored.dims)}; it lacks {', '.join(missing)}")
         order = torch.tensor([stored.dims.index(name) for name in rubric.dims])

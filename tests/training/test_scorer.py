@@ -14,11 +14,11 @@ import torch
 from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
-from rlvid.rewards.videoscore import Rubric
+from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.objectives import BradleyTerry, Regression
 from rlvid.training.packing import Group, Responses, normalise, pack
 from rlvid.training.rows import micro_batches, score
-from rlvid.training.scorer import FOLDER, HEAD_FILE, PackedScorer
+from rlvid.training.scorer import HEAD_FILE, PackedScorer
 from tests.prompts import prompt_of
 
 RUBRIC = Rubric("regression", ("a", "b", "c"), 1, 4, "question", {})
@@ -109,14 +109,14 @@ def test_head_is_loaded_by_name_not_by_position(tiny_model: Path, tmp_path: Path
     from safetensors.torch import save_file
 
     stored = random_scorer(tiny_model)
-    RUBRIC.save(tmp_path / FOLDER)
-    save_file(dict(stored.head.state_dict()), tmp_path / FOLDER / HEAD_FILE)
+    RUBRIC.save(tmp_path / RUBRIC_FOLDER)
+    save_file(dict(stored.head.state_dict()), tmp_path / RUBRIC_FOLDER / HEAD_FILE)
     other = random_scorer(tiny_model, replace(RUBRIC, dims=("c", "a")))
     other.load_head(tmp_path, replace(RUBRIC, dims=("c", "a")))
     assert torch.equal(other.head.weight, stored.head.weight[[2, 0]])
     with pytest.raises(UserError, match="lacks z"):
         other.load_head(tmp_path, replace(RUBRIC, dims=("z",)))
-    (tmp_path / FOLDER / HEAD_FILE).unlink()
+    (tmp_path / RUBRIC_FOLDER / HEAD_FILE).unlink()
     with pytest.raises(UserError, match="head"):
         stored.load_head(tmp_path, RUBRIC)
 
