@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from actors.batch import ACCURACY_KINDS, accuracy_part
 from actors.judge import Comparison, Judge, Judged, open_judge
 from actors.team import Team
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
-from jobs.evaluate import evaluate
+from jobs.evaluate import NO_ACCURACY_PART, evaluate
 from jobs.session import Session
 from jobs.sft import warm_start
 from rlvid.config import IsrtJobConfig
@@ -46,6 +47,8 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
     """
     with Session(cfg, "isrt") as session:
         session.require_training_data()
+        if session.held_out and accuracy_part(cfg.rewards) is None:
+            raise UserError(NO_ACCURACY_PART)
         model, tracker = first_model(cfg, session)
         reference = model
         for number in range(1, cfg.isrt.iterations + 1):
@@ -306,7 +309,10 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
 def judge_accuracy(iteration: Iteration, decided: Sequence[Row]) -> dict[str, float]:
     """How often the judge chose the right response, where the rules know exactly one of the two to be right. The run
     itself never sees this."""
-    rules = RuleRewards(iteration.cfg.rewards)
+    parts = [part for part in iteration.cfg.rewards if part.kind in ACCURACY_KINDS]
+    if not parts:
+        return {}
+    rules = RuleRewards(parts)
     samples = {s.id: s for s in iteration.samples}
     hits = []
     for row in decided:
