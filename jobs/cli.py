@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rlvid.errors import UserError
 
 if TYPE_CHECKING:
-    from rlvid.config import JobConfig, SyntheticConfig
+    from rlvid.config import JobConfig, SyntheticConfig, TuneJobConfig
 
 _OVERRIDES_HELP = """\
 overrides:
@@ -46,7 +46,7 @@ class _Job:
 _FLAGS = {"only_data": "build the preference pairs of the first iteration and train on none"}
 
 
-_JOBS = {
+JOBS = {
     "grpo": _Job("jobs.grpo", "GrpoJobConfig", "group relative policy optimisation on videos"),
     "sft": _Job("jobs.sft", "SftJobConfig", "supervised fine-tuning on the manifest's answers"),
     "dpo": _Job("jobs.dpo", "DpoJobConfig", "direct preference optimisation and its relatives on pairs of responses"),
@@ -56,6 +56,7 @@ _JOBS = {
     "isrt": _Job(
         "jobs.isrt", "IsrtJobConfig", "self-judgement with a visual context, then DPO, iterated", flags=("only_data",)
     ),
+    "tune": _Job("jobs.tune", "TuneJobConfig", "search hyperparameters of any job with Ray Tune"),
     "eval": _Job("jobs.evaluate", "EvalJobConfig", "greedy answers to the held-out manifest, scored"),
 }
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = _parse(list(sys.argv[1:] if argv is None else argv), prog)
     run_dir: list[Path] = []  # filled as soon as the config is known, for the traceback of an unexpected error
     try:
-        if arguments.command in _JOBS:
+        if arguments.command in JOBS:
             _run_job(arguments, run_dir)
         elif arguments.command == "synth":
             _make_synthetic(arguments)
@@ -107,7 +108,7 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"rlvid {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, job in _JOBS.items():
+    for name, job in JOBS.items():
         command = commands.add_parser(
             name,
             help=job.help,
@@ -131,10 +132,10 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting words at the first option; those behind it are words too
-    unknown = [word for word in rest if word.startswith("-") or arguments.command not in _JOBS]
+    unknown = [word for word in rest if word.startswith("-") or arguments.command not in JOBS]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if arguments.command in _JOBS:
+    if arguments.command in JOBS:
         words = [*arguments.words, *rest]
         if arguments.config is None:
             if not words or ("=" in words[0] and not Path(words[0]).exists()):
@@ -190,13 +191,15 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
     import rlvid.config
     from rlvid.config_file import dump_config, load_config
 
-    job = _JOBS[arguments.command]
-    config_class: type[JobConfig] = getattr(rlvid.config, job.config)
+    job = JOBS[arguments.command]
+    config_class: type[JobConfig | TuneJobConfig] = getattr(rlvid.config, job.config)
     cfg = load_config(config_class, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from actors.placement import describe
+        print(dump_config(cfg))
+        if isinstance(cfg, rlvid.config.JobConfig):
+            from actors.placement import describe
 
-        print(dump_config(cfg) + "\n# placement\n" + "\n".join(f"# {line}" for line in describe(cfg).splitlines()))
+            print("\n# placement\n" + "\n".join(f"# {line}" for line in describe(cfg).splitlines()))
         return
     run_dir.append(cfg.run.dir)
     result = importlib.import_module(job.module).run(cfg, **{flag: getattr(arguments, flag) for flag in job.flags})

@@ -6,7 +6,7 @@ Reading files and overrides, and turning mistakes into readable errors, is `rlvi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -663,4 +663,88 @@ class GrpoJobConfig(JobConfig):
                 f"train.batch_size={self.train.batch_size} gives {self.placement.trainer_workers} trainer ranks and "
                 f"{self.grpo.minibatches} mini-batches less than one prompt each"
             )
+        return self
+
+
+class SpaceConfig(Section):
+    """Where a hyperparameter is drawn from: exactly one of these."""
+
+    uniform: tuple[float, float] | None = None
+    """Evenly between two numbers."""
+    loguniform: tuple[float, float] | None = None
+    """Evenly between the logarithms of two numbers above 0."""
+    randint: tuple[int, int] | None = None
+    """A whole number from the first up to, not including, the second."""
+    choice: tuple[Any, ...] | None = None
+    """One of these values."""
+    grid: tuple[Any, ...] | None = None
+    """Each of these values; several grids are crossed, and `trials` says how often the whole is repeated."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> SpaceConfig:
+        given = {name: value for name, value in self if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(given)}")
+        ((name, value),) = given.items()
+        if name in ("choice", "grid") and not value:
+            raise ValueError(f"{name} is empty")
+        if name in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
+            raise ValueError(f"{name}: {value[0]} is not below {value[1]}")
+        if name == "loguniform" and value[0] <= 0:
+            raise ValueError("loguniform needs numbers above 0")
+        return self
+
+
+class TuneRunConfig(Section):
+    """Where the sweep lies."""
+
+    dir: Path = Path("runs/tune")
+    """Folder of the sweep: trials, their run folders, sweep.html, best.yaml. Started again it goes on."""
+
+
+class TuneJobConfig(Section):
+    """`rlvid tune`: Ray Tune over any job's config."""
+
+    seed: int = Field(0, ge=0)
+    """Seeds the search. The jobs' own seed is a key of theirs."""
+    run: TuneRunConfig = TuneRunConfig()
+    job: Literal["grpo", "sft", "dpo", "isrt", "reward-model"]
+    """What a trial runs."""
+    config: Path
+    """The job's config file; relative to the current directory."""
+    overrides: tuple[str, ...] = ()
+    """Overrides for all trials, key.sub=value."""
+    space: dict[str, SpaceConfig]
+    """Keys of the job's config and where their values are drawn from: train.lr: {loguniform: [1e-7, 1e-5]}."""
+    metric: str = "eval/accuracy"
+    """Name in metrics.jsonl that trials are compared by; a trial is judged each time it appears."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more of it is better."""
+    trials: int = Field(8, ge=1)
+    """How many values are drawn."""
+    parallel: int = Field(1, ge=1)
+    """Trials at a time. Their actors find room by placement groups; those that find none wait."""
+    search: Literal["random", "optuna"] = "random"
+    """random (and grids), or Optuna's tree-structured Parzen estimator."""
+    scheduler: Literal["none", "asha", "pbt"] = "asha"
+    """asha: stops trials that lag behind at each rung (arXiv 1810.05934). pbt: weak trials take over weights and, with
+    changes, values of strong ones (arXiv 1711.09846). none: all run to their end."""
+    grace_steps: int = Field(10, ge=1)
+    """asha: first step at which a trial may be stopped. pbt: steps between two changes."""
+    reduction_factor: float = Field(2.0, gt=1)
+    """asha: of the trials at a rung one in so many goes on; each rung lies so many times as far as the last."""
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> TuneJobConfig:
+        if not self.space:
+            raise ValueError("space is empty: name at least one key of the job and where its values are drawn from")
+        if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):
+            raise ValueError(f"{fixed[0]} stands in overrides and in space: leave one out")
+        if "run.dir" in {*self.space, *(o.split("=")[0] for o in self.overrides)}:
+            raise ValueError("run.dir of a trial is the sweep's matter: set the sweep's own run.dir")
+        grids = [key for key, space in self.space.items() if space.grid is not None]
+        if grids and self.search == "optuna":
+            raise ValueError(f"space.{grids[0]}: Optuna takes no grid, give choice")
+        if grids and self.scheduler == "pbt":
+            raise ValueError(f"space.{grids[0]}: population based training takes no grid, give choice")
         return self

@@ -61,7 +61,7 @@ def test_every_key_has_a_meaning() -> None:
 
 def test_every_job_of_the_command_line_is_documented() -> None:
     documented = {job: cls.__name__ for job, cls in job_classes().items()}
-    assert {name: job.config for name, job in cli._JOBS.items()}.items() <= documented.items()
+    assert {name: job.config for name, job in cli.JOBS.items()}.items() <= documented.items()
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,13 @@ def write_report(folder: RunFolder) -> Path:
     """
     if not folder.is_run:
         raise UserError(f"{folder.dir} is not a run folder: it has no {folder.config_file.name}")
-    html = _template().render(_page(folder))
+    html = template("report.html.j2").render(_page(folder))
     write_atomic(folder.report_file, html.encode("utf-8", "replace"))
     return folder.report_file
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the page templates that lie beside this file; autoescape is on."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -119,7 +120,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": charts.percent_precise, "number": charts.number}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _printable(value: Any) -> Any:

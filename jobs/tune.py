@@ -1,0 +1,361 @@
+"""`rlvid tune`: Ray Tune over any job's config.
+
+A trial is the job itself, a process with a run folder of its own on the sweep's cluster, as `rlvid <job>` would start
+it; the trial's actor reads its metrics.jsonl. So whatever a job can do, resume above all, a trial can do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
+from actors.processes import start_ray
+from jobs.cli import JOBS, job_main
+from rlvid.config import DpoJobConfig, JobConfig, SpaceConfig, TuneJobConfig
+from rlvid.config_file import dump_config, load_config
+from rlvid.errors import UserError
+from rlvid.reporting.checkpoints import Checkpoints
+from rlvid.reporting.console import Console
+from rlvid.reporting.run_folder import read_lines
+from rlvid.reporting.sweep import TrialRow, write_sweep
+from rlvid.video.synth import make_synthetic, pairs_of
+
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
+
+STOP_TIMEOUT_S = 30.0  # for a job to write its checkpoint
+POLL_S = 0.3
+TUNE_DIR = "ray_tune"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every trial needs to know."""
+
+    module: str
+    config: Path
+    overrides: tuple[str, ...]
+    metric: str
+    folder: Path  # of the sweep
+    root: Path  # where paths of the config are relative to
+    steps: int
+
+
+class Trial(tune.Trainable):
+    """One job; a step of Tune ends with the next value of the metric."""
+
+    def setup(self, config: Mapping[str, Any], plan: Plan) -> None:
+        self._plan, self._values = plan, dict(config)
+        self.run_dir = plan.folder / "trials" / self.trial_id
+        self._process: subprocess.Popen[bytes] | None = None
+        self._n_seen = 0
+        self._last: dict[str, Any] = {}
+
+    def step(self) -> dict[str, Any]:
+        if self._process is None:
+            self._process = self._start()
+        while True:
+            has_ended = self._process.poll() is not None
+            rows = [row for row in read_lines(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
+            if len(rows) > self._n_seen:
+                row = rows[self._n_seen]
+                self._n_seen += 1
+                value = row[self._plan.metric]
+                numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+                is_lost = value is None or not math.isfinite(value)  # nothing comes of it any more
+                self._last = numbers | {"step": int(row["step"]), tune.result.DONE: is_lost}
+                return self._last
+            if has_ended:
+                return self._end(self._process.returncode)
+            time.sleep(POLL_S)
+
+    def _end(self, code: int) -> dict[str, Any]:
+        if code:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(f"{self.run_dir}: the job ended with {code}: {lines[-1] if lines else 'no message'}")
+        if not self._last:
+            raise RuntimeError(f"{self.run_dir}: metrics.jsonl has no {self._plan.metric}; see metric in the config")
+        return self._last | {tune.result.DONE: True}
+
+    @property
+    def _log(self) -> Path:
+        return self._plan.folder / "trials" / f"{self.trial_id}.log"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", self._plan.module, "--config", str(self._plan.config), *self._plan.overrides]
+        command += [f"{key}={json.dumps(value)}" for key, value in self._values.items()]
+        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [*command, f"run.dir={self.run_dir}"],
+                cwd=self._plan.root,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent,
+            )
+
+    def cleanup(self) -> None:
+        """Tune has stopped the trial, or it is over."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Population based training: the run folder at its newest checkpoint."""
+        checkpoints = Checkpoints(self.run_dir / "checkpoints")
+        while not (newest := checkpoints.newest()) or newest.step < self._last["step"]:
+            if self._process is None or self._process.poll() is not None:
+                break
+            time.sleep(POLL_S)
+        copy = Path(checkpoint_dir) / "run"
+        shutil.copytree(self.run_dir, copy, ignore=shutil.ignore_patterns("*.tmp", "wandb", ".lock", "ray_train"))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Take over a run folder, with the values of this trial."""
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        shutil.copytree(Path(checkpoint_dir) / "run", self.run_dir)
+        file = self.run_dir / "config.yaml"
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for key, value in {**self._values, "run.dir": str(self.run_dir)}.items():
+            *sections, name = key.split(".")
+            section = config
+            for part in sections:
+                section = section[part]
+            section[name] = value
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        self._n_seen = sum(self._plan.metric in row for row in read_lines(self.run_dir / "metrics.jsonl"))
+
+
+def _end_with_parent() -> None:
+    """In the new process: the kernel ends it when the trial's actor dies, by kill -9 too (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def run(cfg: TuneJobConfig) -> dict[str, Any]:
+    """Run or take up the sweep; returns what the last line of stdout says."""
+    job = JOBS[cfg.job]
+    folder = cfg.run.dir.resolve()
+    base = _load_base(cfg)
+    began_s = time.monotonic()
+    _keep_config(folder, cfg)
+    console = Console()
+    overrides = (*cfg.overrides, *_shared_data(folder, base, console))
+    plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.train.steps)
+    start_ray()
+    try:
+        with console:
+            results = _tuner(cfg, plan, console).fit()
+        rows = [_row(plan, result) for result in results]
+    finally:
+        ray.shutdown()
+    finished = [row for row in rows if row.value is not None]
+    if not finished:
+        raise UserError(f"no trial reached {cfg.metric}: {next((r.error for r in rows if r.error), 'see the logs')}")
+    best = (max if cfg.mode == "max" else min)(finished, key=lambda row: row.value or 0.0)
+    best_file = folder / "best.yaml"
+    _write_best(best_file, plan, best, base)
+    page = write_sweep(folder / "sweep.html", cfg.metric, cfg.mode, rows, best, tuple(cfg.space))
+    return {
+        "best": best.values,
+        "value": best.value,
+        "trials": len(rows),
+        "stopped_early": sum(row.is_stopped for row in rows),
+        "failed": sum(row.error is not None for row in rows),
+        "config": str(best_file),
+        "seconds": round(time.monotonic() - began_s, 1),
+        "report": str(page),
+    }
+
+
+def _load_base(cfg: TuneJobConfig) -> JobConfig:
+    """The job's config without the searched values; each key of the space has to be one of its keys.
+
+    Raises:
+        UserError: the job would refuse it, or does not know a key.
+    """
+    config_class = getattr(importlib.import_module("rlvid.config"), JOBS[cfg.job].config)
+    for key, space in cfg.space.items():  # the job refuses what it does not know, and says what is near
+        load_config(config_class, cfg.config, [*cfg.overrides, f"{key}={json.dumps(_example(space))}"])
+    base: JobConfig = load_config(config_class, cfg.config, list(cfg.overrides))
+    return base
+
+
+def _example(space: SpaceConfig) -> Any:
+    return next(value[0] for _, value in space if value is not None)
+
+
+def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
+    """
+    Raises:
+        UserError: the folder holds another sweep.
+    """
+    file, text = folder / "config.yaml", dump_config(cfg)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{folder} holds a sweep with another config ({file}): give another run.dir, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _shared_data(folder: Path, base: JobConfig, console: Console) -> tuple[str, ...]:
+    """A synthetic set is made once for all trials."""
+    if base.data.train is not None or base.data.synthetic is None:
+        return ()
+    console.message(f"making {base.data.synthetic.train} + {base.data.synthetic.eval} synthetic clips")
+    train, held_out = make_synthetic(folder / "data", base.data.synthetic, base.seed)
+    if isinstance(base, DpoJobConfig):
+        train, held_out = pairs_of(train), pairs_of(held_out)
+    return (f"data.train={train}", *([] if base.data.eval else [f"data.eval={held_out}"]))
+
+
+def _tuner(cfg: TuneJobConfig, plan: Plan, console: Console) -> tune.Tuner:
+    """A new sweep, or the one that was interrupted here."""
+    trainable = tune.with_resources(tune.with_parameters(Trial, plan=plan), {"CPU": 0.01})
+    path = plan.folder / TUNE_DIR / "sweep"
+    if tune.Tuner.can_restore(str(path)):
+        console.message(f"going on with the sweep in {plan.folder}")
+        return tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, restart_errored=True)
+    space = {key: _domain(s) for key, s in cfg.space.items()}
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=cfg.metric,
+            mode=cfg.mode,
+            num_samples=cfg.trials,
+            max_concurrent_trials=cfg.parallel if cfg.search == "random" else None,
+            search_alg=_searcher(cfg),
+            scheduler=_scheduler(cfg, plan, space),
+        ),
+        run_config=tune.RunConfig(
+            name="sweep", storage_path=str(plan.folder / TUNE_DIR), verbose=0, callbacks=[_Progress(cfg, console)]
+        ),
+    )
+
+
+def _domain(space: SpaceConfig) -> Any:
+    if space.uniform:
+        return tune.uniform(*space.uniform)
+    if space.loguniform:
+        return tune.loguniform(*space.loguniform)
+    if space.randint:
+        return tune.randint(*space.randint)
+    return tune.choice(list(space.choice)) if space.choice else tune.grid_search(list(space.grid or ()))
+
+
+def _searcher(cfg: TuneJobConfig) -> Searcher | None:
+    if cfg.search == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        return ConcurrencyLimiter(OptunaSearch(metric=cfg.metric, mode=cfg.mode, seed=cfg.seed), cfg.parallel)
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(random_state=cfg.seed, max_concurrent=cfg.parallel)
+
+
+def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> TrialScheduler | None:
+    from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+
+    if cfg.scheduler == "asha":
+        # One step beyond the last: at the last one the job still has its policy to write.
+        return ASHAScheduler(
+            time_attr="step",
+            max_t=max(plan.steps, cfg.grace_steps) + 1,
+            grace_period=cfg.grace_steps,
+            reduction_factor=cfg.reduction_factor,
+        )
+    if cfg.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=cfg.grace_steps,
+            hyperparam_mutations=dict(space),
+            synch=False,
+        )
+    return None
+
+
+class _Progress(tune.Callback):
+    """A line when a trial begins, is judged or ends."""
+
+    def __init__(self, cfg: TuneJobConfig, console: Console):
+        self._metric, self._console = cfg.metric, console
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        values = ", ".join(f"{key}={_short(value)}" for key, value in trial.config.items())
+        self._console.message(f"trial {trial.trial_id}: {values}")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self._console.message(
+            f"trial {trial.trial_id}: {self._metric} {_short(result[self._metric])} at step {result['step']}"
+        )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._console.message(f"trial {trial.trial_id} failed; see {trial.trial_id}.log")
+
+    def __getstate__(self) -> dict[str, Any]:  # Tune keeps its callbacks; a console is no such thing
+        return {"_metric": self._metric}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._console = Console()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _row(plan: Plan, result: Any) -> TrialRow:
+    """A trial's end and curve, from its run folder."""
+    metrics = result.metrics or {}
+    trial_id = metrics.get("trial_id") or Path(result.path).name
+    curve = tuple(
+        (int(row["step"]), float(row[plan.metric]))
+        for row in read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl")
+        if isinstance(row.get(plan.metric), int | float) and math.isfinite(row[plan.metric])
+    )
+    return TrialRow(
+        trial_id=trial_id,
+        values=dict(result.config or {}),
+        value=curve[-1][1] if curve else None,
+        step=curve[-1][0] if curve else 0,
+        curve=curve,
+        is_stopped=result.error is None and (not curve or curve[-1][0] < plan.steps),
+        error=str(result.error).strip().splitlines()[-1] if result.error else None,
+        seconds=float(metrics.get("time_total_s", 0.0)),
+    )
+
+
+def _write_best(file: Path, plan: Plan, best: TrialRow, base: JobConfig) -> None:
+    """The best trial's whole config, with the run folder of the job's own config."""
+    config = yaml.safe_load((plan.folder / "trials" / best.trial_id / "config.yaml").read_text(encoding="utf-8"))
+    config["run"]["dir"] = str(base.run.dir)
+    part = file.with_suffix(".part")
+    part.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.replace(file)
+
+
+if __name__ == "__main__":
+    job_main("tune")
