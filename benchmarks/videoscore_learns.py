@@ -2,9 +2,9 @@
 
 Clips whose five qualities are set: noise (visual quality), flicker (temporal consistency), way travelled (dynamic
 degree), the colour that the prompt names (text-to-video alignment), jumps across the picture (factual consistency). A
-tiny model is trained on them by `rlvid reward-model`, once as regression and once as text, each clip with its own
-prompt and with another clip's. Then: rank correlation on clips that were held out, and for how many of them the
-alignment falls when the prompt is swapped.
+tiny model learns to say what is seen (as the models that VideoScore starts from can), and is then trained by `rlvid
+reward-model`, once as regression and once as text, each clip with its own prompt and with another clip's. Then: rank
+correlation on clips that were held out, and for how many of them the alignment falls when the prompt is swapped.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import finish, machine
+from rlvid.config import TinyModelConfig
 from rlvid.data.videofeedback import mismatch
+from rlvid.models.tiny import make_tiny
 from rlvid.rewards.videoscore import ALIGNMENT, DIMS
-from rlvid.video.synth import COLOURS, FPS, Figure, Frames, render, write_mp4
+from rlvid.video.synth import FPS, Figure, Frames, render, write_mp4
 
 SIZE, FRAMES = 56, 8
+GRAIN = 7  # pixels of a grain of noise
+QUESTION = "What is seen?"
+COLOURS = ("red", "green", "blue", "yellow")
 NOISE = (50.0, 26.0, 12.0, 0.0)  # standard deviation, of grey levels; by score 1 to 4, as below
 FLICKER = (45.0, 25.0, 12.0, 0.0)  # grey levels by which frames are lighter and darker in turns
 WAY = (0.0, 0.2, 0.4, 0.6)  # of the width
 JUMPS = (4, 2, 1, 0)  # frames in which the shape is in the other half of the picture
 
 CONFIG = """
-model: {{tiny: {{}}}}
-data: {{train: {data}/train.jsonl, eval: {data}/eval.jsonl, root: {data}, cache_dir: {data}/cache}}
+data: {{root: {data}, cache_dir: {data}/cache}}
 video: {{frames: {frames}, height: {size}, width: {size}}}
-run: {{dir: {data}/{kind}, wandb: disabled, checkpoint_every: 10000}}
-reward_model: {{kind: {kind}, template: question}}
-train: {{steps: {steps}, batch_size: 64, lr: 1.0e-3, schedule: cosine, warmup_steps: 30}}
+run: {{wandb: disabled, checkpoint_every: 10000}}
 evaluate: {{every: 100}}
 rollout: {{max_tokens: 96, max_model_len: 512}}
 placement: {{threads: 1}}
@@ -48,7 +50,7 @@ placement: {{threads: 1}}
 def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
     """Frames, the prompt, and the scores of a clip that matches it."""
     level = rng.integers(0, 4, size=4)  # score - 1 of all but the alignment
-    colour = str(rng.choice(list(COLOURS)))
+    colour = str(rng.choice(COLOURS))
     noise, flicker, way, jumps = (table[i] for table, i in zip((NOISE, FLICKER, WAY, JUMPS), level, strict=True))
     side = int(rng.choice([-1, 1]))
     x, y = SIZE / 2 - side * way * SIZE / 2, SIZE * (0.28 if rng.random() < 0.5 else 0.72)
@@ -59,14 +61,16 @@ def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
     frames = here.astype(np.float64)
     jumped = rng.permutation(np.arange(1, FRAMES))[:jumps]
     frames[jumped] = there[jumped]
-    frames += rng.normal(0, noise, size=frames.shape) if noise else 0
+    grain = rng.normal(0, noise, size=(FRAMES, SIZE // GRAIN, SIZE // GRAIN, 1))
+    frames += grain.repeat(GRAIN, axis=1).repeat(GRAIN, axis=2)
     frames += flicker * np.where(np.arange(FRAMES) % 2, 1, -1)[:, None, None, None]
     scores = dict(zip((DIMS[0], DIMS[1], DIMS[2], DIMS[4]), (level + 1.0).tolist(), strict=True))
     return frames.clip(0, 255).astype(np.uint8), f"a {colour} ball", scores | {ALIGNMENT: 4.0}
 
 
 def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Write `n` clips and the manifest `<split>.jsonl`, every clip twice: with its prompt, and with another's."""
+    """Write `n` clips and two manifests: `<split>.jsonl` has every clip twice, with its prompt and with another's;
+    `<split>_seen.jsonl` asks what is seen."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(n):
@@ -75,19 +79,36 @@ def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> lis
         write_mp4(folder / video, frames, FPS)
         rows.append({"id": f"{split}-{i}", "video": video, "prompt": prompt, "labels": labels, "source": "annotated"})
     both = [{**row, "question": row["prompt"], "answer": ""} for row in (*rows, *mismatch(rows, 1.0, rng))]
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
+    seen = [{"id": r["id"], "video": r["video"], "question": QUESTION, "answer": r["prompt"]} for r in rows]
+    for name, kept in ((split, both), (f"{split}_seen", seen)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     return both
 
 
-def train(folder: Path, kind: str, steps: int) -> dict[str, Any]:
-    """Run the job in a process of its own; its result."""
-    config = folder / f"{kind}.yaml"
-    config.write_text(CONFIG.format(data=folder, kind=kind, steps=steps, size=SIZE, frames=FRAMES))
+def make_base(folder: Path) -> Path:
+    """A tiny random model whose tokenizer knows the words of prompts and scores."""
+    words = [f"a {colour} ball" for colour in COLOURS] + [f"{name}: {i}" for name in DIMS for i in range(1, 5)]
+    make_tiny(folder / "model", TinyModelConfig(), [QUESTION, *words * 10], seed=0)
+    return folder / "model"
+
+
+def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: str) -> dict[str, Any]:
+    """Run a job in a process of its own; its result."""
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(data=folder, size=SIZE, frames=FRAMES))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "jobs.cli", "reward-model", str(config)]
+    keys = (f"run.dir={folder / name}", f"model.path={model}", f"train.steps={steps}", "train.lr=1.0e-3")
+    command = [sys.executable, "-m", "jobs.cli", job, str(config), *keys, "train.warmup_steps=30", *overrides]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    print(*(line for line in done.stdout.splitlines() if "evaluation" in line), sep="\n", flush=True)
+    print(name, *(line for line in done.stdout.splitlines() if "evaluation" in line), sep="\n", flush=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def train(folder: Path, kind: str, model: Path, steps: int) -> dict[str, Any]:
+    """Train a reward model of this kind; its result on the held-out clips."""
+    data = (f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}")
+    kinds = f"reward_model={{kind: {kind}, template: question}}"
+    return run("reward-model", folder, kind, model, steps, *data, kinds, "train.batch_size=64", "train.schedule=cosine")
 
 
 def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
@@ -112,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=1500, help="training clips")
     parser.add_argument("--eval", type=int, default=200, help="held-out clips")
+    parser.add_argument("--captions", type=int, default=150, help="steps on what is seen, before both")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the regression")
     parser.add_argument("--text-steps", type=int, default=400, help="optimizer steps of the generation")
     parser.add_argument("--seed", type=int, default=0)
@@ -122,9 +144,14 @@ def main() -> None:
         rng = np.random.default_rng(options.seed)
         make_data(folder, "train", options.train, rng)
         held_out = make_data(folder, "eval", options.eval, rng)
-        regression = train(folder, "regression", options.steps)
+        asked = (f"data.train={folder / 'train_seen.jsonl'}", "train.batch_size=32")
+        base = make_base(folder)
+        if options.captions:
+            run("sft", folder, "captions", base, options.captions, *asked)
+            base = folder / "captions" / "policy"
+        regression = train(folder, "regression", base, options.steps)
         share = swapped_share(folder, folder / "regression" / "policy", held_out)
-        generation = train(folder, "generation", options.text_steps)
+        generation = train(folder, "generation", base, options.text_steps)
     finish(
         {
             "spearman_regression": (regression["spearman"] or 0.0) / 100,  # null where nothing was learned
