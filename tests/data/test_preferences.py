@@ -1,10 +1,12 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from rlvid.data.preferences import load_preferences, write_preferences
+from rlvid.data.preferences import load_preferences, pair_row, write_preferences
 from rlvid.errors import UserError
+from rlvid.types import Message, Preference, Sample, VideoRef
 
 ROW = {"id": "a", "video": "a.mp4", "question": "What moves?", "chosen": "A circle.", "rejected": "A square."}
 
@@ -44,3 +46,26 @@ def test_a_bad_pair_is_named(tmp_path: Path, change: dict[str, object], message:
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path, {**ROW, **change})
     assert str(tmp_path / "pairs.jsonl") in str(error.value)
+
+
+def test_a_pair_written_as_a_row_is_read_as_the_same_pair(tmp_path: Path) -> None:
+    video = str(tmp_path / "clips" / "a.mp4")
+    turns = (
+        Message("system", ("Be brief.",)),
+        Message("user", (VideoRef(0), "What?")),
+        Message("assistant", ("A dog.",)),
+        Message("user", ("Where?",)),
+    )
+    samples = [
+        Sample("a", (video,), (Message("user", (VideoRef(0), "What?\nA. x")),), "x", problem_type="kind"),
+        Sample("b", (), (Message("user", ("What?",)),), ""),
+        Sample("c", (video, video), (Message("user", (VideoRef(0), VideoRef(1), "Which?")),), ""),
+        Sample("d", (video,), turns, "lawn"),
+        Sample("e", (video,), (Message("user", ("Look: ", VideoRef(0), "What?")),), ""),
+    ]
+    pairs = [Preference(s, "this one", "that one", {"judge": "me", "iteration": 1}) for s in samples]
+    folder = tmp_path / "iterations" / "01"
+    folder.mkdir(parents=True)
+    write_preferences(folder / "pairs.jsonl", [pair_row(p, folder) for p in pairs])
+    read = load_preferences(folder / "pairs.jsonl", tmp_path, None, "")
+    assert [dataclasses.replace(p, sample=dataclasses.replace(p.sample, extra={})) for p in read] == pairs

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlvid.data.manifest import load_manifest
+from rlvid.rewards.judging import parse_choice
+from rlvid.video.synth_lessons import ANSWERED, make_lessons
+
+
+def test_lessons_teach_what_the_manifest_says_in_the_judges_words(synthetic: Path) -> None:
+    manifest = synthetic / "train.jsonl"
+    rows = {row["id"]: row for row in map(json.loads, manifest.read_text().splitlines())}
+    path = make_lessons(manifest)
+    lessons = load_manifest(path, None, None, "")
+    kinds: dict[str, int] = {}
+    for lesson in lessons:
+        row = rows[lesson.id.split("#")[0]]
+        kinds[lesson.problem_type or ""] = kinds.get(lesson.problem_type or "", 0) + 1
+        if lesson.problem_type in ("describe", "mend"):
+            assert lesson.answer == row["description"]
+        elif lesson.problem_type == "answer":
+            assert (lesson.question, lesson.answer) == (row["question"], row["answer"])
+        else:
+            chosen = parse_choice(lesson.answer)
+            responses = [lesson.question.split(f"<response_{i}> ")[1].split(f" </response_{i}>")[0] for i in (1, 2)]
+            assert chosen and responses[chosen - 1] == row["answer"] != responses[2 - chosen]
+    assert kinds["describe"] == kinds["mend"] == len(rows) and kinds["answer"] == -(-len(rows) // ANSWERED)
+    content = path.read_bytes()
+    assert make_lessons(manifest).read_bytes() == content
+
+
+def test_a_description_holds_the_answer(synthetic: Path) -> None:
+    for row in map(json.loads, (synthetic / "train.jsonl").read_text().splitlines()):
+        assert row["answer"] in row["description"].replace(".", "").replace(",", "").split()
