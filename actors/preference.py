@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import ray.train
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.numpy import load_file, save_file
 
+from actors.pairs import Event, Mailbox, PreferencePlan, Shards
 from actors.processes import enter_process, require_compiler
 from rlvid.algorithms.schedule import lr_multiplier
-from rlvid.config import DpoJobConfig
-from rlvid.data.encoding import Source
-from rlvid.data.order import batch_indices
-from rlvid.data.stream import open_prompt, prompt_stream
+from rlvid.data.stream import open_prompt
 from rlvid.errors import UserError
-from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.types import Preference, Prompt
 
 if TYPE_CHECKING:
@@ -42,84 +38,8 @@ if TYPE_CHECKING:
 
 STATE_FILE = "workers.json"
 DRIVER_TIMEOUT_S = 60.0  # to write down what it was told
-Event = tuple[str, Any]  # what a worker tells the driver: kind and content
 Scores = dict[str, npt.NDArray[np.float32]]  # pair id -> reference log-probs [chosen tokens, rejected tokens]
-
-
-@dataclass(frozen=True)
-class PreferencePlan:
-    """What the workers need to know; paths are absolute."""
-
-    cfg: DpoJobConfig
-    model: Path
-    reference: Path
-    pairs: tuple[Preference, ...]
-    held_out: tuple[Preference, ...]
-    folder: Path  # checkpoints, reference log-probs, logs
-    out: Path  # the trained policy, a checkpoint folder that appears whole
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints")
-
-    def items(self, rank: int, world: int, start: int) -> list[tuple[int, int]]:
-        """(step, index of a pair) of everything that a rank trains on from step `start` on."""
-        size, steps = self.cfg.train.batch_size, self.cfg.train.steps
-        order = batch_indices(len(self.pairs), self.cfg.seed, start * size, (steps - start) * size)
-        return [(start + i // size, pair) for i, pair in enumerate(order) if i % size % world == rank]
-
-
-class Mailbox:
-    """Carries what the workers have to say to the driver, and the driver's wish to stop to the workers."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._put = self._taken = self._done = 0
-        self._is_stopping = False
-
-    def put(self, *events: Event) -> bool:
-        """Returns whether to stop."""
-        self._events += events
-        self._put += len(events)
-        return self._is_stopping
-
-    def take(self) -> list[Event]:
-        """The driver takes the next ones when it is done with the last ones."""
-        self._done = self._taken
-        events, self._events = self._events, []
-        self._taken += len(events)
-        return events
-
-    def is_done(self) -> bool:
-        """Whether the driver has written down all that was put."""
-        return self._done == self._put
-
-    def stop(self) -> None:
-        self._is_stopping = True
-
-
-class Shards(DataConfig):
-    """The prompts of each worker, from the step on where training goes on."""
-
-    def __init__(self, plan: PreferencePlan):
-        super().__init__()
-        self._plan = plan
-
-    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        plan, (name,) = self._plan, datasets
-        newest = plan.checkpoints.newest()
-        source, cpus = Source.of(plan.cfg, plan.model), plan.cfg.placement.encode_cpus
-        shards = []
-        for rank in range(world_size):
-            if name == "train":
-                pairs = plan.pairs
-                indices = [i for _, i in plan.items(rank, world_size, newest.step if newest else 0)]
-            else:
-                pairs = plan.held_out if name == "held_out" else (*plan.pairs, *plan.held_out)
-                indices = list(range(rank, len(pairs), world_size))
-            items = [(i, pairs[i].sample) for i in indices]
-            shards.append({name: prompt_stream(items, source, cpus).iterator() if items else None})
-        return shards
+KEPT_BYTES = 2**30  # of held-out prompts that a worker keeps between evaluations
 
 
 class PreferenceTraining:
@@ -214,6 +134,7 @@ class Worker:
 
         self.family: ChatFamily = load_family(plan.model)
         self.learner: Learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, temperature=None)
+        self._held_out: list[Group] = []  # with their reference log-probs, once they have been scored
         self._stored: Scores | None = None
         self._frozen: Any = None
 
@@ -285,12 +206,17 @@ class Worker:
         from rlvid.training.objectives import Preferred
 
         begin = time.monotonic()
-        groups = self._groups(self._rows("held_out"), self.plan.held_out)
+        groups = self._held_out
+        if not groups:
+            groups = self._groups(self._rows("held_out"), self.plan.held_out)
+            if not self._sum(not groups)[0]:
+                groups = self._with_reference(groups)
         n, empty = self._sum(len(groups), not groups)
         if empty:
             self._tell("note", "no evaluation: a worker has no held-out pair with readable clips")
             return
-        groups = self._with_reference(groups)
+        if self._sum(sum(g.prompt.patches.nbytes for g in groups) > KEPT_BYTES)[0] == 0:
+            self._held_out = groups
         objective = Preferred(self.cfg.dpo, int(n))
         sums = [0.0, 0.0, 0.0]
         for group, own in zip(groups, self.learner.logprobs(groups), strict=True):
