@@ -41,7 +41,7 @@ CONFIG = """
 data: {{root: {data}, cache_dir: {data}/cache}}
 video: {{frames: {frames}, height: {size}, width: {size}}}
 run: {{wandb: disabled, checkpoint_every: 10000}}
-evaluate: {{every: 100}}
+evaluate: {{every: 10000}}
 rollout: {{max_tokens: 96, max_model_len: 512}}
 placement: {{threads: 1}}
 """
@@ -107,8 +107,8 @@ def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: 
 def train(folder: Path, kind: str, model: Path, steps: int) -> dict[str, Any]:
     """Train a reward model of this kind; its result on the held-out clips."""
     data = (f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}")
-    kinds = f"reward_model={{kind: {kind}, template: question}}"
-    return run("reward-model", folder, kind, model, steps, *data, kinds, "train.batch_size=64", "train.schedule=cosine")
+    how = (f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=64", "train.schedule=cosine")
+    return run("reward-model", folder, kind, model, steps, *data, *how)
 
 
 def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
@@ -132,7 +132,7 @@ def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=1500, help="training clips")
-    parser.add_argument("--eval", type=int, default=200, help="held-out clips")
+    parser.add_argument("--eval", type=int, default=150, help="held-out clips")
     parser.add_argument("--captions", type=int, default=150, help="steps on what is seen, before both")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the regression")
     parser.add_argument("--text-steps", type=int, default=400, help="optimizer steps of the generation")
