@@ -37,7 +37,7 @@ def make_lessons(manifest: Path) -> Path:
 
 
 def _lessons_on(
-    row: Mapping[str, Any], rows: list[dict[str, Any]], is_answered: bool, rng: np.random.Generator
+    row: dict[str, Any], rows: list[dict[str, Any]], is_answered: bool, rng: np.random.Generator
 ) -> Iterator[dict[str, str]]:
     sample = Sample(row["id"], (row["video"],), (Message("user", (VideoRef(0), row["question"])),), row["answer"])
     other = rows[int(rng.integers(len(rows)))]["description"]
