@@ -232,7 +232,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     a = arguments
     manifest, n, refused = convert(a.source, a.out, a.which, a.mismatched, a.seed)
-    note = f"; {refused} items refused, see {a.out / 'refused.jsonl'}" if refused else ""
+    note = f"; {refused} item{'s' * (refused > 1)} refused, see {a.out / 'refused.jsonl'}" if refused else ""
     print(f"{manifest}: {n} rows{note}")
 
 

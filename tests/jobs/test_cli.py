@@ -267,3 +267,28 @@ def test_help_imports_nothing_heavy() -> None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
         assert done.returncode == 0, done.stderr
         assert "rlvid" in done.stdout
+
+
+def test_data_videofeedback_says_how_many_rows_there_are_and_how_many_were_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlvid.rewards.videoscore import DIMS
+
+    (tmp_path / "v.mp4").write_bytes(b"not looked into here")
+    good = {"id": "a1", "video": "v.mp4", "text_prompt": "a dog", "labels": dict.fromkeys(DIMS, 2)}
+    other = {**good, "id": "a2", "text_prompt": "a cat"}
+    items = [good, other, {**good, "id": "a3", "labels": {}}]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    arguments = ["data", "videofeedback", str(tmp_path / "items.jsonl"), str(tmp_path / "out"), "--mismatched", "0.5"]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "manifest.jsonl: 3 rows; 1 item refused" in told and "refused.jsonl" in told
+    assert cli.main([*arguments, "--source", "real"]) == 2
+    assert "no item left for source=real" in capsys.readouterr().err
+
+
+def test_score_of_a_folder_without_a_reward_model_says_what_to_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["score", str(tmp_path), "a.mp4", "--prompt", "a dog"]) == 2
+    assert "rlvid reward-model" in capsys.readouterr().err
