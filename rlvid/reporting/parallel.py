@@ -52,8 +52,8 @@ def parallel_coordinates(
     for i, dimension in enumerate(dimensions):
         x = _SIDE + i * gap
         shares, low, high = dimension.places()
-        for line, share in zip(points, shares, strict=True):
-            line.append(f"{x:.1f} {HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM):.1f}")
+        for path, share in zip(points, shares, strict=True):
+            path.append(f"{x:.1f} {HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM):.1f}")
         axis = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x, _TOP, HEIGHT - _BOTTOM)
         texts = ((14, dimension.name), (28, high), (HEIGHT - 8, low))
         parts += [
@@ -61,10 +61,8 @@ def parallel_coordinates(
             *(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, *t) for t in texts),
         ]
     for line in sorted(range(len(names)), key=lambda line: "best" in classes[line]):
-        path = "M" + " L".join(points[line])
-        parts.append(
-            Markup('<path class="{}" d="{}"><title>{}</title></path>').format(classes[line], path, names[line])
-        )
+        way = "M" + " L".join(points[line])
+        parts.append(Markup('<path class="{}" d="{}"><title>{}</title></path>').format(classes[line], way, names[line]))
     return Markup('<svg class="lines" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, label, Markup("").join(parts)
     )

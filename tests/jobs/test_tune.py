@@ -1,0 +1,92 @@
+"""A sweep over real DPO runs: killed, taken up again, with its page and its best config."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.cli import main
+from tests.jobs.test_dpo import CONFIG
+from tests.jobs.test_runs import ROOT, finish, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+SWEEP = """
+run: {{dir: {tmp}/sweep}}
+job: dpo
+config: {tmp}/config.yaml
+overrides: [evaluate.every=2]
+space:
+  train.lr: {{choice: [1.0e-9, 3.0e-3]}}
+  dpo.beta: {{uniform: [0.1, 0.2]}}
+trials: 2
+scheduler: none
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(CONFIG.format(tmp=tmp_path))
+    (tmp_path / "sweep.yaml").write_text(SWEEP.format(tmp=tmp_path))
+    return tmp_path / "sweep.yaml"
+
+
+def start(sweep: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.tune", "--config", str(sweep), *overrides]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_sweep_goes_on_and_says_what_was_best(sweep: Path) -> None:
+    folder = sweep.parent / "sweep"
+    process = start(sweep)
+    wait_for(lambda: any(folder.glob("trials/*/checkpoints/step_*")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+    result = finish(start(sweep))
+    assert (result["trials"], result["failed"]) == (2, 0)
+    trials = [p for p in (folder / "trials").iterdir() if p.is_dir()]
+    assert len(trials) == 2  # none was begun anew beside itself
+    values = {p: json.loads((p / "policy.training.json").read_text())["eval/accuracy"] for p in trials}
+    assert result["value"] == pytest.approx(max(values.values()))
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert best["dpo"]["beta"] == result["best"]["dpo.beta"] and best["train"]["lr"] == result["best"]["train.lr"]
+    page = (folder / "sweep.html").read_text()
+    assert all(p.name in page for p in trials) and "dpo.beta" in page and page.count("<svg") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["space.train.stesp={choice: [1, 2]}"], "train.stesp"),
+        (["space.dpo.beta={uniform: [2, 1]}"], "2.0 is not below 1.0"),
+        (["space.train.lr={choice: [1], grid: [1]}"], "exactly one of"),
+        (["overrides=[dpo.beta=0.3]"], "dpo.beta stands in overrides and in space"),
+        (["search=optuna", "space.train.lr={grid: [1.0]}"], "Optuna takes no grid"),
+        (["overrides=[dpo.loss=nonsense]"], "dpo.loss"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_refused(
+    sweep: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if any(o.startswith("space.") for o in overrides):  # a key with dots cannot be set by a dotted override
+        config = yaml.safe_load(sweep.read_text())
+        for override in (o for o in overrides if o.startswith("space.")):
+            key, value = override.removeprefix("space.").split("=", 1)
+            config["space"][key] = yaml.safe_load(value)
+        sweep.write_text(yaml.safe_dump(config))
+        overrides = [o for o in overrides if not o.startswith("space.")]
+    assert main(["tune", str(sweep), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (sweep.parent / "sweep").exists()
