@@ -201,7 +201,7 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
 
             print("\n# placement\n" + "\n".join(f"# {line}" for line in describe(cfg).splitlines()))
         return
-    run_dir.append(cfg.run.dir)
+    run_dir.append(cfg.dir if isinstance(cfg, rlvid.config.TuneJobConfig) else cfg.run.dir)
     result = importlib.import_module(job.module).run(cfg, **{flag: getattr(arguments, flag) for flag in job.flags})
 
     from rlvid.reporting.console import Console

@@ -158,7 +158,7 @@ def _end_with_parent() -> None:
 def run(cfg: TuneJobConfig) -> dict[str, Any]:
     """Run or take up the sweep; returns what the last line of stdout says."""
     job = JOBS[cfg.job]
-    folder = cfg.run.dir.resolve()
+    folder = cfg.dir.resolve()
     base = _load_base(cfg)
     began_s = time.monotonic()
     _keep_config(folder, cfg)
@@ -215,7 +215,7 @@ def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
     """
     file, text = folder / "config.yaml", dump_config(cfg)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise UserError(f"{folder} holds a sweep with another config ({file}): give another run.dir, or remove it")
+        raise UserError(f"{folder} holds a sweep with another config ({file}): give another dir, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 

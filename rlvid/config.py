@@ -695,19 +695,13 @@ class SpaceConfig(Section):
         return self
 
 
-class TuneRunConfig(Section):
-    """Where the sweep lies."""
-
-    dir: Path = Path("runs/tune")
-    """Folder of the sweep: trials, their run folders, sweep.html, best.yaml. Started again it goes on."""
-
-
 class TuneJobConfig(Section):
     """`rlvid tune`: Ray Tune over any job's config."""
 
     seed: int = Field(0, ge=0)
     """Seeds the search. The jobs' own seed is a key of theirs."""
-    run: TuneRunConfig = TuneRunConfig()
+    dir: Path = Path("runs/tune")
+    """Folder of the sweep: trials, their run folders, sweep.html, best.yaml. Started again it goes on."""
     job: Literal["grpo", "sft", "dpo", "isrt", "reward-model"]
     """What a trial runs."""
     config: Path
@@ -741,7 +735,7 @@ class TuneJobConfig(Section):
         if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):
             raise ValueError(f"{fixed[0]} stands in overrides and in space: leave one out")
         if "run.dir" in {*self.space, *(o.split("=")[0] for o in self.overrides)}:
-            raise ValueError("run.dir of a trial is the sweep's matter: set the sweep's own run.dir")
+            raise ValueError("run.dir of a trial is the sweep's matter: set dir, the sweep's own")
         grids = [key for key, space in self.space.items() if space.grid is not None]
         if grids and self.search == "optuna":
             raise ValueError(f"space.{grids[0]}: Optuna takes no grid, give choice")

@@ -327,9 +327,14 @@ def _jobs_table(jobs: dict[str, type[BaseModel]]) -> str:
     return "\n".join(["## Jobs and their sections", "", *meanings, "", *rows, ""])
 
 
+def _trainers(jobs: list[str]) -> set[str]:
+    """The jobs that share their sections; a sweep has keys of its own and none of theirs."""
+    return {job for job in jobs if issubclass(job_classes()[job], config.JobConfig)}
+
+
 def _section_text(name: str, by_job: dict[str, Block], all_jobs: list[str]) -> str:
     lines = [f"{'#' * min(2 + _depth(name), 6)} `{name}`", ""]
-    if len(by_job) < len(all_jobs) and not _depth(name):
+    if set(by_job) != _trainers(all_jobs) and not _depth(name):
         lines += [f"Only in {_either(list(by_job))}.", ""]
     meanings = dict.fromkeys(block.meaning for block in by_job.values() if block.meaning)
     lines += [f"{' '.join(map(_text, meanings))}", ""] if meanings else []

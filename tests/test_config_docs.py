@@ -43,8 +43,11 @@ def test_page_in_the_repository_is_current() -> None:
 
 def test_every_key_of_every_job_is_there() -> None:
     text = page()
-    for job in job_classes():
-        cls = job_classes()[job]
+    # the sweep has no sections of a job: its keys stand among the sections
+    assert all(f"`{key}`" in text for key in job_classes()["tune"].model_fields)
+    for job, cls in job_classes().items():
+        if job == "tune":
+            continue
         cfg = cls.model_validate({"model": {"tiny": {}}, "data": {"synthetic": {}}})
         keys = set(keys_of(cfg.model_dump(mode="json")))
         assert len(keys) > 60

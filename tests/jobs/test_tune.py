@@ -19,7 +19,7 @@ from tests.jobs.test_runs import ROOT, finish, wait_for
 pytestmark = pytest.mark.timeout(600)
 
 SWEEP = """
-run: {{dir: {tmp}/sweep}}
+dir: {tmp}/sweep
 job: dpo
 config: {tmp}/config.yaml
 overrides: [evaluate.every=2]
