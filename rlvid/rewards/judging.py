@@ -46,7 +46,7 @@ _PAIR = (
     "<response_1> {response_1} </response_1>\n"
     "<response_2> {response_2} </response_2>\n"
     "Which response answers the question about the video better? What the video shows counts, length does not. "
-    "End with <choice>1</choice> or <choice>2</choice>."
+    "Say first what the right answer is, then end with <choice>1</choice> or <choice>2</choice>."
 )
 PAIR = Template("pair", _PAIR % "")
 PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % "<video_description> {context} </video_description>\n")

@@ -20,7 +20,7 @@ from rlvid.types import Message, Sample, VideoRef
 from rlvid.video.synth import wrong_answer
 
 ANSWERED = 4  # the question is answered on one clip in so many
-CHOICES_WITH_CONTEXT = 3  # judgements on each clip
+CHOICES_WITH_CONTEXT = 4  # judgements on each clip
 CHOICES_WITHOUT = 1
 
 
@@ -50,7 +50,7 @@ def _lessons_on(
         answers = [row["answer"], wrong_answer(row, rng)]
         context = row["description"] if i < CHOICES_WITH_CONTEXT else None
         _, (prompt, _) = pair_prompts(sample, (answers[right], answers[1 - right]), context)
-        yield _lesson(row, f"choose-{i}", prompt.question, f"<choice>{right + 1}</choice>")
+        yield _lesson(row, f"choose-{i}", prompt.question, f"It is {row['answer']}. <choice>{right + 1}</choice>")
 
 
 def _lesson(row: Mapping[str, Any], name: str, question: str, answer: str) -> dict[str, str]:

@@ -156,7 +156,7 @@ def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     arguments = (
         f"run.dir={run}",
         "warm_start={steps: 100, batch_size: 16, lr: 2.0e-3, warmup_steps: 10}",
-        "isrt={iterations: 2, context_tokens: 16, judge: {max_tokens: 8, max_invalid_fraction: 0.9}}",
+        "isrt={iterations: 2, context_tokens: 16, judge: {max_tokens: 16, max_invalid_fraction: 0.9}}",
         "train.steps=4",
     )
     result = finish(start(config, *arguments))
