@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -376,6 +377,7 @@ class Worker:
         part = self.plan.out.with_name(self.plan.out.name + ".part")
         self.learner.export(part, self.plan.model)
         if self.rank == 0:
+            shutil.rmtree(self.plan.out, ignore_errors=True)  # of a run that was killed before its metrics were written
             part.rename(self.plan.out)
 
     # --- words between ranks and to the driver
