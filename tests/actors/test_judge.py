@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors import judge as judge_module
 from actors.clips import Encoded
-from actors.judge import Comparison, EndpointBackend, Judge
+from actors.judge import Comparison, EndpointBackend, FleetBackend, Judge
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
@@ -226,3 +227,24 @@ def test_responses_are_scored(serve: Callable[[Reply], Server], tmp_path: Path) 
     right, unparsed = judge.score(MATCH, [(sample, "one dog", ""), (sample, "a cow", "")])
     assert right.verdict.is_right is True and right.prompt_hash == MATCH.hash  # type: ignore[union-attr]
     assert unparsed.verdict.state == "unparsed" and judge.counters["scored"] == 1
+
+
+def test_another_model_gets_prompts_of_its_own(tmp_path: Path) -> None:
+    class OwnClips(Clips):
+        def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+            return [Encoded(s, "own", 1, 1) for s in samples if not s.id.startswith("lost")]  # type: ignore[arg-type]
+
+    class Fleet:
+        def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Any]]:
+            assert all(p.prompt == "own" for p in prompts) and (sampling.temperature, sampling.seed) == (0.0, 7)
+            return [[SimpleNamespace(text=prefers_dogs(request_of(p.sample), 0)[1])] for p in prompts]
+
+    backend = FleetBackend("local 1", Fleet(), JudgeConfig(), 7, OwnClips())  # type: ignore[arg-type]
+    judge = Judge(backend, Clips(), RowFile(tmp_path / "cache.jsonl", "key"), 0.5)  # type: ignore[arg-type]
+    read, lost = judge.compare([pair("a"), pair("lost", "a dog, running")])
+    assert read.verdict == PairVerdict("consistent", 0) and read.judge == "local 1"
+    assert lost.verdict == PairVerdict("failed", reason="a clip cannot be read")
+
+
+def request_of(sample: Sample) -> dict[str, Any]:
+    return {"messages": [{"content": sample.question}]}

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from actors.judge import checkpoint_id
 from jobs.isrt import add_different, prompts_of, with_context
 from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
@@ -177,6 +178,14 @@ def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     again = finish(start(config, *arguments))  # nothing is left to do
     assert rows_of(run / "metrics.jsonl") == metrics
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+    other = tmp_path / "other"
+    judge = f"{{backend: local, path: {run}/policy, max_tokens: 16, max_invalid_fraction: 0.9}}"
+    data = (f"model.path={run}/sft", "data.synthetic=null", f"data.train={run}/data/train.jsonl")
+    finish(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {judge}}}", "--only-data"))
+    (local,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
+    assert local == f"local {checkpoint_id(run / 'policy')}"
+    assert not (other / "iterations" / "01" / "contexts.jsonl").exists()
 
 
 def test_parts_of_the_data_do_not_meet_until_all_are_used(synthetic: Path) -> None:
