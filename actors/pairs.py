@@ -83,7 +83,8 @@ class Shards(DataConfig):
     def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         plan, (name,) = self._plan, datasets
         newest = plan.checkpoints.newest()
-        source, cpus = Source.of(plan.cfg, plan.model), plan.cfg.placement.encode_cpus
+        source, place = Source.of(plan.cfg, plan.model), plan.cfg.placement
+        encoders = -(-place.encoders // world_size) if name == "train" else 1
         shards = []
         for rank in range(world_size):
             if name == "train":
@@ -93,5 +94,7 @@ class Shards(DataConfig):
                 pairs = plan.held_out if name == "held_out" else (*plan.pairs, *plan.held_out)
                 indices = list(range(rank, len(pairs), world_size))
             items = [(i, pairs[i].sample) for i in indices]
-            shards.append({name: prompt_stream(items, source, cpus).iterator() if items else None})
+            shards.append(
+                {name: prompt_stream(items, source, encoders, place.encode_cpus).iterator() if items else None}
+            )
         return shards

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import finish, machine
+from benchmarks.harness import finish
 from rlvid.config import TinyModelConfig
 from rlvid.data.videofeedback import mismatch
 from rlvid.models.tiny import make_tiny
@@ -162,7 +162,6 @@ def main() -> None:
             "seconds_regression": regression["seconds"],
             "seconds_generation": generation["seconds"],
             "seconds": time.monotonic() - begin,
-            "machine": machine(),
         }
     )
 

@@ -133,8 +133,13 @@ class ClipStream:
         )
 
 
-def prompt_stream(items: Sequence[tuple[int, Sample]], source: Source, cpus_per_task: float) -> ray.data.Dataset:
-    """The samples' prompts, encoded in parallel by Ray tasks, in the order given; `open_prompt` opens a row.
+def prompt_stream(
+    items: Sequence[tuple[int, Sample]], source: Source, encoders: int, cpus_each: float
+) -> ray.data.Dataset:
+    """The samples' prompts, encoded by a pool of Ray actors, in the order given; `open_prompt` opens a row.
+
+    Actors rather than tasks: a consumer slower than the encoders makes them pause, and Ray ends an idle task worker
+    after a second; starting it again (5 s of CPU for its imports) then cost more than the encoding.
 
     Args:
         items: a number of the caller's with each sample, for example its place in the run.
@@ -142,7 +147,8 @@ def prompt_stream(items: Sequence[tuple[int, Sample]], source: Source, cpus_per_
     references = [{"offset": offset, "sample": pickle.dumps(sample)} for offset, sample in items]
     n_blocks = -(-len(references) // ROWS_PER_BLOCK_WITH_FRAMES)
     dataset = ray.data.from_items(references, override_num_blocks=n_blocks)
-    dataset = dataset.map(_encode_row, fn_kwargs={"source": pickle.dumps(source)}, num_cpus=cpus_per_task)
+    pool = ray.data.ActorPoolStrategy(size=max(1, min(encoders, n_blocks)))
+    dataset = dataset.map(_RowEncoder, fn_constructor_kwargs={"source": source}, compute=pool, num_cpus=cpus_each)
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -160,28 +166,27 @@ def open_prompt(row: dict[str, Any]) -> tuple[int, Prompt | None, Outcome]:
         raise UserError(row["user_error"])
     if row["crash"]:
         raise RuntimeError(f"encoding a sample failed in a way that is no fault of its videos:\n{row['crash']}")
-    prompt, outcome = pickle.loads(row["prompt"])  # written by `_encode_row`
+    prompt, outcome = pickle.loads(row["prompt"])  # written by `_RowEncoder`
     return row["offset"], prompt, outcome
 
 
-@lru_cache(maxsize=4)
-def _sample_encoder(source: bytes) -> SampleEncoder:
-    """One encoder per worker process and source."""
-    return SampleEncoder(pickle.loads(source))
+class _RowEncoder:
+    """Runs in a Ray actor. A call never raises, or Ray would drop the whole block."""
 
+    def __init__(self, source: Source):
+        self._encoder = SampleEncoder(source)
 
-def _encode_row(row: dict[str, Any], source: bytes) -> dict[str, Any]:
-    """Runs in a Ray worker. Never raises, or Ray would drop the whole block."""
-    result = {"offset": row["offset"], "prompt": b"", "user_error": "", "crash": ""}
-    try:
-        encoder, sample = _sample_encoder(source), pickle.loads(row["sample"])
-        with ends_process_after((1 + len(sample.videos)) * (2 * encoder.source.video.timeout_s + 10)):
-            result["prompt"] = pickle.dumps(encoder.encode(sample), protocol=5)
-    except UserError as error:
-        result["user_error"] = str(error)
-    except Exception:
-        result["crash"] = traceback.format_exc()
-    return result
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        result = {"offset": row["offset"], "prompt": b"", "user_error": "", "crash": ""}
+        try:
+            sample: Sample = pickle.loads(row["sample"])
+            with ends_process_after((1 + len(sample.videos)) * (2 * self._encoder.source.video.timeout_s + 10)):
+                result["prompt"] = pickle.dumps(self._encoder.encode(sample), protocol=5)
+        except UserError as error:
+            result["user_error"] = str(error)
+        except Exception:
+            result["crash"] = traceback.format_exc()
+        return result
 
 
 @lru_cache(maxsize=4)
