@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,13 @@ from typing import Any
 
 import pytest
 
+from actors.clips import Encoded
 from actors.judge import checkpoint_id
-from jobs.isrt import add_different, prompts_of, with_context
+from jobs.isrt import Iteration, add_different, metrics_of, prompts_of, with_context
 from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
+from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judging import DESCRIBE, PAIR_WITH_CONTEXT, REFINE
 from rlvid.types import Message, Sample, VideoRef
 
@@ -186,6 +189,77 @@ def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     (local,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
     assert local == f"local {checkpoint_id(run / 'policy')}"
     assert not (other / "iterations" / "01" / "contexts.jsonl").exists()
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a stage."""
+
+
+class SeededFleet:
+    """Answers by a hash of seed, prompt and number of the answer, and stops after so many calls."""
+
+    def __init__(self, calls: int):
+        self.calls = calls
+
+    def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Any]]:
+        if self.calls == 0:
+            raise Stopped
+        self.calls -= 1
+        return [[self._answer(p.sample, sampling, i) for i in range(sampling.n)] for p in prompts]
+
+    def _answer(self, sample: Sample, sampling: Any, i: int) -> Any:
+        digest = hashlib.sha256(f"{sampling.request_seed(sample.id)} {sample.question} {i}".encode()).digest()
+        text = ("red", "Red.", "blue", "a green one", "")[digest[0] % 5]
+        if found := re.findall(r"<response_[12]> (.*?) </response_[12]>", sample.question):
+            longer = 1 if len(found[0]) > len(found[1]) else 2
+            text = f"<choice>{longer}</choice>" if digest[0] % 8 else "both"
+        return SimpleNamespace(text=text, token_ids=[0] * (1 + len(text.split())))
+
+
+class InstantClips:
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+        return [Encoded(s, None, 1, 1, s.videos) for s in samples]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("context", ["none", "judge", "judge_and_responses"])
+def test_stopped_after_any_call_it_makes_the_same_rows(
+    context: str, tmp_path: Path, synthetic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = load_manifest(synthetic / "train.jsonl", None, None, "")
+    isrt = {"context": context, "chunk_size": 7, "judge": {"max_invalid_fraction": 0.9}}
+    cfg = IsrtJobConfig.model_validate({"model": {"tiny": {}}, "data": {"train": "x"}, "isrt": isrt})
+
+    def rows(folder: Path, calls: int) -> dict[str, bytes]:
+        """All files, made by processes that each stop after `calls` calls."""
+        session: Any = SimpleNamespace(
+            folder=RunFolder(folder),
+            train=train,
+            held_out=[],
+            clips=InstantClips(),
+            console=SimpleNamespace(message=lambda text: None),
+            steps=range,
+            stage=lambda name: nullcontext(),
+            interrupted=False,
+        )
+        for number in (1, 2):
+            for _ in range(100):
+                team = SimpleNamespace(fleet=SeededFleet(calls))
+                monkeypatch.setattr("jobs.isrt.generators", lambda *_, team=team: nullcontext(team))
+                monkeypatch.setattr("jobs.isrt.is_logged", lambda *_: True)
+                try:
+                    pairs = Iteration(cfg, session, number).pairs(tmp_path, SimpleNamespace())  # type: ignore[arg-type]
+                    break
+                except Stopped:
+                    continue
+            metrics = metrics_of(Iteration(cfg, session, number))
+            assert metrics["pairs/n"] == len(pairs) > 0 and metrics["judge/longer_wins"] == 1.0
+            assert 0.5 < metrics["judge/consistency"] <= 1 and metrics["pairs/kept"] == len(pairs) / len(train)
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("iterations/*/*.jsonl"))}
+
+    whole = rows(tmp_path / "whole", 1000)
+    assert len(whole) == (6 if context == "none" else 8)
+    for calls in (cfg.isrt.tries, cfg.isrt.tries + 1):  # one chunk of responses may need all its tries
+        assert rows(tmp_path / f"stopped-{calls}", calls) == whole
 
 
 def test_parts_of_the_data_do_not_meet_until_all_are_used(synthetic: Path) -> None:
