@@ -110,7 +110,7 @@ class Sleepy(Encoder):
 
     def __init__(self, source: Any):
         super().__init__(source)
-        read = self._reader.read
+        read = self.reader.read
 
         def moody(path: str) -> Any:
             import os
@@ -122,7 +122,7 @@ class Sleepy(Encoder):
                 os._exit(1)
             return read(path)
 
-        self._reader.read = moody  # type: ignore[method-assign]
+        self.reader.read = moody  # type: ignore[method-assign]
 
 
 def test_a_reader_that_hangs_or_crashes_costs_one_clip(
