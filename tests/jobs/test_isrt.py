@@ -26,7 +26,7 @@ from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
-from rlvid.rewards.judging import DESCRIBE, PAIR_WITH_CONTEXT, REFINE
+from rlvid.rewards.judging import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Message, Sample, VideoRef
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,9 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
     assert result["pairs"] == len(pairs) > 12
     judged = rows_of(files["judgements"])
     assert {row["judge"] for row in judged} == {f"judge-1 at {endpoint.url}"}
-    assert {row["prompt"] for row in judged} == {PAIR_WITH_CONTEXT.hash}
+    described = {row["id"] for row in rows_of(files["contexts"]) if row["context"]}  # a random model may say nothing
+    for row in judged:
+        assert row["prompt"] == (PAIR_WITH_CONTEXT if row["id"] in described else PAIR).hash
     assert len(load_preferences(files["pairs"], whole, None, "")) == len(pairs)
 
     run = tmp_path / "killed"
@@ -157,37 +159,35 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
 def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(layers=2, train=48, folder=tmp_path))
+    judge = "max_tokens: 16, max_invalid_fraction: 1.0"  # so small a model seldom makes sense as a judge
     arguments = (
         f"run.dir={run}",
-        "warm_start={steps: 100, batch_size: 16, lr: 2.0e-3, warmup_steps: 10}",
-        "isrt={iterations: 2, context_tokens: 16, judge: {max_tokens: 16, max_invalid_fraction: 0.9}}",
-        "train.steps=4",
+        "warm_start={steps: 60, batch_size: 16, lr: 2.0e-3, warmup_steps: 10}",
+        f"isrt={{context_tokens: 16, judge: {{{judge}}}}}",
+        "--only-data",
     )
     result = finish(start(config, *arguments))
-    first, second = (run / "iterations" / name for name in ("01", "02"))
-    judges = {rows_of(f / "judgements.jsonl")[0]["judge"] for f in (first, second)}
-    assert len(judges) == 2 and all(j.startswith("policy ") for j in judges)  # other weights are another judge
-    assert {row["prompt"] for row in rows_of(first / "contexts.jsonl")} == {DESCRIBE.hash}
-    assert REFINE.hash in {row["prompt"] for row in rows_of(second / "contexts.jsonl")}
-    for row in rows_of(first / "responses.jsonl"):
+    folder = run / "iterations" / "01"
+    judged = rows_of(folder / "judgements.jsonl")
+    assert judged and all(row["judge"].startswith("policy ") for row in judged)
+    assert {row["state"] for row in judged} <= {"consistent", "inconsistent", "unparsed"}
+    assert result["pairs"] == sum(row["state"] == "consistent" for row in judged)
+    assert {row["prompt"] for row in rows_of(folder / "contexts.jsonl")} == {DESCRIBE.hash}
+    for row in rows_of(folder / "responses.jsonl"):
         assert len(row["responses"]) <= 2 and len(set(row["responses"])) == len(row["responses"])
     metrics = rows_of(run / "metrics.jsonl")
-    assert [row["step"] for row in metrics if "eval/n" in row] == [0, 1, 2]
-    (one, two) = (row for row in metrics if "pairs/kept" in row)
-    assert 0 < one["pairs/kept"] <= 1 and 0 <= one["judge/consistency"] <= 1 and one["video/decodes"] == 54
-    assert two["response/length"] > 0 and 0 <= two["judge/longer_wins"] <= 1 if two["judge/longer_wins"] else True
-    assert result["accuracy_before"] == next(row for row in metrics if "eval/n" in row)["eval/accuracy"]
+    assert [row["step"] for row in metrics if "eval/n" in row] == [0]
 
     again = finish(start(config, *arguments))  # nothing is left to do
     assert rows_of(run / "metrics.jsonl") == metrics
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
     other = tmp_path / "other"
-    judge = f"{{backend: local, path: {run}/policy, max_tokens: 16, max_invalid_fraction: 0.9}}"
+    local = f"{{backend: local, path: {run}/sft, {judge}}}"
     data = (f"model.path={run}/sft", "data.synthetic=null", f"data.train={run}/data/train.jsonl")
-    finish(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {judge}}}", "--only-data"))
-    (local,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
-    assert local == f"local {checkpoint_id(run / 'policy')}"
+    finish(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {local}}}", "--only-data"))
+    (name,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
+    assert name == f"local {checkpoint_id(run / 'sft')}"
     assert not (other / "iterations" / "01" / "contexts.jsonl").exists()
 
 
