@@ -89,12 +89,11 @@ class Shards(DataConfig):
         for rank in range(world_size):
             if name == "train":
                 pairs = plan.pairs
-                indices = [i for _, i in plan.items(rank, world_size, newest.step if newest else 0)]
+                order = [i for _, i in plan.items(rank, world_size, newest.step if newest else 0)]
             else:
                 pairs = plan.held_out if name == "held_out" else (*plan.pairs, *plan.held_out)
-                indices = list(range(rank, len(pairs), world_size))
-            items = [(i, pairs[i].sample) for i in indices]
-            shards.append(
-                {name: prompt_stream(items, source, encoders, place.encode_cpus).iterator() if items else None}
-            )
+                order = list(range(rank, len(pairs), world_size))
+            samples = [pair.sample for pair in pairs]
+            stream = prompt_stream(samples, order, source, encoders, place.encode_cpus).iterator() if order else None
+            shards.append({name: stream})
         return shards

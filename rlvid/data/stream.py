@@ -33,6 +33,8 @@ from rlvid.video.watchdog import ends_process_after
 MAX_LOST_BLOCKS = 4  # blocks that Ray loses (a lost machine) before the stream stops
 ROWS_PER_BLOCK = 16
 ROWS_PER_BLOCK_WITH_FRAMES = 4  # about 40 MB; 4 a block kept 256 MB of shared memory in use, 16 a block 806 MB
+PROMPTS_PER_TASK = 64  # a task costs Ray 50 ms, and a run's tasks are all listed before its first one starts
+PROMPT_BLOCK_BYTES = 32 * 2**20  # a task hands on what it has when it comes to this
 
 
 @dataclass(frozen=True)
@@ -134,29 +136,28 @@ class ClipStream:
 
 
 def prompt_stream(
-    items: Sequence[tuple[int, Sample]], source: Source, encoders: int, cpus_each: float
+    samples: Sequence[Sample], order: Sequence[int], source: Source, encoders: int, cpus_each: float
 ) -> ray.data.Dataset:
-    """The samples' prompts, encoded by a pool of Ray actors, in the order given; `open_prompt` opens a row.
+    """The prompts of `samples[i] for i in order`, encoded by a pool of Ray actors; `open_prompt` opens a row.
 
     Actors rather than tasks: a consumer slower than the encoders makes them pause, and Ray ends an idle task worker
     after a second; starting it again (5 s of CPU for its imports) then cost more than the encoding.
-
-    Args:
-        items: a number of the caller's with each sample, for example its place in the run.
     """
-    references = [{"offset": offset, "sample": pickle.dumps(sample)} for offset, sample in items]
-    n_blocks = -(-len(references) // ROWS_PER_BLOCK_WITH_FRAMES)
-    dataset = ray.data.from_items(references, override_num_blocks=n_blocks)
-    pool = ray.data.ActorPoolStrategy(size=max(1, min(encoders, n_blocks)))
-    dataset = dataset.map(_RowEncoder, fn_constructor_kwargs={"source": source}, compute=pool, num_cpus=cpus_each)
+    rows_per_block = min(PROMPTS_PER_TASK, -(-len(order) // encoders))
+    blocks = np.array_split(np.asarray(order, dtype=np.int64), -(-len(order) // rows_per_block))
+    dataset = ray.data.from_numpy(blocks)
+    settings = {"samples": ray.put(list(samples)), "source": source}
+    pool = ray.data.ActorPoolStrategy(size=min(encoders, len(blocks)))
+    dataset = dataset.map(_RowEncoder, fn_constructor_kwargs=settings, compute=pool, num_cpus=cpus_each)
     dataset.context.execution_options.preserve_order = True
+    dataset.context.target_max_block_size = PROMPT_BLOCK_BYTES
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset
 
 
 def open_prompt(row: dict[str, Any]) -> tuple[int, Prompt | None, Outcome]:
-    """Number, prompt and outcome; without a prompt the outcome names the bad clip.
+    """Place in `samples`, prompt and outcome; without a prompt the outcome names the bad clip.
 
     Raises:
         UserError: the prompt does not fit, or the frame cache cannot be written.
@@ -167,19 +168,21 @@ def open_prompt(row: dict[str, Any]) -> tuple[int, Prompt | None, Outcome]:
     if row["crash"]:
         raise RuntimeError(f"encoding a sample failed in a way that is no fault of its videos:\n{row['crash']}")
     prompt, outcome = pickle.loads(row["prompt"])  # written by `_RowEncoder`
-    return row["offset"], prompt, outcome
+    return row["index"], prompt, outcome
 
 
 class _RowEncoder:
     """Runs in a Ray actor. A call never raises, or Ray would drop the whole block."""
 
-    def __init__(self, source: Source):
+    def __init__(self, samples: ray.ObjectRef[list[Sample]], source: Source):
+        self._samples = ray.get(samples)
         self._encoder = SampleEncoder(source)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        result = {"offset": row["offset"], "prompt": b"", "user_error": "", "crash": ""}
+        index = int(row["data"])
+        result = {"index": index, "prompt": b"", "user_error": "", "crash": ""}
         try:
-            sample: Sample = pickle.loads(row["sample"])
+            sample = self._samples[index]
             with ends_process_after((1 + len(sample.videos)) * (2 * self._encoder.source.video.timeout_s + 10)):
                 result["prompt"] = pickle.dumps(self._encoder.encode(sample), protocol=5)
         except UserError as error:

@@ -26,6 +26,7 @@ from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
+from rlvid.training.comm_op import load_comm_op
 from rlvid.training.objectives import Grpo, Objective
 from rlvid.training.packing import Group, PackedPolicy, pack
 from rlvid.training.rows import micro_batches, score
@@ -92,6 +93,7 @@ class Learner:
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
+        load_comm_op()
         self.engine, *_ = deepspeed.initialize(model=self.policy, model_parameters=trained, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None

@@ -16,9 +16,6 @@ import pytest
 from tests.jobs.test_runs import ROOT, finish, metrics_of, wait_for
 
 pytestmark = pytest.mark.timeout(600)
-HANGS = pytest.mark.xfail(
-    run=False, reason="rlvid dpo can wait for ever for its first prompts from Ray Data on a 2-CPU cluster: open"
-)
 
 CONFIG = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -51,7 +48,6 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in metrics_of(run) if "rewards/margins" in row]
 
 
-@HANGS
 def test_two_killed_workers_with_stored_reference_learn_what_one_learns(config: Path) -> None:
     """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and taken up again."""
     one = finish(start(config, "one"))
@@ -75,7 +71,6 @@ def test_two_killed_workers_with_stored_reference_learn_what_one_learns(config: 
             assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-4), (row["step"], name)
 
 
-@HANGS
 def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
     finish(start(config, "kto", "model.lora={rank: 4}", "dpo.loss=kto", "train.steps=3"))
     first, *_, last = steps_of(config.parent / "kto")
@@ -84,7 +79,6 @@ def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
     assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@HANGS
 def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     data = config.parent / "one" / "data"  # made by the first test
     rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]

@@ -28,7 +28,6 @@ from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judging import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Message, Sample, VideoRef
-from tests.jobs.test_dpo import HANGS
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("contexts", "responses", "judgements", "pairs")
@@ -107,7 +106,6 @@ def endpoint() -> Iterator[SimpleNamespace]:
     thread.join()
 
 
-@HANGS
 @pytest.mark.engine
 @pytest.mark.timeout(500)
 def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
