@@ -43,10 +43,12 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     AttentionInterface.register(TEXT_ATTENTION, _text_attention)
     AttentionInterface.register(VISION_ATTENTION, block_attention)
     text_config._attn_implementation = TEXT_ATTENTION
-    if sees_video:
+    if hasattr(model.model, "visual"):  # Qwen-VL's; other towers take whole pictures, each by itself
         model.model.visual.config._attn_implementation = VISION_ATTENTION
         embed = model.model.visual.patch_embed
         embed.proj = _PatchProjection(embed.proj)
+    if hasattr(model.model, "image_tower"):  # Video-LLaVA's second tower, which videos do not pass
+        model.model.image_tower.requires_grad_(False)
     return model
 
 

@@ -17,6 +17,7 @@ from rlvid.config import LoraConfig
 from rlvid.errors import UserError
 
 ADAPTER = "default"  # peft's name for the only one
+VISION_PARTS = ("visual", "vision_model", "connector", "video_tower", "image_tower", "multi_modal_projector")
 PEFT_PREFIX = "base_model.model."  # before every name in peft's adapter files
 
 
@@ -24,7 +25,7 @@ def peft_config(cfg: LoraConfig):  # type: ignore[no-untyped-def]  # peft is imp
     """peft's configuration. The vision tower is left out: vLLM takes adapters on the language model only."""
     from peft import LoraConfig as PeftConfig
 
-    targets = rf"(?!.*\bvisual\b).*\.(?:{'|'.join(cfg.targets)})"
+    targets = rf"(?!.*\b(?:{'|'.join(VISION_PARTS)})\b).*\.(?:{'|'.join(cfg.targets)})"
     return PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 

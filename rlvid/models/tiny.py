@@ -16,12 +16,20 @@ from torch import nn
 from rlvid.config import TinyModelConfig
 from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import CHAT_TEMPLATE, END_OF_TURN
+from rlvid.models.families.frames import FAKE_AROUND_IMAGE, IMAGE, VIDEO, Idefics2, VideoLlava
 from rlvid.models.families.qwen_vl import VIDEO_PLACEHOLDER, VISION_END, VISION_START, VISION_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD_DIM = 64  # vLLM on CPU refuses 16
+END_OF_TEXT = "<|endoftext|>"
+# Special tokens, the end of a turn first, and the chat template.
+CHATML = ([END_OF_TURN, "<|im_start|>", *VISION_TOKENS], CHAT_TEMPLATE)
+CHATS = {
+    "idefics2": (["<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE], Idefics2.default_template),
+    "video_llava": (["</s>", IMAGE, VIDEO], VideoLlava.default_template),
+}
 
 
 def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: int) -> None:
@@ -35,12 +43,16 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: in
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    tokenizer = _train_tokenizer(texts, cfg.vocab_size)
+    tokenizer = _train_tokenizer(texts, cfg.vocab_size, *CHATS.get(cfg.family, CHATML))
     text = _text_settings(cfg, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if cfg.family in ("qwen2", "qwen3"):
             model, processor = _text_model(cfg, text), tokenizer
+        elif cfg.family == "idefics2":
+            model, processor = _idefics2(cfg, text, tokenizer)
+        elif cfg.family == "video_llava":
+            model, processor = _video_llava(cfg, text, tokenizer)
         else:
             model, processor = _vision_model(cfg, text, tokenizer), _processor(cfg, tokenizer)
         _spread_weights(model)
@@ -64,7 +76,7 @@ def _text_settings(cfg: TinyModelConfig, tokenizer: Any) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "bos_token_id": None,
-        "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(tokenizer.eos_token),
     }
     if cfg.family.startswith("qwen3"):
         settings["head_dim"] = HEAD_DIM
@@ -140,6 +152,60 @@ def _processor(cfg: TinyModelConfig, tokenizer: Any) -> Any:
     )
 
 
+def _tower(cfg: TinyModelConfig, image_size: int) -> dict[str, Any]:
+    return {
+        "hidden_size": cfg.vision_size,
+        "intermediate_size": 2 * cfg.vision_size,
+        "num_hidden_layers": cfg.vision_layers,
+        "num_attention_heads": max(1, cfg.vision_size // HEAD_DIM),
+        "image_size": image_size,
+        "patch_size": 14,
+    }
+
+
+def _idefics2(cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    import transformers
+
+    heads = text["num_attention_heads"]
+    resampler = {"resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": heads}
+    config = transformers.Idefics2Config(
+        text_config={"model_type": "mistral", **text, "sliding_window": None},
+        vision_config=_tower(cfg, 140),
+        perceiver_config=resampler
+        | {"hidden_size": cfg.hidden_size, "rms_norm_eps": 1e-6}
+        | {"resampler_head_dim": HEAD_DIM, "num_key_value_heads": heads},
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+    )
+    images = transformers.Idefics2ImageProcessor(do_image_splitting=False)
+    template = Idefics2.default_template
+    processor = transformers.Idefics2Processor(images, tokenizer, image_seq_len=8, chat_template=template)
+    return transformers.Idefics2ForConditionalGeneration(config), processor
+
+
+def _video_llava(cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    import transformers
+    from transformers.models.video_llava.video_processing_video_llava import VideoLlavaVideoProcessor
+
+    side = 56
+    config = transformers.VideoLlavaConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config={"model_type": "clip_vision_model", **_tower(cfg, side)},
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO),
+        video_seq_length=8 * ((side // 14) ** 2 + 1),
+    )
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    processor = transformers.VideoLlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(**size),
+        video_processor=VideoLlavaVideoProcessor(**size),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=VideoLlava.default_template,
+    )
+    return transformers.VideoLlavaForConditionalGeneration(config), processor
+
+
 @contextmanager
 def _deepspeed_told_cpu() -> Iterator[None]:
     """`save_pretrained` imports DeepSpeed (through accelerate), which warns when it has to guess its device."""
@@ -155,31 +221,30 @@ def _deepspeed_told_cpu() -> Iterator[None]:
 def _spread_weights(model: nn.Module) -> None:
     """Draw matrices with std 1/sqrt(fan_in): with the default 0.02 a model this small does not learn."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.weight[0].numel()))
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.embedding_dim))
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int):  # type: ignore[no-untyped-def]  # transformers is imported late
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str], template: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    specials = ["<|endoftext|>", "<|im_start|>", END_OF_TURN, *VISION_TOKENS]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=specials,
+        special_tokens=[END_OF_TEXT, *specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=END_OF_TURN,
-        pad_token="<|endoftext|>",
-        additional_special_tokens=specials[1:],
-        chat_template=CHAT_TEMPLATE,
+        eos_token=specials[0],
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=specials,
+        chat_template=template,
     )

@@ -104,6 +104,11 @@ class VllmEngine:
         lora: LoraConfig | None = None,
         weight_backend: str = vllm_plugin.WEIGHT_BACKEND,
     ):
+        if family.vllm_module is None:
+            raise UserError(
+                f"model.path: vLLM does not serve {family.architecture} ({folder}). It can be a reward model "
+                f"with a head (reward_model.kind: regression or bradley_terry); it cannot generate"
+            )
         set_environment(on_gpu, cfg.kv_cache_gib)
         vllm_plugin.register()  # torchvision has to be importable before vLLM is
         from vllm import EngineArgs

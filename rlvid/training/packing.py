@@ -5,6 +5,7 @@ Exact: log-probs and gradients equal those of separate sequences (tests/training
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlvid.models.attention import SharedPrefixLayout
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.vision import VisionFamily
 from rlvid.types import Prompt
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def pack(groups: Sequence[Group]) -> PackedRow:
     )
 
 
-def normalise(patches: Tensor, family: QwenVL, dtype: torch.dtype) -> Tensor:
+def normalise(patches: Tensor, family: VisionFamily, dtype: torch.dtype) -> Tensor:
     """uint8 patches [n, 3 * rest] -> normalised [n, 3 * rest]; equal to the processor's float output, difference 0.
 
     Source: transformers folds rescaling into mean and std, (x - 255 mean) / (255 std).
@@ -150,33 +151,31 @@ def normalise(patches: Tensor, family: QwenVL, dtype: torch.dtype) -> Tensor:
     return ((x - mean[:, None]) / std[:, None]).flatten(1).to(dtype)
 
 
-def with_blank_clip(row: PackedRow, family: QwenVL) -> PackedRow:
+def with_blank_clip(row: PackedRow, family: VisionFamily) -> PackedRow:
     """A row of text alone, with the smallest black clip behind it.
 
     Ranks meet in collectives inside the vision tower: under ZeRO-3 a rank without video would hang those with video. So
-    the tower runs here too, at the same point of the forward. The clip's one token belongs to no group, no token sees
-    it and nothing is predicted from it: the tower's gradient is 0.
+    the tower runs here too, at the same point of the forward. The clip's tokens belong to no group, no token sees them
+    and nothing is predicted from them: the tower's gradient is 0.
     """
-    side = family.merge_size
+    grid = family.smallest_grid
+    n = family.n_embeddings(grid)
     return replace(
         row,
-        token_ids=F.pad(row.token_ids, (0, 1), value=family.video_token),
-        positions=F.pad(row.positions, (0, 1)),
-        patches=row.patches.new_zeros(side**2, family.patch_dim),
-        grid_thw=row.grid_thw.new_tensor([[1, side, side]]),
+        token_ids=F.pad(row.token_ids, (0, n), value=family.video_token),
+        positions=F.pad(row.positions, (0, n)),
+        patches=row.patches.new_zeros(math.prod(grid), family.patch_dim),
+        grid_thw=row.grid_thw.new_tensor([grid]),
     )
 
 
 def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow) -> Tensor:
     """The language model's last hidden states [N, D] of a packed row."""
     inputs: dict[str, Tensor] = {}
-    if isinstance(family, QwenVL):
+    if isinstance(family, VisionFamily):
         row = row if len(row.patches) else with_blank_clip(row, family)
-        inputs["position_ids"] = row.positions[:, None]
-        inputs["pixel_values_videos"] = normalise(row.patches, family, network.dtype)
-        inputs["video_grid_thw"] = row.grid_thw
-    else:
-        inputs["position_ids"] = row.positions
+        inputs = family.network_inputs(normalise(row.patches, family, network.dtype), row.grid_thw)
+    inputs["position_ids"] = row.positions[:, None] if len(row.positions) > 1 else row.positions
     output = network.model(input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden

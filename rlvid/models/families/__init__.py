@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.frames import Idefics2, VideoLlava
 from rlvid.models.families.qwen_vl import Qwen3VL, Qwen25VL, QwenVL
 from rlvid.models.families.text import TextModel
 
@@ -14,6 +15,8 @@ FAMILIES: dict[str, type[ChatFamily]] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
+    "idefics2": Idefics2,
+    "video_llava": VideoLlava,
     "qwen2": TextModel,
     "qwen3": TextModel,
     "llama": TextModel,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 END_OF_TURN = "<|im_end|>"
 ZERO_WIDTH_SPACE = "\u200b"
 
-# Used where the checkpoint brings no template: ChatML as in Qwen/Qwen2-VL-2B-Instruct.
+# ChatML as in Qwen/Qwen2-VL-2B-Instruct.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -46,7 +46,8 @@ class ChatFamily(ABC):
         UserError: the folder lacks a file that the family needs.
     """
 
-    vllm_module: str  # where vLLM keeps the class called `architecture`
+    vllm_module: str | None = None  # where vLLM keeps the class called `architecture`; None: it does not serve it
+    default_template = CHAT_TEMPLATE  # where the checkpoint brings none
     banned_tokens: tuple[int, ...]  # a response may not hold these
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
@@ -100,7 +101,7 @@ class ChatFamily(ABC):
             template = json.loads(text).get("chat_template")
             if isinstance(template, str):
                 return template
-        return CHAT_TEMPLATE
+        return self.default_template
 
     def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
         """Token ids [R] of a response, the end-of-turn token last."""

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rlvid.errors import UserError
-from rlvid.models.families.chat import ChatFamily, read_json
 from rlvid.models.families.rotary import rotary_positions
-from rlvid.types import Clip, Prompt, Sample, Span, VideoRef
+from rlvid.models.families.vision import Grid, VisionFamily
+from rlvid.types import Clip, Prompt, Sample, Span
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +27,8 @@ VIDEO_PLACEHOLDER = "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 VISION_TOKENS = (VISION_START, VISION_END, "<|vision_pad|>", "<|image_pad|>", VIDEO_PLACEHOLDER)
 
-Grid = tuple[int, int, int]  # patches along time, height and width
 
-
-class QwenVL(ChatFamily):
+class QwenVL(VisionFamily):
     """Qwen2-VL, and what the later ones have in common with it.
 
     Raises:
@@ -39,89 +36,48 @@ class QwenVL(ChatFamily):
     """
 
     vllm_module = "vllm.model_executor.models.qwen2_vl"
-    default_patch_size = 14  # where config.json leaves out what transformers has as default
+    placeholder = VIDEO_PLACEHOLDER
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        processor = read_json(
-            folder / "video_preprocessor_config.json",
-            folder / "preprocessor_config.json",
-            folder / "processor_config.json",
-        )
-        processor = processor.get("video_processor", processor)
-        try:
-            self.vision: dict[str, Any] = self.config["vision_config"]
-            self.patch_size: int = self.vision.get("patch_size", self.default_patch_size)
-            self.merge_size: int = self.vision.get("spatial_merge_size", 2)
-            self.temporal_patch: int = self.vision.get("temporal_patch_size", 2)
-            self.pixel_mean: list[float] = processor["image_mean"]
-            self.pixel_std: list[float] = processor["image_std"]
-        except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{folder}: config.json or the processor's configuration lacks {e}: no Qwen-VL checkpoint?"
-            ) from e
+        self.merge_size: int = self.vision.get("spatial_merge_size", 2)
+        self.temporal_patch: int = self.vision.get("temporal_patch_size", 2)
         self.frame_multiple = self.patch_size * self.merge_size
-        self.video_token = self.special(VIDEO_PLACEHOLDER)
         # A sampled placeholder would ask for features that are not there.
         ids = (self.tokenizer.token_to_id(token) for token in VISION_TOKENS)
         self.banned_tokens = tuple(i for i in ids if i is not None)
 
-    def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
-        grids, patches = zip(*(self.patchify(clip.frames) for clip in clips), strict=True) if clips else ((), ())
-        token_ids, spans = self._tokenize(sample, [self.expand(c, g) for c, g in zip(clips, grids, strict=True)])
-        self.check_length(sample, len(token_ids), sum(s.length for s in spans), max_tokens)
-        grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
-        seconds = tuple(self.seconds_per_patch(clip) for clip in clips)
-        return Prompt(
-            sample_id=sample.id,
-            token_ids=np.array(token_ids, dtype=np.int32),
-            patches=np.concatenate(patches) if patches else np.zeros((0, self.patch_dim), dtype=np.uint8),
-            grid_thw=grid_thw,
-            spans=tuple(spans),
-            positions=self.positions(len(token_ids), spans, grid_thw, seconds),
-            clip_ids=tuple(clip.clip_id for clip in clips),
-            seconds_per_patch=seconds,
-        )
+    def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
+        """The text between videos is tokenized piece by piece, since a video's tokens are ids, not text."""
+        first, *others = self.render_around(sample, len(clips), {"type": "video"})
+        ids, spans = self.tokens(first), []
+        for clip, grid, piece in zip(clips, grids, others, strict=True):
+            tokens, runs = self.expand(clip, grid)
+            spans += [Span(len(ids) + run.offset, run.length) for run in runs]
+            ids += tokens + self.tokens(piece)
+        return ids, spans
 
     def expand(self, clip: Clip, grid: Grid) -> tuple[list[int], list[Span]]:
         """The tokens that take the place of a clip's placeholder, and the runs of placeholders among them."""
-        t, h, w = grid
-        n = t * h * w // self.merge_size**2
+        n = self.n_embeddings(grid)
         return [self.video_token] * n, [Span(0, n)]
 
-    def seconds_per_patch(self, clip: Clip) -> float:
-        """Seconds from one temporal patch to the next, as transformers' processors count them.
+    def n_embeddings(self, grid: Grid) -> int:
+        t, h, w = grid
+        return t * h * w // self.merge_size**2
 
-        They take the sampled frames to spread over the whole file (`VideoMetadata.sampled_fps`), even where sampling
-        stops early; here it is the part of the file that was sampled.
-        """
-        step = (clip.indices[-1] - clip.indices[0]) / max(1, len(clip.indices) - 1)  # frames of the file
-        reaches_end = clip.indices[-1] + step >= clip.n_frames - 1
-        covered = clip.n_frames if reaches_end else int(clip.indices[-1]) + 1
-        return float(self.temporal_patch / (len(clip.indices) / covered * clip.fps))
+    @property
+    def smallest_grid(self) -> Grid:
+        return (1, self.merge_size, self.merge_size)
+
+    def network_inputs(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pixel_values_videos": patches, "video_grid_thw": grid_thw}
 
     def positions(
         self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
     ) -> npt.NDArray[np.int32]:
         """Rotary positions [3, n_tokens] of a prompt."""
         return rotary_positions(n_tokens, spans, grid_thw, self.merge_size)
-
-    @property
-    def patch_dim(self) -> int:
-        return 3 * self.temporal_patch * self.patch_size**2
-
-    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
-        """Cut frames [T, H, W, 3] into patches [t*h*w, 3 * temporal_patch * patch * patch], merge blocks together.
-
-        An odd last frame is repeated, as transformers' Qwen2VLVideoProcessor does. Returns the grid (t, h, w) too.
-        """
-        p, m, s = self.patch_size, self.merge_size, self.temporal_patch
-        if missing := -len(frames) % s:
-            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        n, height, width, _ = frames.shape
-        t, h, w = n // s, height // p, width // p
-        blocks = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
-        return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
 
     def engine_input(self, prompt: Prompt) -> MultiModalInput | dict[str, Any]:
         """What vLLM's `LLMEngine.add_request` takes: our token ids, uint8 patches, and clip ids as cache keys.
@@ -162,34 +118,6 @@ class QwenVL(ChatFamily):
         from vllm.multimodal.inputs import PlaceholderRange
 
         return [PlaceholderRange(offset=s.offset, length=s.length) for s in prompt.spans]
-
-    def _tokenize(
-        self, sample: Sample, expansions: Sequence[tuple[list[int], list[Span]]]
-    ) -> tuple[list[int], list[Span]]:
-        """Render the conversation, then put each video's tokens where its single placeholder stands."""
-        seen = [part.index for m in sample.messages for part in m.content if isinstance(part, VideoRef)]
-        if seen != list(range(len(expansions))):
-            raise UserError(
-                f"sample {sample.id!r}: its messages use videos {seen}, but it has {len(expansions)}; use each once, "
-                f"in order"
-            )
-        turns = [{"role": m.role, "content": [self._part(part) for part in m.content]} for m in sample.messages]
-        pieces = self.render(turns).split(VIDEO_PLACEHOLDER)
-        if len(pieces) != len(expansions) + 1:
-            raise UserError(
-                f"{self.folder}: the chat template made {len(pieces) - 1} video placeholders for {len(expansions)} "
-                f"videos"
-            )
-        ids, spans = self.tokens(pieces[0]), []
-        for (tokens, runs), piece in zip(expansions, pieces[1:], strict=True):
-            spans += [Span(len(ids) + run.offset, run.length) for run in runs]
-            ids += tokens + self.tokens(piece)
-        return ids, spans
-
-    def _part(self, part: str | VideoRef) -> dict[str, str]:
-        if isinstance(part, VideoRef):
-            return {"type": "video"}
-        return {"type": "text", "text": self.escape(part)}
 
 
 class Qwen25VL(QwenVL):

@@ -1,0 +1,184 @@
+"""Families whose tower takes whole frames as pictures: Idefics2 (Mantis, VideoScore) and Video-LLaVA.
+
+vLLM serves neither, so they are reward models with a head, or trained on given answers; they do not generate here.
+Token ids and pixels are those of transformers' processors (tests/models/families/test_frames.py).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlvid.errors import UserError
+from rlvid.models.families.vision import Grid, VisionFamily
+from rlvid.types import Clip, Prompt, Sample, Span
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE, FAKE_AROUND_IMAGE = "<image>", "<fake_token_around_image>"
+VIDEO = "<video>"
+
+
+class FrameFamily(VisionFamily):
+    """A prompt is one text in which every video has been written out as placeholders."""
+
+    banned_tokens = ()  # nothing is sampled
+    part_type: str  # what the chat template calls a video
+
+    def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
+        first, *others = self.render_around(sample, len(clips), {"type": self.part_type})
+        text = first + "".join(self.expand(grid) + piece for grid, piece in zip(grids, others, strict=True))
+        # With the marks that the tokenizer puts around a text: Mistral's and Llama's begin with <s>.
+        ids = list(self.tokenizer.encode(self.finish(text)).ids)
+        return ids, _runs(np.array(ids) == self.video_token)
+
+    @abstractmethod
+    def expand(self, grid: Grid) -> str:
+        """What stands for a clip."""
+
+    def finish(self, text: str) -> str:
+        return text
+
+    def positions(
+        self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
+    ) -> npt.NDArray[np.int32]:
+        return np.arange(n_tokens, dtype=np.int32)[None]
+
+    def engine_input(self, prompt: Prompt) -> dict[str, Any]:
+        raise NotImplementedError(f"vLLM does not serve {self.architecture}")  # VllmEngine refuses it at its start
+
+    def pictures(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
+        """Patches [t*h*w, 3*p*p] of a clip -> its frames [t, 3, h*p, w*p]."""
+        (t, h, w), p = grid, self.patch_size
+        return patches.view(t, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(t, 3, h * p, w * p)
+
+
+class Idefics2(FrameFamily):
+    """Idefics2 and Mantis-Idefics2: every frame is a picture of its own, whatever its size, and becomes a fixed number
+    of latents. Frames of a clip stand apart by a space, as VideoScore writes them.
+
+    Raises:
+        UserError: the folder lacks a file that the family needs.
+    """
+
+    placeholder = IMAGE
+    part_type = "image"
+    default_template = (
+        "{% for message in messages %}{{ message['role'].capitalize() }}"
+        "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    )
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.frame_multiple = self.patch_size
+        self.n_latents: int = self.config.get("perceiver_config", {}).get("resampler_n_latents", 64)
+        self._window: int | None = self.config.get("text_config", {}).get("sliding_window")
+
+    def end_of_turn_token(self) -> str:
+        return "<end_of_utterance>"
+
+    def check_length(self, sample: Sample, n_tokens: int, n_video: int, max_tokens: int | None) -> None:
+        """Mistral sees no further back than its window, which packed attention does not follow."""
+        super().check_length(sample, n_tokens, n_video, min(x for x in (max_tokens, self._window, 2**31) if x))
+
+    def expand(self, grid: Grid) -> str:
+        return " ".join([FAKE_AROUND_IMAGE + IMAGE * self.n_latents + FAKE_AROUND_IMAGE] * grid[0])
+
+    def finish(self, text: str) -> str:
+        """As the processor does: one mark between neighbours, a space before the word that follows a picture."""
+        text = text.replace(FAKE_AROUND_IMAGE * 2, FAKE_AROUND_IMAGE)
+        return re.sub(rf"{FAKE_AROUND_IMAGE}(?=[^\s<])", f"{FAKE_AROUND_IMAGE} ", text)
+
+    def n_embeddings(self, grid: Grid) -> int:
+        return grid[0] * self.n_latents
+
+    @property
+    def smallest_grid(self) -> Grid:
+        return (1, 1, 1)
+
+    def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
+        """Pictures of several sizes are padded to the largest, with a mask of what is picture."""
+        import torch
+
+        grids = grid_thw.tolist()
+        sizes = [t * h * w for t, h, w in grids]
+        clips = [self.pictures(x, grid) for x, grid in zip(patches.split(sizes), grids, strict=True)]
+        n = sum(len(clip) for clip in clips)
+        height, width = (max(clip.shape[axis] for clip in clips) for axis in (2, 3))
+        pixels = patches.new_zeros(n, 3, height, width)
+        mask = torch.zeros(n, height, width, dtype=torch.bool, device=patches.device)
+        at = 0
+        for clip in clips:
+            t, _, h, w = clip.shape
+            pixels[at : at + t, :, :h, :w] = clip
+            mask[at : at + t, :h, :w] = True
+            at += t
+        return {"pixel_values": pixels[None], "pixel_attention_mask": mask[None]}
+
+
+class VideoLlava(FrameFamily):
+    """Video-LLaVA: square frames of one size, a token for each patch and one for the whole frame.
+
+    Raises:
+        UserError: the folder lacks a file that the family needs.
+    """
+
+    placeholder = VIDEO
+    part_type = "video"
+    default_template = (
+        "{% for message in messages %}"
+        "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+        "{% for part in message['content'] if part['type'] == 'video' %}<video>\n{% endfor %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.frame_multiple: int = self.vision.get("image_size", 224)
+
+    def end_of_turn_token(self) -> str:
+        return "</s>"
+
+    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
+        side = self.frame_multiple
+        if frames.shape[1:3] != (side, side):
+            raise UserError(
+                f"{self.architecture} takes frames of {side} x {side} pixels, not {frames.shape[2]} x "
+                f"{frames.shape[1]}: set video.height and video.width to {side}"
+            )
+        return super().patchify(frames)
+
+    def expand(self, grid: Grid) -> str:
+        return VIDEO * self.n_embeddings(grid)
+
+    def n_embeddings(self, grid: Grid) -> int:
+        t, h, w = grid
+        return t * (h * w + 1)
+
+    @property
+    def smallest_grid(self) -> Grid:
+        side = self.frame_multiple // self.patch_size
+        return (1, side, side)
+
+    def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
+        """The tower takes frame after frame, so all clips can be one."""
+        _, h, w = grid_thw[0].tolist()
+        return {"pixel_values_videos": self.pictures(patches, (len(patches) // (h * w), h, w))[None]}
+
+
+def _runs(is_video: npt.NDArray[np.bool_]) -> list[Span]:
+    """Runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_video.astype(np.int8), [0]])))
+    return [Span(int(begin), int(end - begin)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

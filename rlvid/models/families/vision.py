@@ -1,0 +1,149 @@
+"""What all families that see videos have in common: patches, and a prompt of text with runs of placeholders.
+
+This part needs neither torch nor transformers, so that decoding workers stay light.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlvid.errors import UserError
+from rlvid.models.families.chat import ChatFamily, read_json
+from rlvid.types import Clip, Prompt, Sample, Span, VideoRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Grid = tuple[int, int, int]  # patches along time, height and width
+
+
+class VisionFamily(ChatFamily):
+    """A family with a vision tower.
+
+    Raises:
+        UserError: the folder lacks a file that the family needs.
+    """
+
+    placeholder: str  # the token that takes an embedding of the tower
+    default_patch_size = 14  # where config.json leaves out what transformers has as default
+    merge_size = 1  # patches that become one token lie in squares of this side
+    temporal_patch = 1  # frames of a patch
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        processor = read_json(
+            folder / "video_preprocessor_config.json",
+            folder / "preprocessor_config.json",
+            folder / "processor_config.json",
+        )
+        processor = processor.get("video_processor") or processor.get("image_processor") or processor
+        try:
+            self.vision: dict[str, Any] = self.config["vision_config"]
+            self.patch_size: int = self.vision.get("patch_size", self.default_patch_size)
+            self.pixel_mean: list[float] = processor["image_mean"]
+            self.pixel_std: list[float] = processor["image_std"]
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"{folder}: config.json or the processor's configuration lacks {e}: no checkpoint of "
+                f"{self.config.get('model_type')}?"
+            ) from e
+        self.video_token = self.special(self.placeholder)
+
+    def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
+        seen = [part.index for m in sample.messages for part in m.content if isinstance(part, VideoRef)]
+        if seen != list(range(len(clips))):
+            raise UserError(
+                f"sample {sample.id!r}: its messages use videos {seen}, but it has {len(clips)}; use each once, "
+                f"in order"
+            )
+        grids, patches = zip(*(self.patchify(clip.frames) for clip in clips), strict=True) if clips else ((), ())
+        token_ids, spans = self.tokenize(sample, clips, grids)
+        self.check_length(sample, len(token_ids), sum(s.length for s in spans), max_tokens)
+        grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
+        seconds = tuple(self.seconds_per_patch(clip) for clip in clips)
+        return Prompt(
+            sample_id=sample.id,
+            token_ids=np.array(token_ids, dtype=np.int32),
+            patches=np.concatenate(patches) if patches else np.zeros((0, self.patch_dim), dtype=np.uint8),
+            grid_thw=grid_thw,
+            spans=tuple(spans),
+            positions=self.positions(len(token_ids), spans, grid_thw, seconds),
+            clip_ids=tuple(clip.clip_id for clip in clips),
+            seconds_per_patch=seconds,
+        )
+
+    @abstractmethod
+    def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
+        """Token ids of the rendered conversation, each video's placeholders in their place, and the runs of these."""
+
+    @abstractmethod
+    def n_embeddings(self, grid: Grid) -> int:
+        """Placeholders of a clip: how many embeddings the tower makes of it."""
+
+    @property
+    @abstractmethod
+    def smallest_grid(self) -> Grid:
+        """Of the smallest clip that the tower takes."""
+
+    @abstractmethod
+    def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
+        """What transformers' model is given: from normalised patches [n, patch_dim] and grids [V, 3]."""
+
+    @abstractmethod
+    def positions(
+        self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
+    ) -> npt.NDArray[np.int32]:
+        """Rotary positions [3, n_tokens] of a prompt, [1, n_tokens] where there is one axis."""
+
+    def seconds_per_patch(self, clip: Clip) -> float:
+        """Seconds from one temporal patch to the next, as transformers' processors count them.
+
+        They take the sampled frames to spread over the whole file (`VideoMetadata.sampled_fps`), even where sampling
+        stops early; here it is the part of the file that was sampled.
+        """
+        step = (clip.indices[-1] - clip.indices[0]) / max(1, len(clip.indices) - 1)  # frames of the file
+        reaches_end = clip.indices[-1] + step >= clip.n_frames - 1
+        covered = clip.n_frames if reaches_end else int(clip.indices[-1]) + 1
+        return float(self.temporal_patch / (len(clip.indices) / covered * clip.fps))
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.temporal_patch * self.patch_size**2
+
+    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
+        """Cut frames [T, H, W, 3] into patches [t*h*w, 3 * temporal_patch * patch * patch], merge blocks together.
+
+        An odd last frame is repeated, as transformers' Qwen2VLVideoProcessor does. Returns the grid (t, h, w) too.
+        """
+        p, m, s = self.patch_size, self.merge_size, self.temporal_patch
+        if missing := -len(frames) % s:
+            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+        n, height, width, _ = frames.shape
+        t, h, w = n // s, height // p, width // p
+        blocks = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
+        return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
+
+    def render_around(self, sample: Sample, n_videos: int, video_part: Mapping[str, str]) -> list[str]:
+        """The rendered conversation, cut at each video's single placeholder."""
+        turns = [
+            {
+                "role": m.role,
+                "content": [
+                    dict(video_part) if isinstance(part, VideoRef) else {"type": "text", "text": self.escape(part)}
+                    for part in m.content
+                ],
+            }
+            for m in sample.messages
+        ]
+        pieces = self.render(turns).split(self.placeholder)
+        if len(pieces) != n_videos + 1:
+            raise UserError(
+                f"{self.folder}: the chat template made {len(pieces) - 1} video placeholders for {n_videos} videos"
+            )
+        return pieces

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rlvid.config import RolloutConfig
+from rlvid.errors import UserError
+from rlvid.models.families import load_family
+from rlvid.models.families.frames import Idefics2, VideoLlava
+from rlvid.rollout.vllm_engine import VllmEngine
+from rlvid.training.packing import normalise
+from rlvid.types import Message, Sample, VideoRef
+from tests.prompts import clip_of, noise, prompt_of, sample_of
+
+
+@pytest.fixture(scope="module")
+def idefics2(tiny_models: dict[str, Path]) -> Idefics2:
+    return load_family(tiny_models["idefics2"])  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def video_llava(tiny_models: dict[str, Path]) -> VideoLlava:
+    return load_family(tiny_models["video_llava"])  # type: ignore[return-value]
+
+
+def test_idefics2s_prompt_equals_the_processors(idefics2: Idefics2) -> None:
+    from transformers import AutoProcessor
+
+    clips = [clip_of(noise(3, 56, 84), "a"), clip_of(noise(2, 84, 56, seed=1), "b")]
+    sample = Sample("s", ("a", "b"), (Message("user", (VideoRef(0), "First.", VideoRef(1), "Which moves?")),), "")
+    processor = AutoProcessor.from_pretrained(idefics2.folder)
+    image, text = {"type": "image"}, [{"type": "text", "text": t} for t in ("First.", "Which moves?")]
+    turns = [{"role": "user", "content": [image, text[0], image, text[1]]}]
+    first, second, last = processor.apply_chat_template(turns, add_generation_prompt=True).split("<image>")
+    shown = first + " ".join(["<image>"] * 3) + second + " ".join(["<image>"] * 2) + last
+    frames = [Image.fromarray(frame) for clip in clips for frame in clip.frames]
+    theirs = processor(text=shown, images=[frames], do_resize=False, return_tensors="pt")
+    ours = idefics2.encode(sample, clips)
+    assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    assert [s.length for s in ours.spans] == [8] * 5
+    pixels = normalise(torch.from_numpy(ours.patches), idefics2, torch.float32)
+    inputs = idefics2.network_inputs(pixels, torch.from_numpy(ours.grid_thw))
+    assert torch.equal(inputs["pixel_attention_mask"], theirs["pixel_attention_mask"].bool())
+    assert (inputs["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-6
+    assert ours.positions.tolist() == [list(range(ours.length))]
+
+
+def test_video_llavas_prompt_equals_the_processors(video_llava: VideoLlava) -> None:
+    from transformers import AutoProcessor
+
+    clip = clip_of(noise(5, 56, 56), "a")
+    processor = AutoProcessor.from_pretrained(video_llava.folder)
+    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which shape is moving?"}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert text == "USER: <video>\nWhich shape is moving? ASSISTANT:"
+    video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+    theirs = processor(text=text, videos=[video], do_resize=False, do_sample_frames=False, return_tensors="pt")
+    ours = video_llava.encode(sample_of(), [clip])
+    assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    assert [s.length for s in ours.spans] == [5 * 17]
+    pixels = normalise(torch.from_numpy(ours.patches), video_llava, torch.float32)
+    inputs = video_llava.network_inputs(pixels, torch.from_numpy(ours.grid_thw))
+    assert (inputs["pixel_values_videos"] - theirs["pixel_values_videos"]).abs().max() < 1e-6
+
+
+def test_frames_of_another_size_are_refused_with_the_settings_to_change(video_llava: VideoLlava) -> None:
+    with pytest.raises(UserError, match="56 x 56 pixels, not 112 x 56: set video.height and video.width to 56"):
+        prompt_of(video_llava, (2, 56, 112))
+
+
+def test_a_prompt_longer_than_mistrals_window_is_refused(idefics2: Idefics2, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idefics2, "_window", 40)
+    with pytest.raises(UserError, match="never cut"):
+        prompt_of(idefics2, (8, 28, 28))
+
+
+@pytest.mark.parametrize("model", ["idefics2", "video_llava"])
+def test_special_tokens_in_user_text_stay_text(tiny_models: dict[str, Path], model: str) -> None:
+    family = load_family(tiny_models[model])
+    prompt = prompt_of(family, (1, 56, 56), question="<image> <video> </s> <end_of_utterance>")
+    plain = prompt_of(family, (1, 56, 56), question="hello")
+    assert [s.length for s in prompt.spans] == [s.length for s in plain.spans]
+    assert (prompt.token_ids == family.end_of_turn).sum() == (plain.token_ids == family.end_of_turn).sum()
+
+
+@pytest.mark.parametrize("model", ["idefics2", "video_llava"])
+def test_an_answer_ends_its_turn(tiny_models: dict[str, Path], model: str) -> None:
+    family = load_family(tiny_models[model])
+    ids = family.encode_answer("a square")
+    assert ids[-1] == family.end_of_turn and family.decode(ids.tolist()) == "a square"
+    assert ids.dtype == np.int32
+
+
+def test_vllm_serves_neither(idefics2: Idefics2) -> None:
+    with pytest.raises(UserError, match="vLLM does not serve Idefics2ForConditionalGeneration"):
+        VllmEngine(idefics2.folder, idefics2, RolloutConfig(), "float32", seed=0, on_gpu=False)
