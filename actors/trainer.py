@@ -92,6 +92,9 @@ class TrainerRank:
     def scores(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.scores(fetch(groups))
 
+    def answers(self, groups: Sequence[GroupRef], max_tokens: int) -> list[npt.NDArray[np.int32]]:
+        return self._learner.answers(fetch(groups), max_tokens)
+
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.reference_logprobs(fetch(groups))
 
@@ -173,6 +176,10 @@ class TrainerGroup:
         """A reward model's scores: [D] of each group's prompt, or [G * D] of its responses one after another."""
         return self._score("scores", groups)
 
+    def answers(self, groups: Sequence[GroupRef], max_tokens: int) -> list[npt.NDArray[np.int32]]:
+        """Greedy answers [R] to the groups' prompts, where no engine serves the family."""
+        return self._score("answers", groups, max_tokens)
+
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the reference, which with adapters is part of the trainer."""
         return self._score("reference_logprobs", groups)
@@ -184,12 +191,13 @@ class TrainerGroup:
     def load_reference(self, file: Path) -> None:
         self._all("load_reference", [(file,)] * len(self._ranks))
 
-    def _score(self, method: str, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
+    def _score(self, method: str, groups: Sequence[GroupRef], *arguments: Any) -> list[npt.NDArray[Any]]:
         if (missing := len(self._ranks) - len(groups)) > 0:  # every rank has to take part in the forward
-            return self._score(method, [*groups, *(groups[0] for _ in range(missing))])[: len(groups)]
+            return self._score(method, [*groups, *(groups[0] for _ in range(missing))], *arguments)[: len(groups)]
         order = balance_indices([g.cost for g in groups], len(self._ranks))
-        values: list[npt.NDArray[np.float32] | None] = [None] * len(groups)
-        for indices, part in zip(order, self._all(method, [([groups[i] for i in ix],) for ix in order]), strict=True):
+        values: list[npt.NDArray[Any] | None] = [None] * len(groups)
+        calls = [([groups[i] for i in ix], *arguments) for ix in order]
+        for indices, part in zip(order, self._all(method, calls), strict=True):
             for i, value in zip(indices, part, strict=True):
                 values[i] = value
         return [v for v in values if v is not None]

@@ -165,6 +165,11 @@ def _add_data(command: argparse.ArgumentParser) -> None:
         "--mismatched", type=float, default=0.0, metavar="SHARE", help="so many items again, with a wrong prompt (0)"
     )
     one.add_argument("--seed", type=int, default=0, metavar="N", help="of the mismatched items (0)")
+    for name, of in (("hound", "LLaVA-Hound"), ("rlaif", "VLM-RLAIF")):
+        one = dialects.add_parser(name, help=f"{of}: preference pairs")
+        one.add_argument("source", type=Path, metavar="IN", help="file of items (JSON list or lines)")
+        one.add_argument("out", type=Path, metavar="OUT", help="gets manifest.jsonl, clips/ and refused.jsonl")
+        one.add_argument("--videos", type=Path, metavar="DIR", required=True, help="where its videos or frames are")
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
@@ -228,10 +233,13 @@ def _make_synthetic(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from rlvid.data.videofeedback import convert
+    from rlvid.data import published_pairs, videofeedback
 
     a = arguments
-    manifest, n, refused = convert(a.source, a.out, a.which, a.mismatched, a.seed)
+    if a.dialect == "videofeedback":
+        manifest, n, refused = videofeedback.convert(a.source, a.out, a.which, a.mismatched, a.seed)
+    else:
+        manifest, n, refused = published_pairs.convert(a.source, a.out, a.videos, a.dialect)
     note = f"; {refused} item{'s' * (refused > 1)} refused, see {a.out / 'refused.jsonl'}" if refused else ""
     print(f"{manifest}: {n} rows{note}")
 

@@ -22,6 +22,7 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import RewardModelJobConfig
 from rlvid.evaluation.metrics import accuracy_report
 from rlvid.evaluation.ranking import correlate
+from rlvid.models.families.frames import FrameFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.objectives import BradleyTerry, Objective, Regression, Supervised
@@ -52,7 +53,12 @@ def predict(
     if cfg.rubric.has_head:
         scores = team.trainer.scores(batch(prompts, session, cfg.rubric)[0])
         return [dict(zip(cfg.rubric.dims, s.tolist(), strict=True)) for s in scores]
-    texts = [r[0].text for r in team.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))]
+    if isinstance(session.family, FrameFamily):
+        nothing = Responses(token_ids=(), weights=np.zeros(0, dtype=np.float32))
+        ids = team.trainer.answers([GroupRef(p.prompt, p.cost, nothing) for p in prompts], cfg.rollout.max_tokens)
+        texts = [session.family.decode(answer.tolist()) for answer in ids]
+    else:
+        texts = [r[0].text for r in team.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))]
     parsed: list[dict[str, float] | None] = []
     for text in texts:
         try:
@@ -89,7 +95,9 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
     with Session(cfg, "reward-model") as session:
         session.require_training_data()
-        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
+        has_engine = not isinstance(session.family, FrameFamily)  # vLLM does not serve those: the trainer answers
+        roles = [role for role in roles_of(cfg) if has_engine or role != "generator"]
+        with Team(session.model, cfg, roles, session.folder.logs_dir, cfg.seed) as team:
             team.wait_ready()
             start = session.resume(team)
             tracker = session.open_tracker()
@@ -100,7 +108,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
                 if not session.held_out:
                     return
                 with session.stage("evaluation"):
-                    if not cfg.rubric.has_head:
+                    if has_engine and not cfg.rubric.has_head:
                         team.fleet.sync(team.trainer, step)
                     measured.update(evaluate(session, team, cfg))
                 tracker.log(step, measured | session.take_times())

@@ -303,9 +303,7 @@ class Session:
                 from rlvid.models.tiny import make_tiny
 
                 self.console.message(f"making a tiny random {model.tiny.family}")
-                samples = self.warm_up or self.held_out
-                texts = [text for s in samples for text in (*(m.text for m in s.messages), s.answer)]
-                texts += [text for pair in getattr(self, "pairs", ()) for text in (pair.chosen, pair.rejected)]
+                texts = texts_of(self.warm_up or self.held_out, getattr(self, "pairs", ()))
                 make_tiny(self.model, model.tiny, texts, self.cfg.seed)
         self.family = load_family(self.model)
         weights = sorted(self.model.glob("*.safetensors"))
@@ -325,6 +323,12 @@ class Session:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def texts_of(samples: Sequence[Sample], pairs: Sequence[Preference]) -> list[str]:
+    """All that a tiny model's tokenizer has to know the words of."""
+    texts = [text for s in samples for text in (*(m.text for m in s.messages), s.answer)]
+    return texts + [text for pair in pairs for text in (pair.chosen, pair.rejected)]
 
 
 def distinct(samples: Sequence[Sample], count: int) -> list[Sample]:

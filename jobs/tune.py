@@ -28,13 +28,17 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from actors.processes import start_ray
 from jobs.cli import JOBS, job_main
+from jobs.session import texts_of
 from rlvid.config import DpoJobConfig, JobConfig, SpaceConfig, TuneJobConfig
 from rlvid.config_file import dump_config, load_config
+from rlvid.data.manifest import load_manifest
+from rlvid.data.preferences import load_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.run_folder import read_lines
 from rlvid.reporting.sweep import TrialRow, write_sweep
+from rlvid.types import Preference
 from rlvid.video.synth import make_synthetic, pairs_of
 
 if TYPE_CHECKING:
@@ -163,7 +167,7 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
     began_s = time.monotonic()
     _keep_config(folder, cfg)
     console = Console()
-    overrides = (*cfg.overrides, *_shared_data(folder, base, console))
+    overrides = (*cfg.overrides, *_shared(folder, cfg, base, console))
     plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.train.steps)
     start_ray()
     try:
@@ -220,15 +224,27 @@ def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _shared_data(folder: Path, base: JobConfig, console: Console) -> tuple[str, ...]:
-    """A synthetic set is made once for all trials."""
+def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
+    """A synthetic set, and the tiny model that knows its words, are made once for all trials."""
     if base.data.train is not None or base.data.synthetic is None:
         return ()
     console.message(f"making {base.data.synthetic.train} + {base.data.synthetic.eval} synthetic clips")
     train, held_out = make_synthetic(folder / "data", base.data.synthetic, base.seed)
+    pairs: list[Preference] = []
     if isinstance(base, DpoJobConfig):
         train, held_out = pairs_of(train), pairs_of(held_out)
-    return (f"data.train={train}", *([] if base.data.eval else [f"data.eval={held_out}"]))
+        pairs = load_preferences(train, None, None, "")
+    overrides = [f"data.train={train}", *([] if base.data.eval else [f"data.eval={held_out}"])]
+    is_searched = any(key == "seed" or key.startswith("model.") for key in cfg.space)
+    if base.model.tiny is not None and base.model.path is None and not is_searched:
+        if not (model := folder / "model").exists():
+            from rlvid.models.tiny import make_tiny
+
+            console.message(f"making a tiny random {base.model.tiny.family}")
+            samples = [pair.sample for pair in pairs] or load_manifest(train, None, None, "")
+            make_tiny(model, base.model.tiny, texts_of(samples, pairs), base.seed)
+        overrides.append(f"model.path={model}")
+    return tuple(overrides)
 
 
 def _tuner(cfg: TuneJobConfig, plan: Plan, console: Console) -> tune.Tuner:

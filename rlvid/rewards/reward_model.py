@@ -6,14 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlvid.config import RolloutConfig, VideoConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.frames import FrameFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
 from rlvid.types import Message, Prompt, Rollout, Sample, VideoRef
+
+if TYPE_CHECKING:
+    from rlvid.rollout.plain_engine import PlainEngine
+    from rlvid.rollout.vllm_engine import VllmEngine
 
 BUDGET = 16384  # tokens of one forward
 
@@ -92,15 +98,22 @@ class TextModel:
     """
 
     def __init__(self, folder: Path, on_gpu: bool = False, max_tokens: int = 1024):
-        from rlvid.rollout.vllm_engine import VllmEngine
-
         self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
+        self._max_tokens = max_tokens
+        dtype = "bfloat16" if on_gpu else "float32"
+        self._engine: VllmEngine | PlainEngine
+        if isinstance(self.family, FrameFamily):
+            from rlvid.models.loading import load_model
+            from rlvid.rollout.plain_engine import PlainEngine
+
+            self._engine = PlainEngine(load_model(folder, dtype).eval().to("cuda" if on_gpu else "cpu"), self.family)
+            return
+        from rlvid.rollout.vllm_engine import VllmEngine
+
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         longest = config.get("text_config", config).get("max_position_embeddings", 8192)
         cfg = RolloutConfig(max_model_len=min(16384, longest), max_tokens=max_tokens)
-        self._max_tokens = max_tokens
-        dtype = "bfloat16" if on_gpu else "float32"
         self._engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:

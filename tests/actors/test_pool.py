@@ -23,7 +23,7 @@ from rlvid.errors import UserError
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.buckets import Bucket
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
 
 @dataclass

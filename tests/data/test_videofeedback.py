@@ -10,8 +10,9 @@ import av
 import numpy as np
 import pytest
 
+from rlvid.data.conversion import write_lossless
 from rlvid.data.manifest import load_manifest
-from rlvid.data.videofeedback import caption_of, convert, labels_of, mismatch, write_lossless
+from rlvid.data.videofeedback import caption_of, convert, labels_of, mismatch
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import ALIGNMENT, DIMS, NoScore, five_scores_question
 from rlvid.video.synth import write_mp4
@@ -92,7 +93,7 @@ def test_caption_with_the_prompts_own_words_stays_whole(tmp_path: Path) -> None:
         ({"labels": {**SCORES, "dynamic degree": 5.0}}, "dynamic degree is 5.0; expected a number from 1 to 4"),
         ({"labels": {**SCORES, "dynamic degree": 0}}, "dynamic degree is 0"),
         ({"labels": [1, 2, 3, 4, 2]}, "labels is missing"),
-        ({"images": ["images/a1/none.png"]}, "there is no file"),
+        ({"images": ["images/a1/none.png"]}, "there is no images/a1/none.png"),
         ({"images": ["../../etc/passwd"]}, "not under"),
         ({"images": []}, "neither images"),
         ({"images": None}, "neither images"),

@@ -15,7 +15,7 @@ import pytest
 
 from tests.jobs.test_runs import ROOT, finish, metrics_of, wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 CONFIG = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -89,7 +89,7 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     run = config.parent / "stopped"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 3, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, out + err
     assert "goes on from the last checkpoint" in out and "Traceback" not in out + err
     (checkpoint,) = (run / "checkpoints").iterdir()
@@ -111,6 +111,6 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
 )
 def test_what_cannot_work_is_said_before_anything_trains(config: Path, overrides: list[str], message: str) -> None:
     process = start(config, f"bad-{abs(hash(tuple(overrides)))}", *overrides)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 2, out + err
     assert message in err and "Traceback" not in err

@@ -51,7 +51,7 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     return dict(json.loads(out.splitlines()[-1]))
 
@@ -107,7 +107,7 @@ def endpoint() -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(layers=1, train=24, folder=tmp_path))
@@ -155,7 +155,7 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(layers=2, train=48, folder=tmp_path))

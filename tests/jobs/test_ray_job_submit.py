@@ -32,7 +32,7 @@ JOB = (
     "train.steps=1 train.batch_size=2 grpo.group_size=2 rollout.max_tokens=4 evaluate.every=1"
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rlvid.config import SyntheticConfig
 from rlvid.video.synth import make_synthetic, write_mp4
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 CONFIG = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -33,7 +33,7 @@ placement: {{threads: 1}}
 def rlvid(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

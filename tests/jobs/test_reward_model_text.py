@@ -11,7 +11,7 @@ import pytest
 from rlvid.video.synth import write_mp4
 from tests.jobs.test_reward_model import CONFIG, result, rlvid, rows_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def test_scores_as_text_are_generated_read_and_softened(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from jobs.cli import main
 from tests.jobs.test_dpo import CONFIG
 from tests.jobs.test_runs import ROOT, finish, wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 SWEEP = """
 dir: {tmp}/sweep

@@ -29,8 +29,12 @@ VIDEO = "<video>"
 class FrameFamily(VisionFamily):
     """A prompt is one text in which every video has been written out as placeholders."""
 
-    banned_tokens = ()  # nothing is sampled
     part_type: str  # what the chat template calls a video
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        ids = (self.tokenizer.token_to_id(token) for token in (IMAGE, VIDEO, FAKE_AROUND_IMAGE))
+        self.banned_tokens = tuple(i for i in ids if i is not None)
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
         first, *others = self.render_around(sample, len(clips), {"type": self.part_type})
