@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from jobs.cli import main
 from tests.jobs.test_runs import ROOT, finish, metrics_of, wait_for
 
 pytestmark = pytest.mark.timeout(1500)
@@ -71,20 +73,13 @@ def test_two_killed_workers_with_stored_reference_learn_what_one_learns(config: 
             assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-4), (row["step"], name)
 
 
-def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
-    finish(start(config, "kto", "model.lora={rank: 4}", "dpo.loss=kto", "train.steps=3"))
-    first, *_, last = steps_of(config.parent / "kto")
-    assert first["preference/kl"] == 0.0 and first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
-    assert math.isfinite(last["loss"]) and last["train/grad_norm"] > 0
-    assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
+def test_kto_with_adapters_as_reference_keeps_its_step_on_ctrl_c_and_leaves_out_a_bad_clip(config: Path) -> None:
     data = config.parent / "one" / "data"  # made by the first test
     rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
     rows[0]["video"] = "clips/missing.mp4"
     (data / "bad_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = (f"data.train={data}/bad_pairs.jsonl", "train.steps=2000", "run.checkpoint_every=1000")
+    options += ("model.lora={rank: 4}", "dpo.loss=kto")
     process = start(config, "stopped", *options)
     run = config.parent / "stopped"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 3, process)
@@ -94,6 +89,9 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     assert "goes on from the last checkpoint" in out and "Traceback" not in out + err
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{steps_of(run)[-1]['step']}"
+    first, *_, last = steps_of(run)
+    assert first["preference/kl"] == 0.0 and first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert math.isfinite(last["loss"]) and last["train/grad_norm"] > 0
     (bad,) = map(json.loads, (run / "bad_clips.jsonl").read_text().splitlines())
     assert bad["path"].endswith("missing.mp4")
 
@@ -109,8 +107,12 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
         (["dpo.reference_path=/nowhere"], "/nowhere"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_trains(config: Path, overrides: list[str], message: str) -> None:
-    process = start(config, f"bad-{abs(hash(tuple(overrides)))}", *overrides)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 2, out + err
-    assert message in err and "Traceback" not in err
+def test_what_cannot_work_is_said_before_anything_trains(
+    config: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert main(["dpo", str(config), f"run.dir={tmp_path}/run", *overrides]) == 2
+    finally:
+        ray.shutdown()
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
