@@ -35,7 +35,7 @@ COLOURS = ("red", "blue")  # of four, a model this small begins to see a match a
 NOISE = (50.0, 26.0, 12.0, 0.0)  # standard deviation, of grey levels; by score 1 to 4, as below
 FLICKER = (45.0, 25.0, 12.0, 0.0)  # grey levels by which frames are lighter and darker in turns
 WAY = (0.0, 0.2, 0.4, 0.6)  # of the width
-JUMPS = (4, 2, 1, 0)  # frames in which the shape is in the other half of the picture
+JUMPS = ((1, 3, 5, 7), (2, 5), (4,), ())  # frames in which the shape is in the other half of the picture
 
 CONFIG = """
 data: {{root: {data}, cache_dir: {data}/cache}}
@@ -59,8 +59,7 @@ def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
         for h in (y, SIZE - y)
     )
     frames = here.astype(np.float64)
-    jumped = rng.permutation(np.arange(1, FRAMES))[:jumps]
-    frames[jumped] = there[jumped]
+    frames[list(jumps)] = there[list(jumps)]
     grain = rng.normal(0, noise, size=(FRAMES, SIZE // GRAIN, SIZE // GRAIN, 1))
     frames += grain.repeat(GRAIN, axis=1).repeat(GRAIN, axis=2)
     frames += flicker * np.where(np.arange(FRAMES) % 2, 1, -1)[:, None, None, None]
