@@ -280,7 +280,7 @@ def open_judge(
         return
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})
-    with Team(judge.path, own_cfg, ("generator",), logs / "judge", seed) as team:
+    with Team(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed) as team:
         own_clips = ClipStore(own_cfg, judge.path, clips.n_clips, lambda path, reason: None)
         try:
             team.wait_ready()
