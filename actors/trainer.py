@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from rlvid.training.packing import Group, Responses
 from rlvid.training.shared_buckets import SharedBuckets
 from rlvid.types import Prompt
 
+logger = logging.getLogger(__name__)
 STEP_TIMEOUT_S = 3600.0
 
 
@@ -150,6 +153,7 @@ class TrainerGroup:
             .remote(logs / f"{slot.name}.log", cfg.placement.threads, slot.gpus > 0)
             for slot in slots
         ]
+        self._log = logs / f"{slots[0].name}.log"
         self._started = self._start(folder, cfg)
         self.updates = 0  # how often the weights have changed
 
@@ -160,7 +164,12 @@ class TrainerGroup:
 
     def wait_ready(self) -> None:
         """Ranks start in the background, as the engines do; this waits for them and raises what they raised."""
-        ray.get(self._started)
+        for minutes in itertools.count(1):
+            try:
+                ray.get(self._started, timeout=60)
+                return
+            except ray.exceptions.GetTimeoutError:
+                logger.warning("the trainer has been starting for %d min; %s has what it does", minutes, self._log)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         """One optimizer step on a mini-batch. Statistics are those of `Learner.step`."""
