@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 64  # vLLM on CPU refuses 16
 END_OF_TEXT = "<|endoftext|>"
-# Special tokens, the end of a turn first, and the chat template.
-CHATML = ([END_OF_TURN, "<|im_start|>", *VISION_TOKENS], CHAT_TEMPLATE)
+# Special tokens, the one that ends a turn, and the chat template.
+CHATML = (["<|im_start|>", END_OF_TURN, *VISION_TOKENS], END_OF_TURN, CHAT_TEMPLATE)
 CHATS = {
-    "idefics2": (["<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE], Idefics2.default_template),
-    "video_llava": (["</s>", IMAGE, VIDEO], VideoLlava.default_template),
+    "idefics2": (["<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE], "<end_of_utterance>", Idefics2.default_template),
+    "video_llava": (["</s>", IMAGE, VIDEO], "</s>", VideoLlava.default_template),
 }
 
 
@@ -227,7 +227,7 @@ def _spread_weights(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.embedding_dim))
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str], template: str) -> Any:
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str], end: str, template: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -243,7 +243,7 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int, specials: list[str],
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=specials[0],
+        eos_token=end,
         pad_token=END_OF_TEXT,
         additional_special_tokens=specials,
         chat_template=template,
