@@ -144,10 +144,10 @@ def prompt_stream(
     after a second; starting it again (5 s of CPU for its imports) then cost more than the encoding.
     """
     rows_per_block = min(PROMPTS_PER_TASK, -(-len(order) // encoders))
-    blocks = np.array_split(np.asarray(order, dtype=np.int64), -(-len(order) // rows_per_block))
-    dataset = ray.data.from_numpy(blocks)
+    n_blocks = -(-len(order) // rows_per_block)
+    dataset = ray.data.from_items(list(order), override_num_blocks=n_blocks)  # from_numpy would ask for a whole CPU
     settings = {"samples": ray.put(list(samples)), "source": source}
-    pool = ray.data.ActorPoolStrategy(size=min(encoders, len(blocks)))
+    pool = ray.data.ActorPoolStrategy(size=min(encoders, n_blocks))
     dataset = dataset.map(_RowEncoder, fn_constructor_kwargs=settings, compute=pool, num_cpus=cpus_each)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = PROMPT_BLOCK_BYTES
@@ -179,7 +179,7 @@ class _RowEncoder:
         self._encoder = SampleEncoder(source)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        index = int(row["data"])
+        index = int(row["item"])
         result = {"index": index, "prompt": b"", "user_error": "", "crash": ""}
         try:
             sample = self._samples[index]
