@@ -344,13 +344,18 @@ def _short(value: Any) -> str:
 
 
 def _row(plan: Plan, result: Any) -> TrialRow:
-    """A trial's end and curve, from its run folder."""
+    """A trial's end and curve, from its run folder, as far as Tune let it come.
+
+    Its job may have gone on for the seconds that it took to stop it.
+    """
     metrics = result.metrics or {}
+    end = int(metrics.get("step", plan.steps))
     trial_id = metrics.get("trial_id") or Path(result.path).name
+    rows = read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl")
     curve = tuple(
         (int(row["step"]), float(row[plan.metric]))
-        for row in read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl")
-        if isinstance(row.get(plan.metric), int | float) and math.isfinite(row[plan.metric])
+        for row in rows
+        if isinstance(row.get(plan.metric), int | float) and math.isfinite(row[plan.metric]) and row["step"] <= end
     )
     return TrialRow(
         trial_id=trial_id,
