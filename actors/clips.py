@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ class ClipStore:
     def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
         return self.collect(self.submit(samples, variant))
 
-    def stream(self, samples: Sequence[Sample], seed: int, start: int) -> Iterator[Sample]:
+    def stream(self, samples: Sequence[Sample], seed: int, start: int) -> Generator[Sample]:
         """The samples from position `start` of the endless shuffled stream on, their clips decoded ahead by Ray Data.
 
         For supervised epochs, where the order is known far ahead: frames wait in the cache when `encode` asks for them.

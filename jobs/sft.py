@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -74,17 +75,18 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
             start = session.resume(team)
             tracker = session.open_tracker()
             session.console.phase("supervised fine-tuning", cfg.train.steps, start)
-            stream = session.clips.stream(session.train, cfg.seed, start * cfg.train.batch_size)
-            for step in session.steps(start, cfg.train.steps):
-                begin = time.monotonic()
-                with session.stage("encode"):
-                    prompts = session.clips.encode(list(itertools.islice(stream, cfg.train.batch_size)))
-                stats = supervised_step(session, team, cfg.train, step, prompts)
-                metrics = {"loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
-                metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
-                tracker.log(step + 1, metrics)
-                session.console.step(step + 1, metrics)
-                session.checkpoint_if_due(step + 1, team)
+            # Closed while Ray still runs: what ends Ray Data's execution would start another Ray.
+            with closing(session.clips.stream(session.train, cfg.seed, start * cfg.train.batch_size)) as stream:
+                for step in session.steps(start, cfg.train.steps):
+                    begin = time.monotonic()
+                    with session.stage("encode"):
+                        prompts = session.clips.encode(list(itertools.islice(stream, cfg.train.batch_size)))
+                    stats = supervised_step(session, team, cfg.train, step, prompts)
+                    metrics = {"loss": stats["loss"], "train/lr": stats["lr"], "train/grad_norm": stats["grad_norm"]}
+                    metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
+                    tracker.log(step + 1, metrics)
+                    session.console.step(step + 1, metrics)
+                    session.checkpoint_if_due(step + 1, team)
             session.checkpoint_last(team)
             return session.finish(team, {})
 
