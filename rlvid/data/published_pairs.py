@@ -70,10 +70,10 @@ def _rlaif(name: str, item: Mapping[str, Any], videos: Path, out: Path) -> dict[
     if len(turns) != 1 or not all(isinstance(text, str) for text in (*turns, *answers)):
         raise Refused("expected one turn of text before the two outputs")
     chosen, rejected = answers if item["preference"] == 1 else reversed(answers)
-    folder = Path(images[0]).parent.as_posix()
     return {
         "id": name,
-        "video": joined([inside(videos, i) for i in images], folder if folder != "." else name, out, RLAIF_FPS),
+        # Items with the same frames share a clip; a folder may hold the frames of several videos.
+        "video": joined([inside(videos, i) for i in images], "\n".join(images), out, RLAIF_FPS),
         "question": _question(turns[0]),
         **_sides(chosen, rejected),
     }

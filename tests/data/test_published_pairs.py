@@ -79,6 +79,12 @@ def test_rlaifs_preference_names_the_better_output(videos: Path) -> None:
         ("8", "A cat.", "A dog."),
     ]
     assert len(frames_of(pairs[0].sample.videos[0])) == 3
+    assert pairs[0].sample.videos == pairs[1].sample.videos
+
+
+def test_frames_of_one_folder_may_be_those_of_several_videos(videos: Path) -> None:
+    pairs, _ = converted(videos, [RLAIF, {**RLAIF, "id": 8, "images": RLAIF["images"][1:]}], "rlaif")  # type: ignore[index]
+    assert [len(frames_of(pair.sample.videos[0])) for pair in pairs] == [3, 2]
 
 
 @pytest.mark.parametrize(
