@@ -32,7 +32,7 @@ class Refused(ValueError):
 
 
 def convert_items(
-    source: Path, out: Path, row_of: Callable[[str, Any, Path], dict[str, Any] | None]
+    source: Path, out: Path, row_of: Callable[[str, Any, Path], dict[str, Any] | None], wanted: str = ""
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows of all items, and how many were refused; those are written to `out/refused.jsonl`.
 
@@ -40,6 +40,7 @@ def convert_items(
         source: a file of items (JSON list or JSON lines), or a folder of such files.
         row_of: given an item's id, the item and its file's folder, its manifest row, or None if it is not wanted.
             Raises `Refused`.
+        wanted: said where nothing is left: which items were asked for.
 
     Raises:
         UserError: nothing to read, or nothing left.
@@ -69,7 +70,7 @@ def convert_items(
     write_rows(out / "refused.jsonl", refused)
     if not rows:
         why = f"; the first: {refused[0]['where']}: {refused[0]['reason']}" if refused else ""
-        raise UserError(f"{source}: no item is left, {len(refused)} refused{why}")
+        raise UserError(f"{source}: no item left{wanted}, {len(refused)} refused{why}")
     return rows, len(refused)
 
 
@@ -140,7 +141,7 @@ def inside(
             raise Refused(f"{name} is not under {folder}")
         if is_there(absolute):
             return absolute
-    raise Refused(f"there is no {name}")
+    raise Refused(f"there is no file {name}")
 
 
 def _picture(file: Path) -> npt.NDArray[np.uint8]:
@@ -163,7 +164,7 @@ def write_lossless(path: Path, frames: npt.NDArray[np.uint8], fps: int) -> None:
         container.mux(stream.encode())
 
 
-def _place(write: Any, target: Path) -> None:
+def _place(write: Callable[[Path], object], target: Path) -> None:
     """Whole or not at all."""
     part = target.with_name(f"{target.name}.{threading.get_ident()}.part")  # two items may share a video
     write(part)

@@ -52,7 +52,7 @@ def convert(
         except NoScore as e:
             raise Refused(str(e)) from e
 
-    rows, refused = convert_items(source, out, row_of)
+    rows, refused = convert_items(source, out, row_of, f" for source={which}")
     rows += mismatch(rows, mismatched, np.random.default_rng(seed))
     write_rows(out / MANIFEST, rows)
     return out / MANIFEST, len(rows), refused

@@ -90,7 +90,7 @@ def test_frames_of_one_folder_may_be_those_of_several_videos(videos: Path) -> No
 @pytest.mark.parametrize(
     ("dialect", "item", "reason"),
     [
-        ("hound", {**HOUND, "video": "nowhere"}, "there is no nowhere"),
+        ("hound", {**HOUND, "video": "nowhere"}, "there is no file nowhere"),
         ("hound", {**HOUND, "video": "../videos"}, "is not under"),
         ("hound", {**HOUND, "rejected": "A dog."}, "both sides are the same"),
         ("hound", {**HOUND, "rejected": " "}, "rejected is missing or empty"),
@@ -109,5 +109,5 @@ def test_a_wrong_item_is_refused_alone(videos: Path, dialect: Dialect, item: dic
 
 
 def test_nothing_left_is_the_users_error(videos: Path) -> None:
-    with pytest.raises(UserError, match="no item is left, 1 refused; the first: .*preference must be 1 or 2"):
+    with pytest.raises(UserError, match="no item left, 1 refused; the first: .*preference must be 1 or 2"):
         converted(videos, [{**RLAIF, "preference": None}], "rlaif")

@@ -284,7 +284,7 @@ def test_data_videofeedback_says_how_many_rows_there_are_and_how_many_were_refus
     told = capsys.readouterr().out
     assert "manifest.jsonl: 3 rows; 1 item refused" in told and "refused.jsonl" in told
     assert cli.main([*arguments, "--source", "real"]) == 2
-    assert "no item is left" in capsys.readouterr().err
+    assert "no item left for source=real" in capsys.readouterr().err
 
 
 def test_score_of_a_folder_without_a_reward_model_says_what_to_give(
