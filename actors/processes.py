@@ -31,12 +31,8 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":  # the workers inherit what is set here
         os.environ.setdefault("GLIBC_TUNABLES", STREAMING_COPIES)
-        os.environ.setdefault(
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-        )  # one process less: this machine is all there is
-        os.environ.setdefault(
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600"
-        )  # a process starts in 5 s, or under load in 50
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less; there is no other machine
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # its 60 s are short under load
     try:
         host, colon, port = address.rpartition(":")
         if colon and port.isdigit() and "/" not in host:  # Ray itself tries a dead address for minutes

@@ -22,7 +22,6 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import RewardModelJobConfig
 from rlvid.evaluation.metrics import accuracy_report
 from rlvid.evaluation.ranking import correlate
-from rlvid.models.families.frames import FrameFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.objectives import BradleyTerry, Objective, Regression, Supervised
@@ -53,7 +52,7 @@ def predict(
     if cfg.rubric.has_head:
         scores = team.trainer.scores(batch(prompts, session, cfg.rubric)[0])
         return [dict(zip(cfg.rubric.dims, s.tolist(), strict=True)) for s in scores]
-    if isinstance(session.family, FrameFamily):
+    if session.family.vllm_module is None:
         nothing = Responses(token_ids=(), weights=np.zeros(0, dtype=np.float32))
         ids = team.trainer.answers([GroupRef(p.prompt, p.cost, nothing) for p in prompts], cfg.rollout.max_tokens)
         texts = [session.family.decode(answer.tolist()) for answer in ids]
@@ -95,7 +94,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
     with Session(cfg, "reward-model") as session:
         session.require_training_data()
-        has_engine = not isinstance(session.family, FrameFamily)  # vLLM does not serve those: the trainer answers
+        has_engine = session.family.vllm_module is not None  # else the trainer answers
         roles = [role for role in roles_of(cfg) if has_engine or role != "generator"]
         with Team(session.model, cfg, roles, session.folder.logs_dir, cfg.seed) as team:
             team.wait_ready()

@@ -26,7 +26,8 @@ class TinyModelConfig(Section):
     """
 
     family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2", "qwen3"] = "qwen2_vl"
-    """Architecture. vLLM does not serve Idefics2 and Video-LLaVA: they do not generate. The last two see no video."""
+    """Architecture. Idefics2 and Video-LLaVA, which vLLM does not serve, cannot answer in a run. The last two see no
+    video."""
     hidden_size: int = Field(128, ge=64, multiple_of=64)
     """Width of the language model. One head per 64 (vLLM on CPU refuses a head size of 16)."""
     layers: int = Field(4, ge=1)

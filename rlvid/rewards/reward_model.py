@@ -13,7 +13,7 @@ import numpy as np
 from rlvid.config import RolloutConfig, VideoConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.frames import FrameFamily
+from rlvid.models.families.vision import VisionFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
 from rlvid.types import Message, Prompt, Rollout, Sample, VideoRef
 
@@ -103,7 +103,7 @@ class TextModel:
         self._max_tokens = max_tokens
         dtype = "bfloat16" if on_gpu else "float32"
         self._engine: VllmEngine | PlainEngine
-        if isinstance(self.family, FrameFamily):
+        if self.family.vllm_module is None and isinstance(self.family, VisionFamily):
             from rlvid.models.loading import load_model
             from rlvid.rollout.plain_engine import PlainEngine
 

@@ -106,8 +106,8 @@ class VllmEngine:
     ):
         if family.vllm_module is None:
             raise UserError(
-                f"model.path: vLLM does not serve {family.architecture} ({folder}). It can be a reward model "
-                f"with a head (reward_model.kind: regression or bradley_terry); it cannot generate"
+                f"model.path: vLLM does not serve {family.architecture} ({folder}). It can be a reward model, "
+                f"or learn from given answers (sft, dpo); it cannot answer in a run"
             )
         set_environment(on_gpu, cfg.kv_cache_gib)
         vllm_plugin.register()  # torchvision has to be importable before vLLM is

@@ -1,6 +1,7 @@
 """Families whose tower takes whole frames as pictures: Idefics2 (Mantis, VideoScore) and Video-LLaVA.
 
-vLLM serves neither, so they are reward models with a head, or trained on given answers; they do not generate here.
+vLLM serves neither: they are reward models, or trained on given answers. Scores as text come from
+`rlvid/rollout/plain_engine.py`.
 Token ids and pixels are those of transformers' processors (tests/models/families/test_frames.py).
 """
 
@@ -29,15 +30,10 @@ VIDEO = "<video>"
 class FrameFamily(VisionFamily):
     """A prompt is one text in which every video has been written out as placeholders."""
 
-    part_type: str  # what the chat template calls a video
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        ids = (self.tokenizer.token_to_id(token) for token in (IMAGE, VIDEO, FAKE_AROUND_IMAGE))
-        self.banned_tokens = tuple(i for i in ids if i is not None)
+    vision_tokens = (IMAGE, VIDEO, FAKE_AROUND_IMAGE)
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
-        first, *others = self.render_around(sample, len(clips), {"type": self.part_type})
+        first, *others = self.render_around(sample, len(clips))
         text = first + "".join(self.expand(grid) + piece for grid, piece in zip(grids, others, strict=True))
         # With the marks that the tokenizer puts around a text: Mistral's and Llama's begin with <s>.
         ids = list(self.tokenizer.encode(self.finish(text)).ids)
@@ -94,7 +90,12 @@ class Idefics2(FrameFamily):
 
     def check_length(self, sample: Sample, n_tokens: int, n_video: int, max_tokens: int | None) -> None:
         """Mistral sees no further back than its window, which packed attention does not follow."""
-        super().check_length(sample, n_tokens, n_video, min(x for x in (max_tokens, self._window, 2**31) if x))
+        super().check_length(sample, n_tokens, n_video, max_tokens)
+        if self._window is not None and n_tokens > self._window:
+            raise UserError(
+                f"sample {sample.id!r}: its prompt has {n_tokens} tokens, the model sees {self._window} at a time. "
+                f"Prompts are never cut: lower video.frames"
+            )
 
     def expand(self, grid: Grid) -> str:
         return " ".join([FAKE_AROUND_IMAGE + IMAGE * self.n_latents + FAKE_AROUND_IMAGE] * grid[0])
@@ -139,7 +140,6 @@ class VideoLlava(FrameFamily):
     """
 
     placeholder = VIDEO
-    part_type = "video"
     default_template = (
         "{% for message in messages %}"
         "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"

@@ -37,19 +37,17 @@ class QwenVL(VisionFamily):
 
     vllm_module = "vllm.model_executor.models.qwen2_vl"
     placeholder = VIDEO_PLACEHOLDER
+    vision_tokens = VISION_TOKENS
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.merge_size: int = self.vision.get("spatial_merge_size", 2)
         self.temporal_patch: int = self.vision.get("temporal_patch_size", 2)
         self.frame_multiple = self.patch_size * self.merge_size
-        # A sampled placeholder would ask for features that are not there.
-        ids = (self.tokenizer.token_to_id(token) for token in VISION_TOKENS)
-        self.banned_tokens = tuple(i for i in ids if i is not None)
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
         """The text between videos is tokenized piece by piece, since a video's tokens are ids, not text."""
-        first, *others = self.render_around(sample, len(clips), {"type": "video"})
+        first, *others = self.render_around(sample, len(clips))
         ids, spans = self.tokens(first), []
         for clip, grid, piece in zip(clips, grids, others, strict=True):
             tokens, runs = self.expand(clip, grid)

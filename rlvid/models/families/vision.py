@@ -6,7 +6,7 @@ This part needs neither torch nor transformers, so that decoding workers stay li
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class VisionFamily(ChatFamily):
     """
 
     placeholder: str  # the token that takes an embedding of the tower
+    vision_tokens: tuple[str, ...]  # a sampled one would ask for features that are not there
+    part_type = "video"  # what the chat template calls a video
     default_patch_size = 14  # where config.json leaves out what transformers has as default
     merge_size = 1  # patches that become one token lie in squares of this side
     temporal_patch = 1  # frames of a patch
@@ -54,6 +56,8 @@ class VisionFamily(ChatFamily):
                 f"{self.config.get('model_type')}?"
             ) from e
         self.video_token = self.special(self.placeholder)
+        ids = (self.tokenizer.token_to_id(token) for token in self.vision_tokens)
+        self.banned_tokens = tuple(i for i in ids if i is not None)
 
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
         seen = [part.index for m in sample.messages for part in m.content if isinstance(part, VideoRef)]
@@ -129,21 +133,17 @@ class VisionFamily(ChatFamily):
         blocks = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
         return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
 
-    def render_around(self, sample: Sample, n_videos: int, video_part: Mapping[str, str]) -> list[str]:
+    def render_around(self, sample: Sample, n_videos: int) -> list[str]:
         """The rendered conversation, cut at each video's single placeholder."""
-        turns = [
-            {
-                "role": m.role,
-                "content": [
-                    dict(video_part) if isinstance(part, VideoRef) else {"type": "text", "text": self.escape(part)}
-                    for part in m.content
-                ],
-            }
-            for m in sample.messages
-        ]
+        turns = [{"role": m.role, "content": [self._part(part) for part in m.content]} for m in sample.messages]
         pieces = self.render(turns).split(self.placeholder)
         if len(pieces) != n_videos + 1:
             raise UserError(
                 f"{self.folder}: the chat template made {len(pieces) - 1} video placeholders for {n_videos} videos"
             )
         return pieces
+
+    def _part(self, part: str | VideoRef) -> dict[str, str]:
+        if isinstance(part, VideoRef):
+            return {"type": self.part_type}
+        return {"type": "text", "text": self.escape(part)}

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rlvid.config import RolloutConfig
+from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.frames import Idefics2, VideoLlava
+from rlvid.models.loading import load_model
+from rlvid.models.lora import add_adapters
 from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.training.packing import normalise
 from rlvid.types import Message, Sample, VideoRef
@@ -93,6 +95,14 @@ def test_an_answer_ends_its_turn(tiny_models: dict[str, Path], model: str) -> No
     ids = family.encode_answer("a square")
     assert ids[-1] == family.end_of_turn and family.decode(ids.tolist()) == "a square"
     assert ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("model", ["idefics2", "video_llava"])
+def test_adapters_are_the_language_models_alone(tiny_models: dict[str, Path], model: str) -> None:
+    network = load_model(tiny_models[model], "float32")
+    add_adapters(network, LoraConfig(rank=2))
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert names and all(".text_model." in name or ".language_model." in name for name in names)
 
 
 def test_vllm_serves_neither(idefics2: Idefics2) -> None:
