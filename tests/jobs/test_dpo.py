@@ -73,13 +73,20 @@ def test_two_killed_workers_with_stored_reference_learn_what_one_learns(config: 
             assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-4), (row["step"], name)
 
 
-def test_kto_with_adapters_as_reference_keeps_its_step_on_ctrl_c_and_leaves_out_a_bad_clip(config: Path) -> None:
+def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
+    finish(start(config, "kto", "model.lora={rank: 4}", "dpo.loss=kto", "train.steps=3"))
+    first, *_, last = steps_of(config.parent / "kto")
+    assert first["preference/kl"] == 0.0 and first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert math.isfinite(last["loss"]) and last["train/grad_norm"] > 0
+    assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     data = config.parent / "one" / "data"  # made by the first test
     rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
     rows[0]["video"] = "clips/missing.mp4"
     (data / "bad_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = (f"data.train={data}/bad_pairs.jsonl", "train.steps=2000", "run.checkpoint_every=1000")
-    options += ("model.lora={rank: 4}", "dpo.loss=kto")
     process = start(config, "stopped", *options)
     run = config.parent / "stopped"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 3, process)
@@ -89,9 +96,6 @@ def test_kto_with_adapters_as_reference_keeps_its_step_on_ctrl_c_and_leaves_out_
     assert "goes on from the last checkpoint" in out and "Traceback" not in out + err
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{steps_of(run)[-1]['step']}"
-    first, *_, last = steps_of(run)
-    assert first["preference/kl"] == 0.0 and first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
-    assert math.isfinite(last["loss"]) and last["train/grad_norm"] > 0
     (bad,) = map(json.loads, (run / "bad_clips.jsonl").read_text().splitlines())
     assert bad["path"].endswith("missing.mp4")
 

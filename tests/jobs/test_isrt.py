@@ -75,7 +75,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def endpoint() -> Iterator[SimpleNamespace]:
     """A judge that prefers the response with the larger hash, whatever the order."""
-    state = SimpleNamespace(asked=0)
+    state = SimpleNamespace(asked=0, pause_s=0.0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -85,6 +85,7 @@ def endpoint() -> Iterator[SimpleNamespace]:
                 hashlib.sha256(re.findall(rf"<response_{i}> (.*?) </response_{i}>", text, re.DOTALL)[0].encode())
                 for i in (1, 2)
             )
+            time.sleep(state.pause_s)
             state.asked += 1
             choice = 1 if one.digest() > two.digest() else 2
             body = json.dumps({"choices": [{"message": {"content": f"<choice>{choice}</choice>"}}]})
@@ -106,10 +107,8 @@ def endpoint() -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(900)
-def test_killed_while_it_asks_and_while_it_trains_it_comes_to_the_same_pairs(
-    tmp_path: Path, endpoint: SimpleNamespace
-) -> None:
+@pytest.mark.timeout(1500)
+def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(layers=1, train=24, folder=tmp_path))
     judge = f"{{backend: endpoint, url: '{endpoint.url}', model: judge-1, concurrency: 1}}"
@@ -135,11 +134,13 @@ def test_killed_while_it_asks_and_while_it_trains_it_comes_to_the_same_pairs(
         path = folder / f"{stage}.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    # Of the stages that ask the middle one; the test below stops a run after any call.
-    kill_when(start(config, *arguments), lambda: count("responses") >= 3)
-    assert 3 <= count("responses") < len(rows_of(files["responses"])), "not killed within the responses"
-    with (folder / "responses.jsonl").open("a") as file:
-        file.write('{"id": "train-0000')  # what a kill in mid-write leaves
+    for stage in STAGES[:3]:
+        endpoint.pause_s = 0.05
+        kill_when(start(config, *arguments), lambda stage=stage: count(stage) >= 3)  # type: ignore[misc]
+        assert 3 <= count(stage) < len(rows_of(files[stage])), f"not killed within the {stage}"
+        with (folder / f"{stage}.jsonl").open("a") as file:
+            file.write('{"id": "train-0000')  # what a kill in mid-write leaves
+    endpoint.pause_s = 0.0
     kill_when(start(config, *arguments), lambda: any(folder.glob("checkpoints/step_[1-9]*")))
     assert not (folder / "model").exists()
     asked = endpoint.asked
