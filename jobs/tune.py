@@ -31,14 +31,12 @@ from jobs.cli import JOBS, job_main
 from jobs.session import texts_of
 from rlvid.config import DpoJobConfig, JobConfig, SpaceConfig, TuneJobConfig
 from rlvid.config_file import dump_config, load_config
-from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.run_folder import read_lines
 from rlvid.reporting.sweep import TrialRow, write_sweep
-from rlvid.types import Preference
 from rlvid.video.synth import make_synthetic, pairs_of
 
 if TYPE_CHECKING:
@@ -225,24 +223,25 @@ def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
 
 
 def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
-    """A synthetic set, and the tiny model that knows its words, are made once for all trials."""
-    if base.data.train is not None or base.data.synthetic is None:
+    """A synthetic set is made once for all trials, and for DPO the tiny model that knows its words."""
+    data, tiny = base.data, base.model.tiny
+    if data.train is not None or data.synthetic is None:
         return ()
-    console.message(f"making {base.data.synthetic.train} + {base.data.synthetic.eval} synthetic clips")
-    train, held_out = make_synthetic(folder / "data", base.data.synthetic, base.seed)
-    pairs: list[Preference] = []
-    if isinstance(base, DpoJobConfig):
+    console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
+    train, held_out = make_synthetic(folder / "data", data.synthetic, base.seed)
+    is_dpo = isinstance(base, DpoJobConfig)
+    if is_dpo:
         train, held_out = pairs_of(train), pairs_of(held_out)
-        pairs = load_preferences(train, None, None, "")
-    overrides = [f"data.train={train}", *([] if base.data.eval else [f"data.eval={held_out}"])]
-    is_searched = any(key == "seed" or key.startswith("model.") for key in cfg.space)
-    if base.model.tiny is not None and base.model.path is None and not is_searched:
-        if not (model := folder / "model").exists():
+    overrides = [f"data.train={train}", *([] if data.eval else [f"data.eval={held_out}"])]
+    is_searched = any(key == "seed" or key.startswith(("model.", "data.")) for key in cfg.space)
+    if is_dpo and tiny is not None and base.model.path is None and not is_searched:
+        model = folder / "model"
+        if not model.exists():
             from rlvid.models.tiny import make_tiny
 
-            console.message(f"making a tiny random {base.model.tiny.family}")
-            samples = [pair.sample for pair in pairs] or load_manifest(train, None, None, "")
-            make_tiny(model, base.model.tiny, texts_of(samples, pairs), base.seed)
+            console.message(f"making a tiny random {tiny.family}")
+            pairs = load_preferences(train, None, data.system_prompt, data.suffix)
+            make_tiny(model, tiny, texts_of([pair.sample for pair in pairs], pairs), base.seed)
         overrides.append(f"model.path={model}")
     return tuple(overrides)
 
@@ -351,11 +350,11 @@ def _row(plan: Plan, result: Any) -> TrialRow:
     metrics = result.metrics or {}
     end = int(metrics.get("step", plan.steps))
     trial_id = metrics.get("trial_id") or Path(result.path).name
-    rows = read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl")
+    rows = [r for r in read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl") if r["step"] <= end]
     curve = tuple(
         (int(row["step"]), float(row[plan.metric]))
         for row in rows
-        if isinstance(row.get(plan.metric), int | float) and math.isfinite(row[plan.metric]) and row["step"] <= end
+        if isinstance(row.get(plan.metric), int | float) and math.isfinite(row[plan.metric])
     )
     return TrialRow(
         trial_id=trial_id,

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from jobs.cli import main
+from jobs.tune import Plan, _row
+from rlvid.reporting.sweep import TrialRow
 from tests.jobs.test_dpo import CONFIG
 from tests.jobs.test_runs import ROOT, finish, wait_for
 
@@ -63,6 +66,22 @@ def test_a_killed_sweep_goes_on_and_says_what_was_best(sweep: Path) -> None:
     assert best["dpo"]["beta"] == result["best"]["dpo.beta"] and best["train"]["lr"] == result["best"]["train.lr"]
     page = (folder / "sweep.html").read_text()
     assert all(p.name in page for p in trials) and "dpo.beta" in page and page.count("<svg") == 2
+
+
+def test_a_trial_counts_as_far_as_tune_let_it_come(tmp_path: Path) -> None:
+    run = tmp_path / "trials" / "t1"
+    run.mkdir(parents=True)
+    rows = [{"step": step, "eval/accuracy": step / 100} for step in (0, 10, 20, 40)] + [{"step": 40, "loss": 1.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = Plan("jobs.dpo", tmp_path / "c.yaml", (), "eval/accuracy", tmp_path, tmp_path, steps=40)
+
+    def row_of(step: int) -> TrialRow:
+        metrics = {"trial_id": "t1", "step": step, "time_total_s": 1.0}
+        return _row(plan, SimpleNamespace(metrics=metrics, config={}, error=None, path=str(run)))
+
+    stopped, whole = row_of(10), row_of(40)  # the job itself went on to step 40
+    assert (stopped.is_stopped, stopped.step, stopped.value) == (True, 10, 0.1)
+    assert (whole.is_stopped, whole.step, whole.value) == (False, 40, 0.4)
 
 
 @pytest.mark.parametrize(
