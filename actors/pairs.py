@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import DataConfig
 
 from rlvid.config import DpoJobConfig
@@ -44,13 +45,34 @@ class PreferencePlan:
         return [(start + i // size, pair) for i, pair in enumerate(order) if i % size % world == rank]
 
 
-class Mailbox:
-    """Carries what the workers have to say to the driver, and the driver's wish to stop to the workers."""
+class TrainingRun:
+    """The actor that runs Ray Train. It carries what the workers have to say to the driver, and the driver's wish to
+    stop to the workers. Killing it ends Ray Train's controller and workers, which it owns.
+
+    The driver does not wait for Ray Train in a thread of its own: where a worker's error ended the run, Ray was shut
+    down under that thread, and the driver died of a segmentation fault now and then.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._put = self._taken = self._done = 0
         self._is_stopping = False
+
+    @ray.method(concurrency_group="fit")
+    def fit(self, plan: PreferencePlan, run: ray.actor.ActorHandle) -> BaseException | None:
+        """Train to the end; what made Ray Train give up, if anything did.
+
+        Args:
+            run: this actor.
+        """
+        from actors.preference import trainer
+
+        try:
+            trainer(plan, run).fit()
+        except Exception as e:
+            failures: dict[int, BaseException] = getattr(e, "worker_failures", {})
+            return next(iter(failures.values()), e)
+        return None
 
     def put(self, *events: Event) -> bool:
         """Returns whether to stop."""
@@ -85,15 +107,14 @@ class Shards(DataConfig):
         newest = plan.checkpoints.newest()
         source, place = Source.of(plan.cfg, plan.model), plan.cfg.placement
         encoders = -(-place.encoders // world_size) if name == "train" else 1
+        pairs = {"train": plan.pairs, "held_out": plan.held_out, "all": (*plan.pairs, *plan.held_out)}[name]
+        samples = ray.put([pair.sample for pair in pairs])
         shards = []
         for rank in range(world_size):
             if name == "train":
-                pairs = plan.pairs
                 order = [i for _, i in plan.items(rank, world_size, newest.step if newest else 0)]
             else:
-                pairs = plan.held_out if name == "held_out" else (*plan.pairs, *plan.held_out)
                 order = list(range(rank, len(pairs), world_size))
-            samples = [pair.sample for pair in pairs]
             stream = prompt_stream(samples, order, source, encoders, place.encode_cpus).iterator() if order else None
             shards.append({name: stream})
         return shards

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.numpy import load_file, save_file
 
-from actors.pairs import Event, Mailbox, PreferencePlan, Shards
+from actors.pairs import Event, PreferencePlan, Shards, TrainingRun
 from actors.processes import enter_process, require_compiler
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.stream import open_prompt
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from rlvid.training.packing import Group
 
 STATE_FILE = "workers.json"
+POLL_S = 0.05  # between two looks of the driver at what came
 DRIVER_TIMEOUT_S = 60.0  # to write down what it was told
 Scores = dict[str, npt.NDArray[np.float32]]  # pair id -> reference log-probs [chosen tokens, rejected tokens]
 KEPT_BYTES = 2**30  # of held-out prompts that a worker keeps between evaluations
@@ -47,36 +47,14 @@ class PreferenceTraining:
     """The driver's side of one training. `events` yields what happens, until the end."""
 
     def __init__(self, plan: PreferencePlan):
-        cfg = plan.cfg
-        if not cfg.placement.gpus:
+        if not plan.cfg.placement.gpus:
             require_compiler()
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
-        least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers or cfg.placement.trainer_workers
-        names = ["train", *(["held_out"] if plan.held_out else []), "all"]
-        self._trainer = TorchTrainer(
-            work,
-            train_loop_config={"plan": plan, "mailbox": self._mailbox},
-            scaling_config=ScalingConfig(
-                num_workers=(least, most) if most > least else least,
-                use_gpu=cfg.placement.gpus > 0,
-                resources_per_worker={"CPU": cfg.placement.trainer_cpus}
-                | ({"GPU": cfg.placement.gpus} if cfg.placement.gpus else {}),
-            ),
-            run_config=RunConfig(
-                name="ray_train",
-                storage_path=str(plan.folder),
-                failure_config=FailureConfig(max_failures=cfg.dpo.max_failures),
-            ),
-            torch_config=TorchConfig(backend="nccl" if cfg.placement.gpus else "gloo"),
-            datasets=dict.fromkeys(names, lambda: None),  # `Shards` makes them
-            dataset_config=Shards(plan),
-        )
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        self._plan = plan
+        self._run = ray.remote(num_cpus=0, concurrency_groups={"fit": 1})(TrainingRun).remote()
 
     def stop(self) -> None:
         """Ask the workers to end after the step under way, with a checkpoint."""
-        self._mailbox.stop.remote()
+        self._run.stop.remote()
 
     def events(self) -> Iterator[Event]:
         """
@@ -84,25 +62,47 @@ class PreferenceTraining:
             UserError: of a worker.
             RuntimeError: the workers failed more often than `dpo.max_failures`.
         """
-        self._thread.start()
-        while True:
-            is_over = not self._thread.is_alive()
-            for kind, content in ray.get(self._mailbox.take.remote()):
-                if kind == "user error":
-                    raise UserError(content)
-                yield kind, content
-            if is_over:
-                break
-            self._thread.join(timeout=0.05)
-        if self._error is not None:
-            failures = getattr(self._error, "worker_failures", {})
-            raise next(iter(failures.values()), self._error)
-
-    def _fit(self) -> None:
         try:
-            self._trainer.fit()
-        except BaseException as e:
-            self._error = e
+            end = self._run.fit.remote(self._plan, self._run)
+            is_over = False
+            while not is_over:
+                is_over = bool(ray.wait([end], timeout=POLL_S)[0])
+                for kind, content in ray.get(self._run.take.remote()):
+                    if kind == "user error":
+                        raise UserError(content)
+                    yield kind, content
+            if (error := ray.get(end)) is not None:
+                raise error
+        finally:
+            ray.kill(self._run)
+
+
+# --- in the actor that runs Ray Train ---------------------------------------------------------------------------------
+
+
+def trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
+    """Ray Train's part: starts the workers, and starts them anew."""
+    cfg = plan.cfg
+    least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers or cfg.placement.trainer_workers
+    names = ["train", *(["held_out"] if plan.held_out else []), "all"]
+    gpus = {"GPU": cfg.placement.gpus} if cfg.placement.gpus else {}
+    return TorchTrainer(
+        work,
+        train_loop_config={"plan": plan, "run": run},
+        scaling_config=ScalingConfig(
+            num_workers=(least, most) if most > least else least,
+            use_gpu=cfg.placement.gpus > 0,
+            resources_per_worker={"CPU": cfg.placement.trainer_cpus} | gpus,
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str(plan.folder),
+            failure_config=FailureConfig(max_failures=cfg.dpo.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if cfg.placement.gpus else "gloo"),
+        datasets=dict.fromkeys(names, lambda: None),  # `Shards` makes them
+        dataset_config=Shards(plan),
+    )
 
 
 # --- in the workers ---------------------------------------------------------------------------------------------------
@@ -110,11 +110,11 @@ class PreferenceTraining:
 
 def work(config: dict[str, Any]) -> None:
     """One worker, from the newest checkpoint to the exported policy."""
-    plan, mailbox = config["plan"], config["mailbox"]
+    plan, run = config["plan"], config["run"]
     try:
-        Worker(plan, mailbox).run()
-    except UserError as e:  # no failure that another try would mend
-        ray.get(mailbox.put.remote(("user error", str(e))))
+        Worker(plan, run).run()
+    except UserError as e:  # no failure that another try would mend: the driver ends the run
+        ray.get(run.put.remote(("user error", str(e))))
         if ray.train.get_context().get_world_size() > 1:
             raise  # the others wait in a collective
 
@@ -122,10 +122,10 @@ def work(config: dict[str, Any]) -> None:
 class Worker:
     """One rank of a preference training."""
 
-    def __init__(self, plan: PreferencePlan, mailbox: Any):
+    def __init__(self, plan: PreferencePlan, run: Any):
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.plan, self.cfg, self._mailbox = plan, plan.cfg, mailbox
+        self.plan, self.cfg, self._run = plan, plan.cfg, run
         enter_process(plan.folder / "logs" / f"trainer-{self.rank}.log", self.cfg.placement.threads)
         if not self.cfg.placement.gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -242,10 +242,10 @@ class Worker:
             index, prompt, outcome = open_prompt(row)
             decodes, hits = decodes + outcome.decodes, hits + outcome.cache_hits
             if prompt is None:
-                self._mailbox.put.remote(("bad clip", outcome.bad))
+                self._run.put.remote(("bad clip", outcome.bad))
             else:
                 groups.append(pair_group(prompt, pairs[index], self.family))
-        self._mailbox.put.remote(("clips", (decodes, hits)))
+        self._run.put.remote(("clips", (decodes, hits)))
         return groups
 
     # --- reference
@@ -360,7 +360,7 @@ class Worker:
 
         begin = time.monotonic()
         if self.rank == 0:  # a run that is killed now goes on from here: the steps before must stand in its metrics
-            while not ray.get(self._mailbox.is_done.remote()) and time.monotonic() < begin + DRIVER_TIMEOUT_S:
+            while not ray.get(self._run.is_done.remote()) and time.monotonic() < begin + DRIVER_TIMEOUT_S:
                 time.sleep(0.02)
         writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
         folder = [str(writing.__enter__()) if self.rank == 0 else ""]
@@ -384,7 +384,7 @@ class Worker:
 
     def _tell(self, kind: str, content: Any) -> bool:
         """Rank 0 tells the driver; returns whether the driver wants to stop (on rank 0)."""
-        return self.rank == 0 and bool(ray.get(self._mailbox.put.remote((kind, content))))
+        return self.rank == 0 and bool(ray.get(self._run.put.remote((kind, content))))
 
     def _agree(self, is_stopping: bool) -> bool:
         return bool(self._sum(is_stopping)[0])

@@ -136,7 +136,7 @@ class ClipStream:
 
 
 def prompt_stream(
-    samples: Sequence[Sample], order: Sequence[int], source: Source, encoders: int, cpus_each: float
+    samples: ray.ObjectRef[list[Sample]], order: Sequence[int], source: Source, encoders: int, cpus_each: float
 ) -> ray.data.Dataset:
     """The prompts of `samples[i] for i in order`, encoded by a pool of Ray actors; `open_prompt` opens a row.
 
@@ -146,7 +146,7 @@ def prompt_stream(
     rows_per_block = min(PROMPTS_PER_TASK, -(-len(order) // encoders))
     n_blocks = -(-len(order) // rows_per_block)
     dataset = ray.data.from_items(list(order), override_num_blocks=n_blocks)  # from_numpy would ask for a whole CPU
-    settings = {"samples": ray.put(list(samples)), "source": source}
+    settings = {"samples": samples, "source": source}
     pool = ray.data.ActorPoolStrategy(size=min(encoders, n_blocks))
     dataset = dataset.map(_RowEncoder, fn_constructor_kwargs=settings, compute=pool, num_cpus=cpus_each)
     dataset.context.execution_options.preserve_order = True
