@@ -4,10 +4,10 @@
 from there: three iterations on the synthetic task, the model its own judge. After the warm start nothing is learned
 from the answer key.
 
-  context        the judge is shown the model's own description; reference is the iteration's start; same prompts
+  context        the judge is shown the model's own description; reference is the iteration's start
   no_context     the judge sees the video alone
+  told           as `context`, responses are drawn with the description at hand too
   reference_sft  as `context`, the reference of DPO stays the warmed-up model
-  split          as `context`, each iteration has a third of the prompts
 
 `gain_points` is the held-out accuracy (greedy answers) after the last iteration minus that of the warm start, in
 points, for `context`; `length_ratio` the mean length of those answers, after over before; `context_gain_points` the
@@ -34,8 +34,8 @@ ITERATIONS = 3
 VARIANTS: dict[str, tuple[str, ...]] = {
     "context": (),
     "no_context": ("isrt.context=none",),
+    "told": ("isrt.context=judge_and_responses",),
     "reference_sft": ("isrt.reference=sft",),
-    "split": ("isrt.prompts=split", "isrt.max_prompts={third}"),
 }
 COLUMNS = {
     "length": "response/length",
@@ -62,10 +62,9 @@ def measure(variant: str, seed: int, folder: Path, overrides: Sequence[str]) -> 
     settings = [*shared]
     if variant != "context":
         data = warm / "data"
-        n_train = len((data / "train.jsonl").read_text().splitlines())
         settings += [f"model.path={warm / 'sft'}", "warm_start.steps=0", "data.synthetic=null"]
         settings += [f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'eval.jsonl'}"]
-        settings += [o.format(third=n_train // ITERATIONS) for o in VARIANTS[variant]]
+        settings += VARIANTS[variant]
     run = folder / f"seed{seed}" / variant
     result = run_job("jobs.isrt", run, settings)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -30,10 +30,10 @@ from rlvid.data.preferences import pair_row, write_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
 from rlvid.reporting.tracker import Tracker
-from rlvid.rewards.judging import DESCRIBE, REFINE, as_data, describe_prompt
+from rlvid.rewards.judging import DESCRIBE, REFINE, describe_prompt, with_context
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.types import Message, Preference, Rollout, Sample
+from rlvid.types import Preference, Rollout, Sample
 
 Row = Mapping[str, Any]
 MakeRows = Callable[[Sequence[Sample]], Sequence[Row]]
@@ -248,17 +248,6 @@ def prompts_of(cfg: IsrtJobConfig, train: Sequence[Sample], number: int) -> list
     count = min(cfg.isrt.max_prompts or len(train), len(train))
     start = (number - 1) * count if cfg.isrt.prompts == "split" else 0
     return [train[i] for i in dict.fromkeys(batch_indices(len(train), cfg.seed, start, count))]
-
-
-def with_context(sample: Sample, context: str) -> Sample:
-    """`sample` with its video's description before the text of the last turn."""
-    if not context:
-        return sample
-    *before, last = sample.messages
-    *parts, text = last.content
-    told = f"<video_description> {as_data(context)} </video_description>\n"
-    content = (*parts, told + text) if isinstance(text, str) else (*last.content, told)
-    return Sample(sample.id, sample.videos, (*before, Message(last.role, content)), sample.answer)
 
 
 def add_different(kept: list[Rollout], drawn: Sequence[Rollout]) -> None:

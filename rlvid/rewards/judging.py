@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlvid.types import Message, Sample, VideoRef
@@ -48,16 +48,15 @@ _PAIR = (
     "Which response answers the question about the video better? What the video shows counts, length does not. "
     "Say first what the right answer is, then end with <choice>1</choice> or <choice>2</choice>."
 )
+_CONTEXT = "<video_description> {context} </video_description>\n"
 PAIR = Template("pair", _PAIR % "")
-PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % "<video_description> {context} </video_description>\n")
+PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % _CONTEXT)
 
 # LLaVA-Hound's own protocol: relevance, accuracy, clarity and completeness in one score, 3 and more counts as right.
 SCORE = Template(
     "score",
     "<question> {question} </question>\n"
-    "<right_answer> {answer} </right_answer>\n"
-    "<video_description> {context} </video_description>\n"
-    "<response> {response} </response>\n"
+    "<right_answer> {answer} </right_answer>\n" + _CONTEXT + "<response> {response} </response>\n"
     "Rate how relevant, accurate, clear and complete the response is, from 1 (worst) to 5 (best). Two lines:\n"
     "Explanation: why, in one sentence\n"
     "Score: a number from 1 to 5",
@@ -76,8 +75,7 @@ MATCH = Template(
 DESCRIBE = Template("describe", "Describe the video in detail.")
 REFINE = Template(
     "refine",
-    "<video_description> {context} </video_description>\n"
-    "Describe the video in detail: correct what is wrong in this description, add what it lacks.",
+    _CONTEXT + "Describe the video in detail: correct what is wrong in this description, add what it lacks.",
 )
 TEMPLATES = (PAIR, PAIR_WITH_CONTEXT, SCORE, MATCH, DESCRIBE, REFINE)
 
@@ -219,3 +217,14 @@ def describe_prompt(sample: Sample, previous: str) -> Sample:
     """Ask for the visual context c_t from the video and c_(t-1) (empty in the first iteration)."""
     text = REFINE.fill(context=previous) if previous else DESCRIBE.fill()
     return about_video(sample, f"{sample.id}#context", text)
+
+
+def with_context(sample: Sample, context: str) -> Sample:
+    """`sample` with its video's description before the text of the last turn."""
+    if not context:
+        return sample
+    *before, last = sample.messages
+    *parts, text = last.content
+    told = _CONTEXT.format(context=as_data(context))
+    content = (*parts, told + text) if isinstance(text, str) else (*last.content, told)
+    return replace(sample, messages=(*before, Message(last.role, content)))

@@ -1,7 +1,7 @@
 """Lessons on synthetic clips: what a tiny model has to learn before it can judge itself.
 
 Four kinds of row, on the training clips: describe the video, mend a wrong description, answer the question, and choose
-between a right and a wrong answer, with and without the description, in the judge's own words
+between a right and a wrong answer, the last two with and without the description, in the judge's own words
 (`rlvid/rewards/judging.py`). Answers are taught on few clips only: a model that describes and judges better than it
 answers is what self-judgement can improve.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlvid.rewards.judging import describe_prompt, pair_prompts
+from rlvid.rewards.judging import describe_prompt, pair_prompts, with_context
 from rlvid.types import Message, Sample, VideoRef
 from rlvid.video.synth import wrong_answer
 
@@ -45,6 +45,7 @@ def _lessons_on(
         yield _lesson(row, name, prompt.question, row["description"])
     if is_answered:
         yield _lesson(row, "answer", row["question"], row["answer"])
+        yield _lesson(row, "answer-told", with_context(sample, row["description"]).question, row["answer"])
     for i in range(CHOICES_WITH_CONTEXT + CHOICES_WITHOUT):
         right = int(rng.integers(2))
         answers = [row["answer"], wrong_answer(row, rng)]

@@ -21,13 +21,13 @@ import pytest
 
 from actors.clips import Encoded
 from actors.judge import checkpoint_id
-from jobs.isrt import Iteration, add_different, metrics_of, prompts_of, with_context
+from jobs.isrt import Iteration, add_different, metrics_of, prompts_of
 from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judging import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Sample
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("contexts", "responses", "judgements", "pairs")
@@ -277,10 +277,3 @@ def test_responses_that_say_the_same_are_one() -> None:
     kept: list[Any] = []
     add_different(kept, [SimpleNamespace(text=t) for t in ("Red.", " red", "", "blue", "green")])  # type: ignore[misc]
     assert [r.text for r in kept] == ["Red.", "blue"]
-
-
-def test_a_context_before_the_question_is_data() -> None:
-    sample = Sample("a", ("v.mp4",), (Message("user", (VideoRef(0), "What?")),), "x")
-    told = with_context(sample, "A </video_description> dog.")
-    assert told.messages[0].content[0] == VideoRef(0) and told.question.endswith("\nWhat?")
-    assert told.question.count("</video_description>") == 1 and with_context(sample, "") is sample
