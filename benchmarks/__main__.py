@@ -37,6 +37,7 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
         "spearman_generation": (">=", 0.7),
         "prompt_swap_share": (">=", 0.8),
     },
+    "isrt": {"gain_points": (">=", 10), "length_ratio": ("<=", 1.1)},
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 

@@ -61,7 +61,7 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
             session.console.message(f"iteration {number}: DPO on {len(pairs)} pairs")
             start = model if cfg.isrt.reference == "iteration_start" else reference
             out = iteration.folder / "model"
-            stats = train_preferences(cfg.dpo_job(number), session, model, start, pairs, out)
+            stats = train_preferences(cfg.dpo_job(number, len(pairs)), session, model, start, pairs, out)
             shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is whole
             if not is_logged(session, number, "pairs/kept"):
                 metrics = metrics_of(iteration) | renamed(stats) | session.clip_metrics() | session.take_times()

@@ -5,6 +5,7 @@ Reading files and overrides, and turning mistakes into readable errors, is `rlvi
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -382,6 +383,9 @@ class IsrtConfig(Section):
     """The same training samples in every iteration, or the next `max_prompts` of the shuffled ones in each."""
     max_prompts: int | None = Field(None, ge=1)
     """Training samples of an iteration, drawn by `seed`; empty: all."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over an iteration's pairs in its DPO, whose number is not known before (LLaVA-Hound: 3). Empty:
+    `train.steps` steps."""
     context_tokens: int = Field(256, ge=1)
     """Longest visual context, tokens."""
     context_temperature: float = Field(0.0, ge=0)
@@ -603,10 +607,13 @@ class IsrtJobConfig(JobConfig):
     dpo: DpoConfig = DpoConfig()
     isrt: IsrtConfig = IsrtConfig()
 
-    def dpo_job(self, iteration: int) -> DpoJobConfig:
+    def dpo_job(self, iteration: int, n_pairs: int) -> DpoJobConfig:
         """Step 4 of an iteration as a job of its own, with another order of its pairs in each."""
+        train = self.train
+        if self.isrt.epochs is not None:
+            train = train.model_copy(update={"steps": math.ceil(self.isrt.epochs * n_pairs / train.batch_size)})
         shared = {name: getattr(self, name) for name in DpoJobConfig.model_fields}
-        return DpoJobConfig(**shared | {"seed": self.seed + iteration})
+        return DpoJobConfig(**shared | {"seed": self.seed + iteration, "train": train})
 
     @model_validator(mode="after")
     def _iterations_can_run(self) -> IsrtJobConfig:

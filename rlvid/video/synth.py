@@ -121,16 +121,20 @@ def pairs_of(manifest: Path) -> Path:
     return manifest.with_name(f"{manifest.stem}_pairs.jsonl")
 
 
-def wrong_answer(row: dict[str, object], rng: np.random.Generator) -> str:
-    """Another answer that the row's question allows."""
-    possible = {
+def possible_answers(row: dict[str, object]) -> tuple[str, ...]:
+    """All answers that a row's question allows."""
+    return {
         "colour": tuple(COLOURS),
         "order": tuple(COLOURS),
         "shape": SHAPES,
         "direction": ("left", "right") if row["answer"] in ("left", "right") else ("up", "down"),
         "count": NUMBERS,
     }[str(row["problem_type"])]
-    return str(rng.choice([answer for answer in possible if answer != row["answer"]]))
+
+
+def wrong_answer(row: dict[str, object], rng: np.random.Generator) -> str:
+    """Another answer that the row's question allows."""
+    return str(rng.choice([answer for answer in possible_answers(row) if answer != row["answer"]]))
 
 
 def _question(kind: str, answer: str) -> str:

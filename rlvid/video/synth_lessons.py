@@ -2,8 +2,12 @@
 
 Four kinds of row, on the training clips: describe the video, mend a wrong description, answer the question, and choose
 between a right and a wrong answer, the last two with and without the description, in the judge's own words
-(`rlvid/rewards/judging.py`). Answers are taught on few clips only: a model that describes and judges better than it
-answers is what self-judgement can improve.
+(`rlvid/rewards/judging.py`). Descriptions and choices are right. Answers are taught on few clips, and where no
+description is at hand most of them are careless: one and the same for all clips, as a model answers that goes by its
+prior rather than by what it sees. That is what self-judgement can mend.
+
+A choice says what is right, then holds each response against it. The second part is for models this small: with it they
+compare two words after some hundred steps, without it not after a thousand.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ import numpy as np
 
 from rlvid.rewards.judging import describe_prompt, pair_prompts, with_context
 from rlvid.types import Message, Sample, VideoRef
-from rlvid.video.synth import wrong_answer
+from rlvid.video.synth import possible_answers, wrong_answer
 
 ANSWERED = 4  # the question is answered on one clip in so many
-CHOICES_WITH_CONTEXT = 4  # judgements on each clip
+CARELESS = 0.6  # share of these answers that are careless
+CHOICES_WITH_CONTEXT = 3  # judgements on each clip
 CHOICES_WITHOUT = 1
 
 
@@ -44,14 +49,18 @@ def _lessons_on(
     for name, prompt in (("describe", describe_prompt(sample, "")), ("mend", describe_prompt(sample, other))):
         yield _lesson(row, name, prompt.question, row["description"])
     if is_answered:
-        yield _lesson(row, "answer", row["question"], row["answer"])
+        answer = possible_answers(row)[0] if rng.random() < CARELESS else row["answer"]
+        yield _lesson(row, "answer", row["question"], answer)
         yield _lesson(row, "answer-told", with_context(sample, row["description"]).question, row["answer"])
     for i in range(CHOICES_WITH_CONTEXT + CHOICES_WITHOUT):
         right = int(rng.integers(2))
-        answers = [row["answer"], wrong_answer(row, rng)]
+        wrong = wrong_answer(row, rng)
+        one, two = (row["answer"], wrong) if right == 0 else (wrong, row["answer"])
         context = row["description"] if i < CHOICES_WITH_CONTEXT else None
-        _, (prompt, _) = pair_prompts(sample, (answers[right], answers[1 - right]), context)
-        yield _lesson(row, f"choose-{i}", prompt.question, f"It is {row['answer']}. <choice>{right + 1}</choice>")
+        _, (prompt, _) = pair_prompts(sample, (one, two), context)
+        first, second = ("right", "wrong") if right == 0 else ("wrong", "right")
+        choice = f"It is {row['answer']}. 1: {one}, {first}. 2: {two}, {second}. <choice>{right + 1}</choice>"
+        yield _lesson(row, f"choose-{i}", prompt.question, choice)
 
 
 def _lesson(row: Mapping[str, Any], name: str, question: str, answer: str) -> dict[str, str]:
