@@ -7,7 +7,6 @@ so each token's weight is fixed for the whole mini-batch first (`token_weights`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -36,7 +35,7 @@ def policy_loss(
 
     Returns:
         The loss [n_tokens] float32, and sums over tokens without gradient (0-d float32) that add up over micro-batches
-        and ranks, for `stat_means`: `tokens`; `clip_low` and `clip_high`, tokens whose gradient the clip has stopped;
+        and ranks: `tokens`; `clip_low` and `clip_high`, tokens whose gradient the clip has stopped;
         `ratio`; `kl_to_old`, k3 estimate of KL(old || policy).
 
     Raises:
@@ -61,12 +60,6 @@ def policy_loss(
             "kl_to_old": k3(old_logprobs, logprobs).sum(),
         }
     return loss, sums
-
-
-def stat_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over tokens, nan without any, from sums of `policy_loss` added up over all micro-batches and ranks."""
-    n_tokens = sums["tokens"]
-    return {name: value / n_tokens if n_tokens else float("nan") for name, value in sums.items() if name != "tokens"}
 
 
 def token_weights(response_lengths: npt.ArrayLike, mode: Literal["token", "sequence"]) -> npt.NDArray[np.float32]:

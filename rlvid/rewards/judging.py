@@ -175,12 +175,6 @@ def score_verdict(template: Template, answer: Answer) -> ScoreVerdict:
     return ScoreVerdict("unparsed", reason=f"no single score in {answer.text!r:.200}")
 
 
-def consistency(verdicts: list[PairVerdict]) -> float:
-    """Share of the valid verdicts that do not depend on the order; nan without any."""
-    valid = [v.state == "consistent" for v in verdicts if v.is_valid]
-    return sum(valid) / len(valid) if valid else float("nan")
-
-
 def question_of(sample: Sample) -> str:
     """What the responses answer: the question, or the conversation where there are several turns."""
     turns = [m for m in sample.messages if m.role != "system"]

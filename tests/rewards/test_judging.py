@@ -11,7 +11,6 @@ from rlvid.rewards.judging import (
     Answer,
     PairVerdict,
     as_data,
-    consistency,
     describe_prompt,
     pair_prompts,
     pair_verdict,
@@ -101,7 +100,6 @@ def test_only_a_judgement_that_survives_the_swap_has_a_winner() -> None:
     assert unparsed.state == "unparsed" and "both" in unparsed.reason and unparsed.winner is None
     failed = pair_verdict(Answer(None, "HTTP 500"), two)
     assert failed.state == "failed" and failed.reason == "HTTP 500"
-    assert consistency([pair_verdict(one, two), pair_verdict(one, one), unparsed, failed]) == 0.5
 
 
 def test_scores_say_whether_the_response_is_right() -> None:
