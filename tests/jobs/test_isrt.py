@@ -159,7 +159,7 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
 def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(layers=2, train=48, folder=tmp_path))
-    judge = "max_tokens: 16, max_invalid_fraction: 1.0"  # so small a model seldom makes sense as a judge
+    judge = "max_tokens: 40, max_invalid_fraction: 1.0"  # so small a model seldom makes sense as a judge
     arguments = (
         f"run.dir={run}",
         "warm_start={steps: 60, batch_size: 16, lr: 2.0e-3, warmup_steps: 10}",
