@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 STATE_FILE = "workers.json"
 POLL_S = 0.05  # between two looks of the driver at what came
+SILENCE_S = 60.0  # without news until the driver says so; steps that take long make it more patient
 DRIVER_TIMEOUT_S = 60.0  # to write down what it was told
 Scores = dict[str, npt.NDArray[np.float32]]  # pair id -> reference log-probs [chosen tokens, rejected tokens]
 KEPT_BYTES = 2**30  # of held-out prompts that a worker keeps between evaluations
@@ -64,10 +65,18 @@ class PreferenceTraining:
         """
         try:
             end = self._run.fit.remote(self._plan, self._run)
+            heard_s, patience_s = time.monotonic(), SILENCE_S
             is_over = False
             while not is_over:
                 is_over = bool(ray.wait([end], timeout=POLL_S)[0])
-                for kind, content in ray.get(self._run.take.remote()):
+                events = ray.get(self._run.take.remote())
+                silent_s = time.monotonic() - heard_s
+                if events:
+                    heard_s, patience_s = time.monotonic(), max(SILENCE_S, 3 * silent_s)
+                elif silent_s > patience_s:
+                    patience_s *= 2
+                    yield "note", self._silence(silent_s)
+                for kind, content in events:
                     if kind == "user error":
                         raise UserError(content)
                     yield kind, content
@@ -75,6 +84,12 @@ class PreferenceTraining:
                 raise error
         finally:
             ray.kill(self._run)
+
+    def _silence(self, seconds: float) -> str:
+        return (
+            f"nothing from the workers for {seconds:.0f} s; they may wait for room: beside placement.trainer_cpus for "
+            f"each, encoders need placement.encode_cpus. See `ray status` and {self._plan.folder / 'logs'}"
+        )
 
 
 # --- in the actor that runs Ray Train ---------------------------------------------------------------------------------
@@ -93,6 +108,7 @@ def trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
             num_workers=(least, most) if most > least else least,
             use_gpu=cfg.placement.gpus > 0,
             resources_per_worker={"CPU": cfg.placement.trainer_cpus} | gpus,
+            elastic_resize_monitor_interval_s=cfg.dpo.resize_interval_s,
         ),
         run_config=RunConfig(
             name="ray_train",

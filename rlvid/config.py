@@ -266,6 +266,9 @@ class DpoConfig(Section):
     max_workers: int | None = Field(None, ge=1)
     """Elastic: Ray Train uses up to so many workers as the cluster has room, and goes on with fewer, but at least
     `placement.trainer_workers`. Empty: exactly those."""
+    resize_interval_s: float = Field(60.0, ge=0)
+    """Elastic: how often to look whether the cluster has room for more workers. They start anew from the last
+    checkpoint."""
     max_failures: int = Field(3, ge=0)
     """A worker that dies starts the workers anew from the last checkpoint, so many times."""
 

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from jobs.cli import main
 from tests.jobs.test_runs import ROOT, finish, metrics_of, wait_for
@@ -38,12 +39,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp / "config.yaml"
 
 
-def start(config: Path, run: str, *overrides: str) -> subprocess.Popen[str]:
+def start(
+    config: Path, run: str, *overrides: str, ray_address: str = "local", stdout: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs.dpo", "--config", str(config), f"run.dir={config.parent / run}", *overrides]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environment = os.environ | {"RAY_ADDRESS": ray_address}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -98,6 +99,31 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     assert checkpoint.name == f"step_{steps_of(run)[-1]['step']}"
     (bad,) = map(json.loads, (run / "bad_clips.jsonl").read_text().splitlines())
     assert bad["path"].endswith("missing.mp4")
+
+
+def test_workers_follow_the_cluster(config: Path) -> None:
+    """On a head with room for one worker; then a second node comes."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
+    options = ("dpo={max_workers: 2, resize_interval_s: 2}", "placement.trainer_cpus=1.5", "train.steps=100000")
+    run, out = config.parent / "elastic", config.parent / "elastic.out"  # more steps than a pipe holds lines
+    with out.open("w") as stdout:
+        process = start(
+            config, "elastic", *options, "run.checkpoint_every=50", ray_address=cluster.address, stdout=stdout
+        )
+    try:
+        wait_for(lambda: (run / "checkpoints" / "step_50").exists(), process)
+        alone = steps_of(run)[-1]["step"]
+        cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
+        wait_for(lambda: "2 workers" in out.read_text() and steps_of(run)[-1]["step"] > alone + 100, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        cluster.shutdown()
+    assert process.returncode == 130, out.read_text() + err
+    assert [line[:9] for line in out.read_text().splitlines() if " workers" in line] == ["1 workers", "2 workers"]
+    steps = [row["step"] for row in steps_of(run)]
+    assert steps == list(range(1, len(steps) + 1))  # what was done again is not counted again
 
 
 @pytest.mark.parametrize(
