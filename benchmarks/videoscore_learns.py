@@ -106,7 +106,8 @@ def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: 
 def train(folder: Path, kind: str, model: Path, steps: int) -> dict[str, Any]:
     """Train a reward model of this kind; its result on the held-out clips."""
     data = (f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}")
-    how = (f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=64", "train.schedule=cosine")
+    how = (f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=32", "train.schedule=cosine")
+    how += ("train.betas=[0.9,0.99]", "train.max_grad_norm=0.3")  # what is learned early is not lost to a large step
     return run("reward-model", folder, kind, model, steps, *data, *how)
 
 
@@ -133,8 +134,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1500, help="training clips")
     parser.add_argument("--eval", type=int, default=150, help="held-out clips")
     parser.add_argument("--captions", type=int, default=60, help="steps on what is seen, before both")
-    parser.add_argument("--steps", type=int, default=320, help="optimizer steps of the regression")
-    parser.add_argument("--text-steps", type=int, default=320, help="optimizer steps of the generation")
+    parser.add_argument("--steps", type=int, default=450, help="optimizer steps of the regression")
+    parser.add_argument("--text-steps", type=int, default=650, help="optimizer steps of the generation")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begin = time.monotonic()
