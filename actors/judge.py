@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from actors.clips import ClipStore, Encoded
@@ -116,11 +117,11 @@ class Judge:
         valid = sum(self.counters[state] for state in ("consistent", "inconsistent", "scored"))
         invalid = self.counters["unparsed"] + self.counters["failed"]
         if invalid > self._max_invalid_fraction * (valid + invalid):
-            reason = next(j.verdict.reason for j in reversed(judged) if not j.verdict.is_valid)
+            reason = next(j.verdict.reason for j in judged if not j.verdict.is_valid)
             raise UserError(
                 f"{invalid} of {valid + invalid} verdicts of judge {self.id} are invalid ({self.counters['unparsed']} "
                 f"unparsed, {self.counters['failed']} failed), more than max_invalid_fraction="
-                f"{self._max_invalid_fraction:g} allows. The last one: {reason}. Mend the judge or take another; the "
+                f"{self._max_invalid_fraction:g} allows. The first one: {reason}. Mend the judge or take another; the "
                 f"same command then goes on"
             )
         return judged
@@ -173,7 +174,8 @@ class FleetBackend:
 
 
 class EndpointBackend:
-    """An OpenAI-compatible server, asked by several threads. Each question has a deadline for all its tries.
+    """An OpenAI-compatible server, asked by several threads. Each question has a deadline for all its tries. Where as
+    many in a row as are asked at once had none in time, the server is taken to be down: the rest is not asked.
 
     Args:
         frames: JPEG files of each sample by its id, asked for with `send_frames`.
@@ -187,20 +189,27 @@ class EndpointBackend:
         self._sampling = Sampling(1, cfg.temperature, cfg.max_tokens, seed=seed)
         key = os.environ.get(cfg.api_key_env)
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {}, follow_redirects=False)
+        self._lock = Lock()
+        self._n_unanswered = 0  # in a row
 
     def ask(self, prompts: Sequence[Encoded]) -> list[Answer]:
         samples = [p.sample for p in prompts]
         frames = self._frames(samples) if self._cfg.send_frames else {}
+        self._n_unanswered = 0
         with ThreadPoolExecutor(self._cfg.concurrency, thread_name_prefix="judge") as pool:
             return list(pool.map(lambda s: self._ask(s, frames.get(s.id, [])), samples))
 
     def _ask(self, sample: Sample, frames: Sequence[bytes]) -> Answer:
         """Tries again with longer and longer pauses, as long as it makes sense and the deadline allows."""
+        if self._n_unanswered >= self._cfg.concurrency:
+            return Answer(None, f"not asked, {self._cfg.url} did not answer {self._n_unanswered} questions before it")
         deadline_s = time.monotonic() + self._cfg.deadline_s
         pause_s = FIRST_PAUSE_S
         while True:
             answer, is_final = self._try(sample, frames, deadline_s)
             if is_final or time.monotonic() + pause_s >= deadline_s:
+                with self._lock:
+                    self._n_unanswered = 0 if is_final else self._n_unanswered + 1
                 return answer
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

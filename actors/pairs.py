@@ -1,6 +1,6 @@
 """What goes between the driver and the workers of a training on pairs: the plan, the prompts, the news.
 
-Apart from `actors/preference.py` because the processes that only hold these need no torch, which is slow to import.
+Apart from `actors/preference.py` because who makes a plan needs no torch, which is slow to import.
 """
 
 from __future__ import annotations
@@ -59,20 +59,22 @@ class TrainingRun:
         self._is_stopping = False
 
     @ray.method(concurrency_group="fit")
-    def fit(self, plan: PreferencePlan, run: ray.actor.ActorHandle) -> BaseException | None:
-        """Train to the end; what made Ray Train give up, if anything did.
+    def fit(
+        self, plan: PreferencePlan, run: ray.actor.ActorHandle
+    ) -> tuple[BaseException | None, BaseException | None]:
+        """Train to the end; the error of a worker that made Ray Train give up, if any did, and what Ray Train says.
 
         Args:
             run: this actor.
         """
-        from actors.preference import trainer
+        from actors.preference import make_trainer
 
         try:
-            trainer(plan, run).fit()
+            make_trainer(plan, run).fit()
         except Exception as e:
             failures: dict[int, BaseException] = getattr(e, "worker_failures", {})
-            return next(iter(failures.values()), e)
-        return None
+            return (next(iter(failures.values())), e) if failures else (e, None)
+        return None, None
 
     def put(self, *events: Event) -> bool:
         """Returns whether to stop."""
@@ -107,6 +109,7 @@ class Shards(DataConfig):
         newest = plan.checkpoints.newest()
         source, place = Source.of(plan.cfg, plan.model), plan.cfg.placement
         encoders = -(-place.encoders // world_size) if name == "train" else 1
+        encode_cpus = 0.0 if plan.cfg.is_elastic else place.encode_cpus  # elastic workers may take every CPU there is
         pairs = {"train": plan.pairs, "held_out": plan.held_out, "all": (*plan.pairs, *plan.held_out)}[name]
         samples = ray.put([pair.sample for pair in pairs])
         shards = []
@@ -115,6 +118,6 @@ class Shards(DataConfig):
                 order = [i for _, i in plan.items(rank, world_size, newest.step if newest else 0)]
             else:
                 order = list(range(rank, len(pairs), world_size))
-            stream = prompt_stream(samples, order, source, encoders, place.encode_cpus).iterator() if order else None
+            stream = prompt_stream(samples, order, source, encoders, encode_cpus).iterator() if order else None
             shards.append({name: stream})
         return shards

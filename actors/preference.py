@@ -22,6 +22,7 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.numpy import load_file, save_file
 
 from actors.pairs import Event, PreferencePlan, Shards, TrainingRun
@@ -51,7 +52,10 @@ class PreferenceTraining:
         if not plan.cfg.placement.gpus:
             require_compiler()
         self._plan = plan
-        self._run = ray.remote(num_cpus=0, concurrency_groups={"fit": 1})(TrainingRun).remote()
+        # Ray Train looks for checkpoints where it runs: on the machine of the run folder.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1}, scheduling_strategy=here)(TrainingRun)
+        self._run = actor.remote()
 
     def stop(self) -> None:
         """Ask the workers to end after the step under way, with a checkpoint."""
@@ -61,7 +65,8 @@ class PreferenceTraining:
         """
         Raises:
             UserError: of a worker.
-            RuntimeError: the workers failed more often than `dpo.max_failures`.
+            Exception: that of a worker, after more failures than `dpo.max_failures`; what Ray Train says of all workers
+                is its cause.
         """
         try:
             end = self._run.fit.remote(self._plan, self._run)
@@ -80,22 +85,23 @@ class PreferenceTraining:
                     if kind == "user error":
                         raise UserError(content)
                     yield kind, content
-            if (error := ray.get(end)) is not None:
-                raise error
+            error, cause = ray.get(end)
+            if error is not None:
+                raise error from cause
         finally:
             ray.kill(self._run)
 
     def _silence(self, seconds: float) -> str:
         return (
-            f"nothing from the workers for {seconds:.0f} s; they may wait for room: beside placement.trainer_cpus for "
-            f"each, encoders need placement.encode_cpus. See `ray status` and {self._plan.folder / 'logs'}"
+            f"nothing from the workers for {seconds:.0f} s; they may wait for room: placement.trainer_cpus for each, "
+            f"placement.encode_cpus for each encoder. See `ray status` and {self._plan.folder / 'logs'}"
         )
 
 
 # --- in the actor that runs Ray Train ---------------------------------------------------------------------------------
 
 
-def trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
+def make_trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
     """Ray Train's part: starts the workers, and starts them anew."""
     cfg = plan.cfg
     least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers or cfg.placement.trainer_workers
@@ -298,8 +304,9 @@ class Worker:
         frozen = self._load_frozen()
         own: Scores = {}
         rows = self._rows("all")
-        while chunk := self._groups(itertools.islice(rows, 64), pairs):
-            for group, scores in zip(chunk, self._score(frozen, chunk), strict=True):
+        while chunk := list(itertools.islice(rows, 64)):
+            groups = self._groups(iter(chunk), pairs)  # none where all their clips are bad
+            for group, scores in zip(groups, self._score(frozen, groups) if groups else [], strict=True):
                 own[group.prompt.sample_id] = scores
         parts: list[Scores] = [{}] * self.world
         dist.all_gather_object(parts, own)

@@ -135,6 +135,8 @@ def compare(folder: Path, rounds: int) -> dict[str, float]:
             ratio = median_ratio(seconds[name], seconds["shared"])
             command = [sys.executable, "-m", "benchmarks.shared_prefix", "--peak", str(folder), name, str(length)]
             peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            if name != "packed 1":
+                result[f"peak_mib_{name}_{length}"] = peak
             print(f"{group.prompt.length:8d} {name:>10} {value:9.3f} {ratio:7.2f} {peak:9.0f}", flush=True)
     return dict(sorted(result.items()))
 

@@ -2,9 +2,10 @@
 
 Clips whose five qualities are set: noise (visual quality), flicker (temporal consistency), way travelled (dynamic
 degree), the colour that the prompt names (text-to-video alignment), jumps across the picture (factual consistency). A
-tiny model learns to say what is seen (as the models that VideoScore starts from can), and is then trained by `rlvid
-reward-model`, once as regression and once as text, each clip with its own prompt and with another clip's. Then: rank
-correlation on clips that were held out, and for how many of them the alignment falls when the prompt is swapped.
+tiny model learns to say what is seen, and whether a given thing is (as the models that VideoScore starts from can).
+It is then trained by `rlvid reward-model`, once as regression and once as text, each clip with its own prompt and
+with another clip's. Then: rank correlation on clips that were held out, and for how many of them the alignment falls
+when the prompt is swapped.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rlvid.video.synth import FPS, Figure, Frames, render, write_mp4
 
 SIZE, FRAMES = 56, 8
 GRAIN = 7  # pixels of a grain of noise
-QUESTION = "What is seen?"
+QUESTION, IS_SEEN = "What is seen?", "Is {} seen?"
 COLOURS = ("red", "blue")  # of four, a model this small begins to see a match after 700 steps, of two after 100
 NOISE = (50.0, 26.0, 12.0, 0.0)  # standard deviation, of grey levels; by score 1 to 4, as below
 FLICKER = (45.0, 25.0, 12.0, 0.0)  # grey levels by which frames are lighter and darker in turns
@@ -69,7 +70,7 @@ def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
 
 def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Write `n` clips and two manifests: `<split>.jsonl` has every clip twice, with its prompt and with another's;
-    `<split>_seen.jsonl` asks what is seen."""
+    `<split>_seen.jsonl` asks what is seen, and whether that and another thing is."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(n):
@@ -78,7 +79,9 @@ def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> lis
         write_mp4(folder / video, frames, FPS)
         rows.append({"id": f"{split}-{i}", "video": video, "prompt": prompt, "labels": labels, "source": "annotated"})
     both = [{**row, "question": row["prompt"], "answer": ""} for row in (*rows, *mismatch(rows, 1.0, rng))]
-    seen = [{"id": r["id"], "video": r["video"], "question": QUESTION, "answer": r["prompt"]} for r in rows]
+    asked = [(row, QUESTION, row["prompt"]) for row in rows]
+    asked += [(r, IS_SEEN.format(r["prompt"]), "yes" if r["labels"][ALIGNMENT] == 4 else "no") for r in both]
+    seen = [{"id": f"{r['id']} {q}", "video": r["video"], "question": q, "answer": a} for r, q, a in asked]
     for name, kept in ((split, both), (f"{split}_seen", seen)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     return both
@@ -87,7 +90,7 @@ def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> lis
 def make_base(folder: Path) -> Path:
     """A tiny random model whose tokenizer knows the words of prompts and scores."""
     words = [f"a {colour} ball" for colour in COLOURS] + [f"{name}: {i}" for name in DIMS for i in range(1, 5)]
-    make_tiny(folder / "model", TinyModelConfig(), [QUESTION, *words * 10], seed=0)
+    make_tiny(folder / "model", TinyModelConfig(), [QUESTION, IS_SEEN, "yes no", *words * 10], seed=0)
     return folder / "model"
 
 
@@ -103,12 +106,12 @@ def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: 
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def train(folder: Path, kind: str, model: Path, steps: int) -> dict[str, Any]:
+def train(folder: Path, kind: str, model: Path, steps: int, seed: str) -> dict[str, Any]:
     """Train a reward model of this kind; its result on the held-out clips."""
     data = (f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}")
     how = (f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=32", "train.schedule=cosine")
-    how += ("train.warmup_steps=150",)  # with 30, some seeds forget to see while they learn to write scores
-    return run("reward-model", folder, kind, model, steps, *data, *how)
+    how += ("train.warmup_steps=150",)  # with 30, some seeds unlearn to see while they learn to write scores
+    return run("reward-model", folder, kind, model, steps, seed, *data, *how)
 
 
 def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
@@ -133,8 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=1500, help="training clips")
     parser.add_argument("--eval", type=int, default=150, help="held-out clips")
-    parser.add_argument("--captions", type=int, default=60, help="steps on what is seen, before both")
-    parser.add_argument("--steps", type=int, default=450, help="optimizer steps of the regression")
+    parser.add_argument("--captions", type=int, default=100, help="steps on what is seen, before both")
+    parser.add_argument("--steps", type=int, default=550, help="optimizer steps of the regression")
     parser.add_argument("--text-steps", type=int, default=650, help="optimizer steps of the generation")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -144,14 +147,15 @@ def main() -> None:
         rng = np.random.default_rng(options.seed)
         make_data(folder, "train", options.train, rng)
         held_out = make_data(folder, "eval", options.eval, rng)
-        asked = (f"data.train={folder / 'train_seen.jsonl'}", "train.batch_size=32")
+        seed = f"seed={options.seed}"
+        asked = (seed, f"data.train={folder / 'train_seen.jsonl'}", "train.batch_size=32")
         base = make_base(folder)
         if options.captions:
             run("sft", folder, "captions", base, options.captions, *asked)
             base = folder / "captions" / "policy"
-        regression = train(folder, "regression", base, options.steps)
+        regression = train(folder, "regression", base, options.steps, seed)
         share = swapped_share(folder, folder / "regression" / "policy", held_out)
-        generation = train(folder, "generation", base, options.text_steps)
+        generation = train(folder, "generation", base, options.text_steps, seed)
     finish(
         {
             "spearman_regression": (regression["spearman"] or 0.0) / 100,  # null where nothing was learned

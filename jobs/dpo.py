@@ -86,7 +86,8 @@ def train_preferences(
     training = PreferenceTraining(plan)
     session.console.phase(f"preferences ({cfg.dpo.loss})", cfg.train.steps, 0)
     last: dict[str, float] = {}
-    done = 0
+    logged = session.folder.read_metrics() if tracker else []
+    done, evaluated = 0, max((row["step"] for row in logged if "eval/accuracy" in row), default=-1)
     with session.interruptible(training.stop):
         for kind, content in training.events():
             if kind == "started":
@@ -110,6 +111,9 @@ def train_preferences(
                 step = content.pop("step")
                 last |= {"eval/accuracy_before": content["eval/accuracy"]} if step == 0 else {}
                 last |= content
+                if step <= evaluated:  # done again, as above
+                    continue
+                evaluated = step
                 if tracker:
                     tracker.log(step, content)
                 session.console.evaluation(step, content)
@@ -120,7 +124,7 @@ def train_preferences(
                 session.clips.count(*content)
             elif kind == "note":
                 session.console.message(content)
-    session.end_if_interrupted()
+    session.end_if_interrupted(plan.checkpoints)
     part = metrics_file.with_suffix(".part")
     part.write_text(json.dumps(last))
     part.replace(metrics_file)

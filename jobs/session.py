@@ -28,6 +28,7 @@ from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
+from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.report import write_report
 from rlvid.reporting.run_folder import RunFolder
@@ -199,11 +200,15 @@ class Session:
             "report": str(self.folder.report_file),
         }
 
-    def end_if_interrupted(self) -> None:
-        """After Ctrl-C: say how to go on, and end."""
+    def end_if_interrupted(self, checkpoints: Checkpoints | None = None) -> None:
+        """After Ctrl-C: say how to go on, and end.
+
+        Args:
+            checkpoints: of what was interrupted; None: the run's own.
+        """
         if not self.interrupted:
             return
-        newest = self.folder.checkpoints.newest()
+        newest = (checkpoints or self.folder.checkpoints).newest()
         where = (
             f"goes on from the last checkpoint, {newest.path}" if newest else "starts again, there is no checkpoint yet"
         )

@@ -146,7 +146,7 @@ class Trial(tune.Trainable):
             *sections, name = key.split(".")
             section = config
             for part in sections:
-                section = section[part]
+                section = section[int(part) if isinstance(section, list) else part]
             section[name] = value
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         self._n_seen = sum(self._plan.metric in row for row in read_lines(self.run_dir / "metrics.jsonl"))
@@ -166,7 +166,7 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
     _keep_config(folder, cfg)
     console = Console()
     overrides = (*cfg.overrides, *_shared(folder, cfg, base, console))
-    plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.train.steps)
+    plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.last_step)
     start_ray()
     try:
         with console:
@@ -225,7 +225,7 @@ def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
 def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
     """A synthetic set is made once for all trials, and for DPO the tiny model that knows its words."""
     data, tiny = base.data, base.model.tiny
-    if data.train is not None or data.synthetic is None:
+    if data.train is not None or data.synthetic is None or any(key.startswith("data.") for key in cfg.space):
         return ()
     console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
     train, held_out = make_synthetic(folder / "data", data.synthetic, base.seed)
@@ -233,7 +233,7 @@ def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console)
     if is_dpo:
         train, held_out = pairs_of(train), pairs_of(held_out)
     overrides = [f"data.train={train}", *([] if data.eval else [f"data.eval={held_out}"])]
-    is_searched = any(key == "seed" or key.startswith(("model.", "data.")) for key in cfg.space)
+    is_searched = any(key == "seed" or key.startswith("model.") for key in cfg.space)
     if is_dpo and tiny is not None and base.model.path is None and not is_searched:
         model = folder / "model"
         if not model.exists():

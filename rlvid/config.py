@@ -388,7 +388,7 @@ class IsrtConfig(Section):
     """Training samples of an iteration, drawn by `seed`; empty: all."""
     epochs: float | None = Field(None, gt=0)
     """Passes over an iteration's pairs in its DPO, whose number is not known before (LLaVA-Hound: 3). Empty:
-    `train.steps` steps."""
+    `train.steps` steps, which otherwise count for nothing."""
     context_tokens: int = Field(256, ge=1)
     """Longest visual context, tokens."""
     context_temperature: float = Field(0.0, ge=0)
@@ -526,6 +526,11 @@ class JobConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     placement: PlacementConfig = PlacementConfig()
 
+    @property
+    def last_step(self) -> int:
+        """The `step` of a whole run's last metrics."""
+        return self.train.steps
+
     @model_validator(mode="after")
     def _responses_fit(self) -> JobConfig:
         if self.rollout.max_tokens >= self.rollout.max_model_len:
@@ -580,6 +585,10 @@ class DpoJobConfig(JobConfig):
 
     dpo: DpoConfig = DpoConfig()
 
+    @property
+    def is_elastic(self) -> bool:
+        return (self.dpo.max_workers or 0) > self.placement.trainer_workers
+
     @model_validator(mode="after")
     def _workers_have_work(self) -> DpoJobConfig:
         _check_dpo_workers(self.dpo, self.train, self.placement)
@@ -610,11 +619,17 @@ class IsrtJobConfig(JobConfig):
     dpo: DpoConfig = DpoConfig()
     isrt: IsrtConfig = IsrtConfig()
 
+    @property
+    def last_step(self) -> int:
+        return self.isrt.iterations
+
     def dpo_job(self, iteration: int, n_pairs: int) -> DpoJobConfig:
         """Step 4 of an iteration as a job of its own, with another order of its pairs in each."""
         train = self.train
         if self.isrt.epochs is not None:
-            train = train.model_copy(update={"steps": math.ceil(self.isrt.epochs * n_pairs / train.batch_size)})
+            steps = math.ceil(self.isrt.epochs * n_pairs / train.batch_size)
+            warmup = min(train.warmup_steps, max(steps - 1, 0))
+            train = train.model_copy(update={"steps": steps, "warmup_steps": warmup})
         shared = {name: getattr(self, name) for name in DpoJobConfig.model_fields}
         return DpoJobConfig(**shared | {"seed": self.seed + iteration, "train": train})
 
@@ -735,12 +750,15 @@ class TuneJobConfig(Section):
     """asha: stops trials that lag behind at each rung (arXiv 1810.05934). pbt: weak trials take over weights and, with
     changes, values of strong ones (arXiv 1711.09846). none: all run to their end."""
     grace_steps: int = Field(10, ge=1)
-    """asha: first step at which a trial may be stopped. pbt: steps between two changes."""
+    """asha: first step at which a trial may be stopped. pbt: steps between two changes. The step of a job's metrics; of
+    isrt an iteration."""
     reduction_factor: float = Field(2.0, gt=1)
     """asha: of the trials at a rung one in so many goes on; each rung lies so many times as far as the last."""
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> TuneJobConfig:
+        if self.job == "isrt" and self.scheduler == "pbt":
+            raise ValueError("population based training takes over checkpoints between steps, isrt has iterations")
         if not self.space:
             raise ValueError("space is empty: name at least one key of the job and where its values are drawn from")
         if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):

@@ -13,6 +13,7 @@ compare two words after some hundred steps, without it not after a thousand.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def make_lessons(manifest: Path) -> Path:
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     rng = np.random.default_rng(len(rows))
     lessons = [lesson for i, row in enumerate(rows) for lesson in _lessons_on(row, rows, i % ANSWERED == 0, rng)]
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # trials of a sweep may come here together
     part.write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
     part.replace(path)
     return path

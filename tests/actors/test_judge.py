@@ -163,6 +163,14 @@ def test_a_server_that_hangs_costs_its_deadline_and_no_more(serve: Callable[[Rep
     assert 0.2 < time.monotonic() - begin < 5 and judge.counters["failed"] == 1 and len(server.requests) > 2
 
 
+def test_a_server_that_is_down_is_not_waited_for_again_and_again(tmp_path: Path) -> None:
+    judge = judge_at("http://127.0.0.1:9", tmp_path / "cache.jsonl", invalid=0.5, deadline_s=1.2)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"80 of 80 verdicts.*The first one: ConnectError"):
+        judge.compare([pair(f"p{i}", one=f"a dog runs {i}") for i in range(80)])
+    assert time.monotonic() - begin < 6  # 160 questions, four at a time, would take 48 s
+
+
 def test_a_server_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
     judge = judge_at("http://127.0.0.1:9", tmp_path / "cache.jsonl", invalid=1.0, deadline_s=0.1)
     assert judge.compare([pair("a")])[0].verdict.state == "failed"

@@ -102,9 +102,9 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
 
 
 def test_workers_follow_the_cluster(config: Path) -> None:
-    """On a head with room for one worker; then a second node comes."""
+    """On a head with room for one worker and nothing else; then a second node comes."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
-    options = ("dpo={max_workers: 2, resize_interval_s: 2}", "placement.trainer_cpus=1.5", "train.steps=100000")
+    options = ("dpo={max_workers: 2, resize_interval_s: 2}", "placement.trainer_cpus=2", "train.steps=100000")
     run, out = config.parent / "elastic", config.parent / "elastic.out"  # more steps than a pipe holds lines
     with out.open("w") as stdout:
         process = start(

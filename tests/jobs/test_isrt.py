@@ -75,7 +75,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def endpoint() -> Iterator[SimpleNamespace]:
     """A judge that prefers the response with the larger hash, whatever the order."""
-    state = SimpleNamespace(asked=0, pause_s=0.0)
+    state = SimpleNamespace(asked=0, pause_s=0.0, is_down=False)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -85,6 +85,9 @@ def endpoint() -> Iterator[SimpleNamespace]:
                 hashlib.sha256(re.findall(rf"<response_{i}> (.*?) </response_{i}>", text, re.DOTALL)[0].encode())
                 for i in (1, 2)
             )
+            if state.is_down:
+                self.send_error(503)
+                return
             time.sleep(state.pause_s)
             state.asked += 1
             choice = 1 if one.digest() > two.digest() else 2
@@ -111,7 +114,7 @@ def endpoint() -> Iterator[SimpleNamespace]:
 def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(layers=1, train=24, folder=tmp_path))
-    judge = f"{{backend: endpoint, url: '{endpoint.url}', model: judge-1, concurrency: 1}}"
+    judge = f"{{backend: endpoint, url: '{endpoint.url}', model: judge-1, concurrency: 1, deadline_s: 3}}"
     shared = (f"isrt.judge={judge}", "isrt.context_tokens=12", "isrt.iterations=1", "train.steps=12")
 
     whole = tmp_path / "whole"
@@ -140,7 +143,11 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
         assert 3 <= count(stage) < len(rows_of(files[stage])), f"not killed within the {stage}"
         with (folder / f"{stage}.jsonl").open("a") as file:
             file.write('{"id": "train-0000')  # what a kill in mid-write leaves
-    endpoint.pause_s = 0.0
+    endpoint.pause_s, endpoint.is_down, judged_before = 0.0, True, count("judgements")
+    out, err = (down := start(config, *arguments, "isrt.chunk_size=8")).communicate(timeout=600)
+    assert down.returncode == 2 and "HTTP 503" in err and "judge-1" in err, out + err
+    assert count("judgements") <= judged_before  # a torn line is cut, nothing is written without an answer
+    endpoint.is_down = False
     kill_when(start(config, *arguments), lambda: any(folder.glob("checkpoints/step_[1-9]*")))
     assert not (folder / "model").exists()
     asked = endpoint.asked

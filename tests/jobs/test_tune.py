@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from jobs.tune import Plan, _row
+from jobs.tune import Plan, Trial, _row
 from rlvid.reporting.sweep import TrialRow
 from tests.jobs.test_dpo import CONFIG
 from tests.jobs.test_runs import ROOT, finish, wait_for
@@ -84,6 +84,22 @@ def test_a_trial_counts_as_far_as_tune_let_it_come(tmp_path: Path) -> None:
     assert (whole.is_stopped, whole.step, whole.value) == (False, 40, 0.4)
 
 
+def test_a_trial_takes_over_a_run_with_its_own_values(tmp_path: Path) -> None:
+    """What population based training does; the key of a list's item among them."""
+    run = tmp_path / "checkpoint" / "run"
+    run.mkdir(parents=True)
+    config = {"run": {"dir": "other"}, "rewards": [{"kind": "exact", "weight": 1.0}], "grpo": {"kl_coef": 0.0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "metrics.jsonl").write_text('{"step": 5, "eval/accuracy": 0.5}\n{"step": 6, "loss": 1.0}\n')
+    trial = object.__new__(Trial)
+    trial._plan = Plan("jobs.grpo", tmp_path, (), "eval/accuracy", tmp_path, tmp_path, steps=40)
+    trial._values, trial.run_dir = {"rewards.0.weight": 0.3, "grpo.kl_coef": 0.1}, tmp_path / "mine"
+    trial.load_checkpoint(str(tmp_path / "checkpoint"))
+    changed = yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())
+    assert changed["rewards"] == [{"kind": "exact", "weight": 0.3}] and changed["grpo"] == {"kl_coef": 0.1}
+    assert changed["run"]["dir"] == str(tmp_path / "mine") and trial._n_seen == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -93,6 +109,7 @@ def test_a_trial_counts_as_far_as_tune_let_it_come(tmp_path: Path) -> None:
         (["overrides=[dpo.beta=0.3]"], "dpo.beta stands in overrides and in space"),
         (["search=optuna", "space.train.lr={grid: [1.0]}"], "Optuna takes no grid"),
         (["overrides=[dpo.loss=nonsense]"], "dpo.loss"),
+        (["job=isrt", "scheduler=pbt"], "isrt has iterations"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused(
