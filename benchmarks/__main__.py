@@ -1,8 +1,8 @@
 """`python -m benchmarks [NAME ...]`: run the benchmarks one after another and write their figures into
 docs/performance.md, the machine named. Without names, all of them.
 
-Figures of benchmarks that are not run stay as they were; one that fails leaves its row empty. The exit code is then 1, as
-where a figure misses its bound.
+Figures of benchmarks that are not run stay as they were; one that fails leaves its row empty. The exit code is 1
+then, and where a figure misses its bound.
 """
 
 from __future__ import annotations

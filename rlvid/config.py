@@ -62,6 +62,8 @@ class ModelConfig(Section):
     """Make a tiny random model where `path` is empty."""
     lora: LoraConfig | None = None
     """Train adapters instead of the whole model."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is; what projects its features into the language model is trained all the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and activations. float32 on CPU (bfloat16 dies with SIGILL on many), bfloat16 on GPU."""
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import rlvid.config
+from jobs.cli import JOBS
 from rlvid.config import GrpoJobConfig, RewardPartConfig, SftJobConfig
 from rlvid.config_file import dump_config, load_config
 from rlvid.errors import UserError
@@ -257,3 +259,20 @@ def test_folder_and_binary_file_are_errors(config_path: Path) -> None:
 
 def test_unknown_home_is_an_error(config_path: Path) -> None:
     assert mistake(config_path, "run.dir=~no_such_person/x").startswith("run.dir: no home folder for")
+
+
+SHIPPED = {
+    "demo": "grpo",
+    "dpo_demo": "dpo",
+    "dpo_llava_hound": "dpo",
+    "isrt_demo": "isrt",
+    "videoscore": "reward-model",
+}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_config_is_one_of_its_job(path: Path) -> None:
+    job = SHIPPED.get(path.stem, "tune")
+    load_config(getattr(rlvid.config, JOBS[job].config), path, [])

@@ -52,6 +52,14 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     return model
 
 
+def freeze_tower(network: nn.Module) -> None:
+    """Train nothing of the vision tower but its projection (Qwen-VL's `merger`, elsewhere a module of its own)."""
+    for tower in ("visual", "vision_model", "video_tower"):
+        for name, parameter in getattr(network.model, tower, nn.Module()).named_parameters():
+            if "merger" not in name:
+                parameter.requires_grad_(False)
+
+
 class _PatchProjection(nn.Module):
     """A convolution whose stride is its kernel is one matrix product, under the same parameter names.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
-from rlvid.models.loading import load_model
+from rlvid.models.loading import freeze_tower, load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
@@ -86,6 +86,8 @@ class Learner:
         self.lora = model.lora
         if self.lora:
             add_adapters(self.policy.network, self.lora)
+        if model.freeze_vision:
+            freeze_tower(network)
         if rubric and rubric.has_head:
             self.policy = PackedScorer(network, family, rubric)
             if (folder / RUBRIC_FOLDER / HEAD_FILE).exists():
