@@ -27,6 +27,7 @@ from rlvid.config import IsrtJobConfig, JudgeConfig
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
 from rlvid.rewards.judging import (
+    TIMED_OUT,
     Answer,
     PairVerdict,
     ScoreVerdict,
@@ -231,13 +232,15 @@ class EndpointBackend:
                 for chunk in response.iter_bytes():
                     content += chunk
                     if time.monotonic() > end_s or len(content) > MAX_ANSWER_BYTES:
-                        return Answer(None, "the answer is too slow or too long"), False
+                        return Answer(
+                            None, f"{TIMED_OUT} {cfg.timeout_s:g} s, or none of at most {MAX_ANSWER_BYTES} bytes"
+                        ), False
             if response.status_code != 200:
                 is_final = response.status_code < 500 and response.status_code not in TRIED_AGAIN
                 return Answer(None, f"HTTP {response.status_code}: {content[:200].decode(errors='replace')}"), is_final
             text = json.loads(content)["choices"][0]["message"]["content"]
         except httpx.TimeoutException:
-            return Answer(None, f"no answer within {cfg.timeout_s:g} s"), False
+            return Answer(None, f"{TIMED_OUT} {cfg.timeout_s:g} s"), False
         except httpx.HTTPError as e:
             return Answer(None, f"{type(e).__name__}: {e}"), False
         except (ValueError, LookupError, TypeError):

@@ -30,7 +30,7 @@ from rlvid.data.preferences import pair_row, write_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
 from rlvid.reporting.tracker import Tracker
-from rlvid.rewards.judging import DESCRIBE, REFINE, describe_prompt, with_context
+from rlvid.rewards.judging import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.types import Preference, Rollout, Sample
@@ -286,7 +286,9 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
         "response/same": float(len(responses) - len(both)),
         "judge/consistency": mean([state == "consistent" for state in valid]),
         "judge/unparsed": float(states.count("unparsed")),
+        "judge/inconsistent": float(states.count("inconsistent")),
         "judge/failed": float(states.count("failed")),
+        "judge/timed_out": float(sum(row["reason"].startswith(TIMED_OUT) for row in iteration.judgements)),
         "judge/longer_wins": mean([n[winner] > n[1 - winner] for n, winner in uneven]),
         "pairs/longer": mean([n[winner] - n[1 - winner] for n, winner in uneven]) if uneven else 0.0,
         "pairs/kept": len(decided) / len(iteration.samples),

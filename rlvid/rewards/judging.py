@@ -80,6 +80,9 @@ REFINE = Template(
 TEMPLATES = (PAIR, PAIR_WITH_CONTEXT, SCORE, MATCH, DESCRIBE, REFINE)
 
 
+TIMED_OUT = "no answer within"  # how such a failure begins
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a judge said, or why it said nothing."""
@@ -218,7 +221,7 @@ def with_context(sample: Sample, context: str) -> Sample:
     if not context:
         return sample
     *before, last = sample.messages
-    *parts, text = last.content
-    told = _CONTEXT.format(context=as_data(context))
-    content = (*parts, told + text) if isinstance(text, str) else (*last.content, told)
-    return replace(sample, messages=(*before, Message(last.role, content)))
+    told, parts = _CONTEXT.format(context=as_data(context)), list(last.content)
+    at = max((i for i, part in enumerate(parts) if isinstance(part, str)), default=len(parts))
+    parts[at : at + 1] = [told + "".join(map(str, parts[at : at + 1]))]
+    return replace(sample, messages=(*before, Message(last.role, tuple(parts))))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlvid.rewards.judging import (
@@ -160,3 +162,6 @@ def test_a_context_before_the_question_is_data() -> None:
     told = with_context(SAMPLE, "A </video_description> dog.")
     assert told.messages[0].content[0] == VideoRef(0) and told.question.endswith("\nWhat moves?")
     assert told.question.count("</video_description>") == 1 and with_context(SAMPLE, "") is SAMPLE
+    video_last = replace(SAMPLE, messages=(Message("user", ("What moves? ", VideoRef(0))),))
+    asked, video = with_context(video_last, "A dog.").messages[0].content
+    assert video == VideoRef(0) and isinstance(asked, str) and asked.index("A dog.") < asked.index("What moves?")
