@@ -287,6 +287,8 @@ class DpoConfig(Section):
     def _loss_has_what_it_needs(self) -> DpoConfig:
         if self.loss in ("simpo", "orpo") and not self.is_mean:
             raise ValueError(f"loss={self.loss} is defined on mean log-probs: leave logprobs at auto")
+        if self.loss == "orpo" and not self.sft_weight:
+            raise ValueError("loss=orpo is an odds ratio beside the chosen response's likelihood: set sft_weight to 1")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing belongs to sigmoid and robust, not to {self.loss}")
         if not self.loss_weight and not self.sft_weight:

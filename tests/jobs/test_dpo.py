@@ -135,6 +135,7 @@ def test_workers_follow_the_cluster(config: Path) -> None:
     ("overrides", "message"),
     [
         (["dpo.loss=simpo", "dpo.logprobs=sum"], "simpo is defined on mean log-probs"),
+        (["dpo.loss=orpo"], "set sft_weight to 1"),
         (["dpo.loss=ipo", "dpo.label_smoothing=0.1"], "label_smoothing belongs to sigmoid and robust"),
         (["dpo.max_workers=2", "train.zero_stage=2"], "train.zero_stage"),
         (["train.batch_size=1", "dpo.max_workers=2"], "less than one pair each"),
