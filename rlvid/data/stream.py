@@ -10,8 +10,9 @@ Resuming needs no state but (seed, epoch, offset), because the order of an epoch
 from __future__ import annotations
 
 import pickle
+import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from rlvid.video.cache import FrameCache
 from rlvid.video.clips import ClipReader
 from rlvid.video.watchdog import ends_process_after
 
+READER_TIMEOUT_S = 10.0  # for a thread of Ray Data to see that its stream was closed
 MAX_LOST_BLOCKS = 4  # blocks that Ray loses (a lost machine) before the stream stops
 ROWS_PER_BLOCK = 16
 ROWS_PER_BLOCK_WITH_FRAMES = 4  # about 40 MB; 4 a block kept 256 MB of shared memory in use, 16 a block 806 MB
@@ -101,8 +103,13 @@ class ClipStream:
         if not order:
             return
         references = [{"offset": offset + i, "videos": list(self._samples[s].videos)} for i, s in enumerate(order)]
-        for row, sample_index in zip(_fill_gaps(self._run(references), references), order, strict=True):
-            yield self._finish(row, self._samples[sample_index])
+        rows = _fill_gaps(self._run(references), references)
+        try:
+            for row, sample_index in zip(rows, order, strict=True):
+                yield self._finish(row, self._samples[sample_index])
+        finally:
+            rows.close()
+            _join_readers()
 
     def _run(self, references: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         n_blocks = -(-len(references) // self._rows_per_block)
@@ -250,7 +257,17 @@ def _unpack(pixels: npt.NDArray[np.uint8], shapes: list[list[int]]) -> tuple[npt
     )
 
 
-def _fill_gaps(rows: Iterable[dict[str, Any]], references: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _join_readers() -> None:
+    """Wait for the threads in which Ray Data reads ahead: they look every 0.1 s whether their stream was closed. One
+    that lets go of its blocks after Ray was shut down ends the process, with exit code 1."""
+    for thread in threading.enumerate():
+        if thread.name == "iter_threaded":
+            thread.join(READER_TIMEOUT_S)
+
+
+def _fill_gaps(
+    rows: Iterable[dict[str, Any]], references: Sequence[dict[str, Any]]
+) -> Generator[dict[str, Any], None, None]:
     """One row per reference, in their order: rows of blocks that Ray lost come back as bad."""
     expected = iter(references)
     for row in rows:

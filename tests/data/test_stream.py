@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ class TestWithRay:
         rows = make_stream(samples, tmp_path).epoch(0)
         first = next(rows)
         rows.close()  # type: ignore[attr-defined]
+        assert not [t for t in threading.enumerate() if t.name == "iter_threaded"]  # it would outlive Ray
         assert next(make_stream(samples, tmp_path).epoch(0)).sample == first.sample
 
     def test_frames_come_along_when_asked_for(self, clips: Path, samples: list[Sample], tmp_path: Path) -> None:
