@@ -78,6 +78,8 @@ class ClipStore:
         self._cpus = cfg.placement.encode_cpus
         options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
         self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
+        self._encoders: list[ActorHandle[Any]] = []  # all that were started
+        self._is_closing = False
         # One thread waits for one encoder: that bounds what is under way and gives each clip a deadline of its own.
         n = cfg.placement.encoders
         self._pool = ThreadPoolExecutor(n, thread_name_prefix="encode")
@@ -148,20 +150,29 @@ class ClipStore:
         return dict(zip((s.id for s in samples), self._pool.map(strip, samples), strict=True))
 
     def close(self) -> None:
+        """Stop what is under way. A thread that came back after Ray was shut down would end the process."""
+        self._is_closing = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for encoder in list(self._encoders):
+            ray.kill(encoder)
+        self._pool.shutdown(wait=True)
 
     @contextmanager
     def _encoder(self) -> Iterator[ActorHandle[Any]]:
         """An encoder for one call; one that died or hangs is stopped, and a new one takes its place."""
-        encoder = self._free.get() or self._new_encoder()
+        encoder = self._free.get()
+        if encoder is None:
+            encoder = self._new_encoder()
+            self._encoders.append(encoder)
+        kept: ActorHandle[Any] | None = encoder
         try:
             yield encoder
         except (GetTimeoutError, RayActorError):
             ray.kill(encoder)  # native code cannot be interrupted
-            encoder = self._new_encoder()
+            kept = None
             raise
         finally:
-            self._free.put(encoder)
+            self._free.put(kept)
 
     def set_aside(self, path: str, reason: str) -> None:
         """Quarantine a clip; said and written once."""
@@ -176,6 +187,8 @@ class ClipStore:
             return None
         reason = ""
         for _ in range(TRIES):
+            if self._is_closing:
+                return None
             try:
                 with self._encoder() as encoder:
                     prompt, row = encoder.encode.remote(sample, variant)
@@ -188,6 +201,8 @@ class ClipStore:
             except RayTaskError as e:
                 raise e.as_instanceof_cause() from None
         else:
+            if self._is_closing:
+                return None
             outcome = Outcome(bad=(name, reason))
         self.decodes += outcome.decodes
         self.cache_hits += outcome.cache_hits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,23 @@ def test_a_reader_that_hangs_or_crashes_costs_one_clip(
     encoded = clips.encode([*doomed, *samples])
     assert [e.sample.id for e in encoded] == [s.id for s in samples]
     assert told == {"/hang.mp4": "not read within 11 s", "/crash.mp4": "the process that read it crashed"}
+
+
+def test_closing_waits_for_no_reader_and_leaves_no_thread(
+    make: Make, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.clips.Encoder", Sleepy)
+    told: list[str] = []
+    clips = make(on_bad=lambda path, reason: told.append(path), placement={"encoders": 1})
+    clips.encode(samples[:1])
+    (thread,) = clips._pool._threads
+    under_way, waiting = clips.submit([replace(samples[1], videos=("/hang.mp4",)), samples[2]])
+    while not under_way.running():
+        time.sleep(0.01)
+    begin = time.monotonic()
+    clips.close()
+    assert time.monotonic() - begin < 10 and under_way.result() is None and waiting.cancelled() and not told
+    assert not thread.is_alive()
 
 
 def test_strips_are_small_pictures(make: Make, samples: list[Sample]) -> None:
