@@ -187,8 +187,6 @@ class ClipStore:
             return None
         reason = ""
         for _ in range(TRIES):
-            if self._is_closing:
-                return None
             try:
                 with self._encoder() as encoder:
                     prompt, row = encoder.encode.remote(sample, variant)
@@ -200,9 +198,9 @@ class ClipStore:
                 reason = "the process that read it crashed"
             except RayTaskError as e:
                 raise e.as_instanceof_cause() from None
-        else:
             if self._is_closing:
-                return None
+                return None  # stopped by us, no fault of the clip
+        else:
             outcome = Outcome(bad=(name, reason))
         self.decodes += outcome.decodes
         self.cache_hits += outcome.cache_hits

@@ -231,10 +231,10 @@ class EndpointBackend:
                 content = b""
                 for chunk in response.iter_bytes():
                     content += chunk
-                    if time.monotonic() > end_s or len(content) > MAX_ANSWER_BYTES:
-                        return Answer(
-                            None, f"{TIMED_OUT} {cfg.timeout_s:g} s, or none of at most {MAX_ANSWER_BYTES} bytes"
-                        ), False
+                    if time.monotonic() > end_s:
+                        return Answer(None, f"{TIMED_OUT} {cfg.timeout_s:g} s"), False
+                    if len(content) > MAX_ANSWER_BYTES:
+                        return Answer(None, f"an answer of more than {MAX_ANSWER_BYTES} bytes"), False
             if response.status_code != 200:
                 is_final = response.status_code < 500 and response.status_code not in TRIED_AGAIN
                 return Answer(None, f"HTTP {response.status_code}: {content[:200].decode(errors='replace')}"), is_final

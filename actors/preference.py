@@ -104,14 +104,14 @@ class PreferenceTraining:
 def make_trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
     """Ray Train's part: starts the workers, and starts them anew."""
     cfg = plan.cfg
-    least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers or cfg.placement.trainer_workers
+    least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers
     names = ["train", *(["held_out"] if plan.held_out else []), "all"]
     gpus = {"GPU": cfg.placement.gpus} if cfg.placement.gpus else {}
     return TorchTrainer(
         work,
         train_loop_config={"plan": plan, "run": run},
         scaling_config=ScalingConfig(
-            num_workers=(least, most) if most > least else least,
+            num_workers=(least, most) if most and cfg.is_elastic else least,
             use_gpu=cfg.placement.gpus > 0,
             resources_per_worker={"CPU": cfg.placement.trainer_cpus} | gpus,
             elastic_resize_monitor_interval_s=cfg.dpo.resize_interval_s,

@@ -222,6 +222,9 @@ def with_context(sample: Sample, context: str) -> Sample:
         return sample
     *before, last = sample.messages
     told, parts = _CONTEXT.format(context=as_data(context)), list(last.content)
-    at = max((i for i, part in enumerate(parts) if isinstance(part, str)), default=len(parts))
-    parts[at : at + 1] = [told + "".join(map(str, parts[at : at + 1]))]
+    texts = [i for i, part in enumerate(parts) if isinstance(part, str)]
+    if texts:
+        parts[texts[-1]] = f"{told}{parts[texts[-1]]}"
+    else:
+        parts.append(told)
     return replace(sample, messages=(*before, Message(last.role, tuple(parts))))
