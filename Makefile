@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: .venv demo bench test lint format docs lock clean help
+.PHONY: .venv demo bench test lint format docs size lock clean help
 
 # cpu or gpu; what .venv was made with, unless told otherwise
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
@@ -59,14 +59,17 @@ lint: .venv  ## check style, types, the direction of imports and docs/configurat
 	ruff format --check .
 	mypy rlvid actors
 	lint-imports
-	python -m rlvid.config_docs --check
+	python -m rlvid.config.docs --check
 
 format: .venv  ## format the code and mend what ruff can mend
 	@ruff check --fix .
 	ruff format .
 
-docs: .venv  ## write docs/configuration.md from rlvid/config.py
-	@python -m rlvid.config_docs
+docs: .venv  ## write docs/configuration.md from rlvid/config
+	@python -m rlvid.config.docs
+
+size:  ## count lines of code per room, and name the largest file, function and class
+	@python3 tests/size.py
 
 lock: .venv  ## resolve the pinned versions again
 	@compile="uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra dev"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.trainer import GroupRef
 from rlvid.algorithms.advantages import group_advantages, zero_variance_share
 from rlvid.algorithms.policy_loss import token_weights

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import ray
 from ray import ObjectRef
 
-from actors.processes import enter_process, set_threads
-from actors.weights import weight_backend
+from actors.actor_process import enter_process, set_threads
+from actors.gpu_weight_sync import weight_backend
 from rlvid.config import JobConfig
 from rlvid.training.buckets import Bucket
 from rlvid.training.shared_buckets import SharedBucket
@@ -138,7 +138,7 @@ class Generator:
 
     @ray.method(concurrency_group="weights")
     def transfer(self, step: TransferStep, *arguments: Any) -> None:
-        """A step of a transfer from GPU to GPU (`actors/weights.py`)."""
+        """A step of a transfer from GPU to GPU (`actors/gpu_weight_sync.py`)."""
         self._loop.call(lambda engine: getattr(engine, step)(*arguments))
 
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:

@@ -20,13 +20,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-from actors.clips import ClipStore, Encoded
-from actors.pool import GeneratorFleet
-from actors.team import Team
+from actors.clip_store import ClipStore, Encoded
+from actors.generator_fleet import GeneratorFleet
+from actors.roles import Team
 from rlvid.config import IsrtJobConfig, JudgeConfig
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
-from rlvid.rewards.judging import (
+from rlvid.rewards.judge_prompts import (
     TIMED_OUT,
     Answer,
     PairVerdict,

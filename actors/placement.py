@@ -24,6 +24,7 @@ from rlvid.config import (
     SftJobConfig,
 )
 from rlvid.errors import UserError
+from rlvid.rewards.videoscore import Rubric
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
 
 def roles_of(cfg: JobConfig) -> tuple[str, ...]:
     """The roles that a job starts. No reference model without a KL term, nor with adapters: the trainer is it then."""
-    if isinstance(cfg, SftJobConfig | DpoJobConfig) or (isinstance(cfg, RewardModelJobConfig) and cfg.rubric.has_head):
+    if isinstance(cfg, SftJobConfig | DpoJobConfig) or (
+        isinstance(cfg, RewardModelJobConfig) and Rubric.of(cfg).has_head
+    ):
         return ("trainer",)
     scorer = ("scorer",) if any(part.kind == "model" for part in cfg.rewards) else ()
     if isinstance(cfg, EvalJobConfig):

@@ -13,8 +13,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.actor_process import enter_process
 from actors.placement import Placement, Slot
-from actors.processes import enter_process
 from rlvid.config import JobConfig, RewardPartConfig
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric

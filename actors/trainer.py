@@ -18,12 +18,13 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from actors.actor_process import enter_process, require_compiler
 from actors.generator import SentBucket
+from actors.gpu_weight_sync import WeightSender, weight_backend
 from actors.placement import Placement, Slot
-from actors.processes import enter_process, require_compiler
-from actors.weights import WeightSender, weight_backend
 from rlvid.config import JobConfig, RewardModelJobConfig
 from rlvid.errors import UserError
+from rlvid.rewards.videoscore import Rubric
 from rlvid.training.buckets import Bucket
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import Group, Responses
@@ -83,7 +84,7 @@ class TrainerRank:
             "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
         )
         self._checkpoint, self._cfg = folder, cfg
-        rubric = cfg.rubric if isinstance(cfg, RewardModelJobConfig) else None
+        rubric = Rubric.of(cfg) if isinstance(cfg, RewardModelJobConfig) else None
         self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, cfg.rollout.temperature, rubric)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.preference import pair_group
+from actors.supervised_worker import pair_group
 from benchmarks.grpo_vs_trl import frames_of
 from benchmarks.harness import finish, median_ratio, medians
 from benchmarks.tiny import QUESTION, TEXTS, tiny_model
@@ -40,9 +40,9 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
+from rlvid.training.micro_batches import score
 from rlvid.training.objectives import Preferred
 from rlvid.training.packing import Group, PackedPolicy, pack
-from rlvid.training.rows import score
 from rlvid.types import Clip, Message, Preference, Sample, VideoRef
 
 N_PAIRS, LR, BETA, WARMUP = 4, 1e-5, 0.1, 1

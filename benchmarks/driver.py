@@ -41,12 +41,12 @@ import numpy as np
 import psutil
 import ray
 
-import actors.clips
-import actors.pool
+import actors.clip_store
+import actors.generator_fleet
 import actors.trainer
 from actors.batch import advantages_of, summarize
-from actors.clips import ClipStore, Outcome, Source
-from actors.team import Team
+from actors.clip_store import ClipStore, Outcome, Source
+from actors.roles import Team
 from benchmarks.harness import finish, machine, medians
 from benchmarks.tiny import tiny_model, video_sample
 from jobs.grpo import optimize
@@ -240,8 +240,8 @@ def measure(replicas: int, rounds: int) -> dict[int, dict[str, Any]]:
             _system_config={"worker_maximum_startup_concurrency": 18},  # else it warns of many processes, many times
         )
         stack.callback(ray.shutdown)
-        stack.enter_context(mock.patch.object(actors.clips, "Encoder", InstantEncoder))
-        stack.enter_context(mock.patch.object(actors.pool, "Generator", InstantGenerator))
+        stack.enter_context(mock.patch.object(actors.clip_store, "Encoder", InstantEncoder))
+        stack.enter_context(mock.patch.object(actors.generator_fleet, "Generator", InstantGenerator))
         stack.enter_context(mock.patch.object(actors.trainer, "TrainerRank", InstantTrainer))
         step = Steps(replicas, model, Path(tmp), stack)
         pin(os.getpid(), {first})

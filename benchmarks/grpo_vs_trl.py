@@ -35,11 +35,11 @@ import numpy as np
 import ray
 import torch
 
+from actors.actor_process import start_ray
 from actors.batch import advantages_of
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.placement import roles_of
-from actors.processes import start_ray
-from actors.team import Team
+from actors.roles import Team
 from benchmarks.harness import finish, median_ratio, medians
 from benchmarks.tiny import QUESTION, tiny_model
 from jobs.grpo import optimize

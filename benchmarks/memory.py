@@ -174,12 +174,12 @@ def demo(folder: Path) -> dict[str, float]:
 
 
 def prompt(folder: Path) -> dict[str, float]:
-    from actors.clips import ClipStore
-    from actors.team import Team
+    from actors.clip_store import ClipStore
+    from actors.roles import Team
     from rlvid.config import GrpoJobConfig, SyntheticConfig, TinyModelConfig
     from rlvid.data.manifest import load_manifest
     from rlvid.models.tiny import make_tiny
-    from rlvid.video.synth import make_synthetic
+    from rlvid.synthetic.moving_shapes import make_synthetic
 
     manifest, _ = make_synthetic(folder / "data", SyntheticConfig(train=32, eval=1), seed=0)
     samples = load_manifest(manifest, None, None, "")
@@ -248,10 +248,10 @@ def settled_bytes() -> int:
 def stream(folder: Path) -> dict[str, float]:
     from rlvid.config import SyntheticConfig, VideoConfig
     from rlvid.data.manifest import load_manifest
-    from rlvid.data.stream import ClipStream
+    from rlvid.data.ray_stream import ClipStream
+    from rlvid.synthetic.moving_shapes import make_synthetic
     from rlvid.video.cache import FrameCache
-    from rlvid.video.clips import ClipReader
-    from rlvid.video.synth import make_synthetic
+    from rlvid.video.clip_reader import ClipReader
 
     sizes = SyntheticConfig(train=STREAM_CLIPS, eval=1, size=224, frames=16)
     manifest, _ = make_synthetic(folder / "data", sizes, seed=0)

@@ -46,8 +46,8 @@ from benchmarks.harness import cpu_in_turns, finish, machine, median_ratio, medi
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
 from rlvid.video import pyav_reader
+from rlvid.video.container_length import missing_bytes
 from rlvid.video.sizes import target_size
-from rlvid.video.truncation import missing_bytes
 
 Frames = npt.NDArray[np.uint8]
 Read = Callable[[str, Sequence[int], int, int], Frames]  # path, frame numbers, height, width -> [T, H, W, 3]

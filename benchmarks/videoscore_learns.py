@@ -24,10 +24,10 @@ import numpy as np
 
 from benchmarks.harness import finish
 from rlvid.config import TinyModelConfig
-from rlvid.data.videofeedback import mismatch
+from rlvid.data.dialects.videofeedback import mismatch
 from rlvid.models.tiny import make_tiny
 from rlvid.rewards.videoscore import ALIGNMENT, DIMS
-from rlvid.video.synth import FPS, Figure, Frames, render, write_mp4
+from rlvid.synthetic.moving_shapes import FPS, Figure, Frames, render, write_mp4
 
 SIZE, FRAMES = 56, 8
 GRAIN = 7  # pixels of a grain of noise
@@ -118,7 +118,7 @@ def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> floa
     """Share of the held-out clips whose alignment falls when another clip's prompt takes the place of their own."""
     from rlvid.rewards.reward_model import HeadModel, ask, video_config
     from rlvid.video.cache import FrameCache
-    from rlvid.video.clips import ClipReader
+    from rlvid.video.clip_reader import ClipReader
 
     judge = HeadModel(model)
     cache = FrameCache(folder / "cache", 2**30)

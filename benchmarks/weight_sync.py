@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.processes import start_ray
-from actors.team import Team
+from actors.actor_process import start_ray
+from actors.roles import Team
 from benchmarks.harness import finish, in_turns, machine, median_ratio
 from benchmarks.tiny import tiny_model
 from rlvid.config import GrpoJobConfig

@@ -194,7 +194,7 @@ def _version() -> str:
 
 def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
     import rlvid.config
-    from rlvid.config_file import dump_config, load_config
+    from rlvid.config.load import dump_config, load_config
 
     job = JOBS[arguments.command]
     config_class: type[JobConfig | TuneJobConfig] = getattr(rlvid.config, job.config)
@@ -216,7 +216,7 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
 
 def _make_synthetic(arguments: argparse.Namespace) -> None:
     from rlvid.config import SyntheticConfig
-    from rlvid.config_file import config_from_options
+    from rlvid.config.load import config_from_options
 
     names = ("train", "eval", "size", "frames", "kinds")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -226,14 +226,14 @@ def _make_synthetic(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise UserError(f"--seed must be at least 0, got {arguments.seed}")
 
-    from rlvid.video.synth import make_synthetic
+    from rlvid.synthetic.moving_shapes import make_synthetic
 
     for manifest in make_synthetic(arguments.out_dir, cfg, arguments.seed):
         print(manifest)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from rlvid.data import published_pairs, videofeedback
+    from rlvid.data.dialects import published_pairs, videofeedback
 
     a = arguments
     if a.dialect == "videofeedback":
@@ -245,7 +245,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _write_report(arguments: argparse.Namespace) -> None:
-    from rlvid.reporting.report import write_report
+    from rlvid.reporting.report.page import write_report
     from rlvid.reporting.run_folder import RunFolder
 
     print(write_report(RunFolder(arguments.run_dir)))

@@ -32,7 +32,7 @@ from rlvid.errors import BadClip, UserError
 from rlvid.installation import GIB, INSTALL, Finding
 from rlvid.reporting import safe_json
 from rlvid.reporting.console import Console
-from rlvid.video import trial
+from rlvid.video import reader_check
 
 IMPORT_S = 120.0  # the first import of vLLM after an installation reads gigabytes
 DECODE_S = 30.0
@@ -86,9 +86,9 @@ def checks() -> list[Check]:
     """All checks, in the order of the table."""
     codecs = [
         Check(f"codec {codec}", _codec, (codec,), "clips of this codec will be bad clips", DECODE_S, codec == "h264")
-        for codec in trial.ENCODERS
+        for codec in reader_check.ENCODERS
     ]
-    default = trial.READERS[0]
+    default = reader_check.READERS[0]
     ray_mend = (
         "start that cluster (cluster/README.md), or unset RAY_ADDRESS"
         if "RAY_ADDRESS" in os.environ
@@ -98,7 +98,7 @@ def checks() -> list[Check]:
         Check(f"reader {name}", _reader, (name,), f"do not use video.reader={name}", DECODE_S, needed=False)
         if name != default
         else Check(f"reader {name}", _reader, (name,), timeout_s=DECODE_S)
-        for name in trial.READERS
+        for name in reader_check.READERS
     ]
     return [
         Check("Python", installation.python_and_platform),
@@ -130,17 +130,17 @@ def _row(finding: Finding) -> tuple[Text, str, str]:
 
 def _compiler() -> list[Finding]:
     """DeepSpeed compiles an operator against Python's headers, with ninja."""
-    from actors.processes import require_compiler
+    from actors.actor_process import require_compiler
 
     require_compiler()
     compiler = os.environ.get("CXX", "g++")
     with tempfile.TemporaryDirectory(prefix="rlvid-") as folder:
-        source = Path(folder) / "trial.cpp"
+        source = Path(folder) / "reader_check.cpp"
         source.write_text(
             "#include <Python.h>\n#include <vector>\nint trial() { return std::vector<int>(3).size(); }\n"
         )
         include = f"-I{sysconfig.get_paths()['include']}"
-        command = [compiler, "-std=c++17", "-shared", "-fPIC", include, str(source), "-o", f"{folder}/trial.so"]
+        command = [compiler, "-std=c++17", "-shared", "-fPIC", include, str(source), "-o", f"{folder}/reader_check.so"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         mend = "install Python's headers (python3-dev)" if "Python.h" in done.stderr else "install g++, or set CXX"
@@ -172,7 +172,7 @@ def _ray() -> list[Finding]:
     """Join or start Ray as a job does, and run one task."""
     import ray
 
-    from actors.processes import start_ray
+    from actors.actor_process import start_ray
 
     address = os.environ.get("RAY_ADDRESS")
     start_ray()
@@ -193,11 +193,11 @@ def _ray() -> list[Finding]:
 
 
 def _reader(name: str) -> list[Finding]:
-    return [Finding(f"reader {name}", "ok", trial.try_reader(name), needed=name == trial.READERS[0])]
+    return [Finding(f"reader {name}", "ok", reader_check.try_reader(name), needed=name == reader_check.READERS[0])]
 
 
 def _codec(codec: str) -> list[Finding]:
-    was_tried, value = trial.try_codec(codec)
+    was_tried, value = reader_check.try_codec(codec)
     return [Finding(f"codec {codec}", "ok" if was_tried else "warn", value, needed=codec == "h264")]
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.pairs import PreferencePlan
 from actors.placement import plan as plan_slots
 from actors.placement import require_room, roles_of
-from actors.preference import PreferenceTraining
+from actors.supervised_plan import PreferencePlan
+from actors.supervised_worker import PreferenceTraining
 from jobs.cli import job_main
 from jobs.session import Session
 from rlvid.config import DpoJobConfig

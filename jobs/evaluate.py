@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.batch import accuracy_part
-from actors.clips import ClipStore
+from actors.clip_store import ClipStore
 from actors.placement import roles_of
-from actors.team import Team
+from actors.roles import Team
 from jobs.cli import job_main
 from jobs.session import Session
 from rlvid.config import EvalJobConfig, JobConfig

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize
-from actors.clips import Encoded
-from actors.parity import check_parity, group_of
+from actors.clip_store import Encoded
+from actors.parity_check import check_parity, group_of
 from actors.placement import roles_of
-from actors.reward import check_parts
-from actors.team import Team
+from actors.rewards import check_parts
+from actors.roles import Team
 from jobs.cli import job_main
 from jobs.evaluate import NO_ACCURACY_PART, evaluate
 from jobs.session import WARM_START_STEP, Session, distinct

@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.batch import ACCURACY_KINDS, accuracy_part
 from actors.judge import Comparison, Judge, Judged, open_judge
-from actors.team import Team
+from actors.roles import Team
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
 from jobs.evaluate import NO_ACCURACY_PART, evaluate
@@ -30,7 +30,7 @@ from rlvid.data.preferences import pair_row, write_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
 from rlvid.reporting.tracker import Tracker
-from rlvid.rewards.judging import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
+from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.types import Preference, Rollout, Sample

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.placement import roles_of
-from actors.team import Team
+from actors.roles import Team
 from actors.trainer import GroupRef
 from jobs.cli import job_main
 from jobs.session import Session
@@ -49,9 +49,9 @@ def predict(
     session: Session, team: Team, cfg: RewardModelJobConfig, prompts: Sequence[Encoded]
 ) -> list[dict[str, float] | None]:
     """Scores by dimension of each prompt; None where a generated text is not exactly in the form of scores."""
-    if cfg.rubric.has_head:
-        scores = team.trainer.scores(batch(prompts, session, cfg.rubric)[0])
-        return [dict(zip(cfg.rubric.dims, s.tolist(), strict=True)) for s in scores]
+    if Rubric.of(cfg).has_head:
+        scores = team.trainer.scores(batch(prompts, session, Rubric.of(cfg))[0])
+        return [dict(zip(Rubric.of(cfg).dims, s.tolist(), strict=True)) for s in scores]
     if session.family.vllm_module is None:
         nothing = Responses(token_ids=(), weights=np.zeros(0, dtype=np.float32))
         ids = team.trainer.answers([GroupRef(p.prompt, p.cost, nothing) for p in prompts], cfg.rollout.max_tokens)
@@ -61,7 +61,7 @@ def predict(
     parsed: list[dict[str, float] | None] = []
     for text in texts:
         try:
-            parsed.append(cfg.rubric.parse(text))
+            parsed.append(Rubric.of(cfg).parse(text))
         except NoScore:
             parsed.append(None)
     return parsed
@@ -69,7 +69,7 @@ def predict(
 
 def evaluate(session: Session, team: Team, cfg: RewardModelJobConfig) -> dict[str, float]:
     """Rank correlation with the held-out labels, dimension by dimension; of pairs, the share ranked right."""
-    rubric, samples = cfg.rubric, session.held_out[: cfg.evaluate.max_samples]
+    rubric, samples = Rubric.of(cfg), session.held_out[: cfg.evaluate.max_samples]
     prompts: list[Encoded] = []
     predicted: list[dict[str, float] | None] = []
     right: list[bool | None] = []
@@ -107,7 +107,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
                 if not session.held_out:
                     return
                 with session.stage("evaluation"):
-                    if has_engine and not cfg.rubric.has_head:
+                    if has_engine and not Rubric.of(cfg).has_head:
                         team.fleet.sync(team.trainer, step)
                     measured.update(evaluate(session, team, cfg))
                 tracker.log(step, measured | session.take_times())
@@ -124,7 +124,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
                     continue
                 with session.stage("train"):
                     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
-                    stats = team.trainer.step(*batch(prompts, session, cfg.rubric), lr)
+                    stats = team.trainer.step(*batch(prompts, session, Rubric.of(cfg)), lr)
                 metrics = {"train/lr": stats.pop("lr"), "train/grad_norm": stats.pop("grad_norm"), **stats}
                 metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
                 tracker.log(step + 1, metrics)
@@ -139,7 +139,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
             result = session.finish(
                 team, {name.removeprefix("eval/"): measured[name] for name in found if name in measured}
             )
-            cfg.rubric.save(session.folder.dir / "policy" / RUBRIC_FOLDER)
+            Rubric.of(cfg).save(session.folder.dir / "policy" / RUBRIC_FOLDER)
             return result
 
 

@@ -27,7 +27,7 @@ def score(
 
     from rlvid.rewards.reward_model import ask, load_reward_model, video_config
     from rlvid.video.cache import FrameCache
-    from rlvid.video.clips import ClipReader
+    from rlvid.video.clip_reader import ClipReader
 
     model = model / "policy" if (model / "policy").is_dir() else model
     judge = load_reward_model(model, on_gpu=torch.cuda.is_available())

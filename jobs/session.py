@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import ray
 
-from actors.clips import ClipStore, Encoded
-from actors.processes import start_ray
-from actors.team import Team
+from actors.actor_process import start_ray
+from actors.clip_store import ClipStore, Encoded
+from actors.roles import Team
 from rlvid.config import DpoJobConfig, IsrtJobConfig, JobConfig, RewardModelJobConfig, WarmStartConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.order import batch_indices
@@ -30,13 +30,13 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
-from rlvid.reporting.report import write_report
+from rlvid.reporting.report.page import write_report
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
-from rlvid.rewards.videoscore import NoScore
+from rlvid.rewards.videoscore import NoScore, Rubric
+from rlvid.synthetic.lessons import make_lessons
+from rlvid.synthetic.moving_shapes import make_synthetic, pairs_of
 from rlvid.types import Preference, Sample
-from rlvid.video.synth import make_synthetic, pairs_of
-from rlvid.video.synth_lessons import make_lessons
 
 STATE_FILE = "job.json"
 WARM_START_STEP = "warm_start_step"  # in a checkpoint's state: a warm start is under way, so many steps are done
@@ -291,7 +291,7 @@ class Session:
         graded = []
         for sample in samples:
             try:
-                graded.append(self.cfg.rubric.graded(sample))
+                graded.append(Rubric.of(self.cfg).graded(sample))
             except NoScore as e:
                 self.folder.append_refused(sample.id, str(e))
                 self.console.message(f"refused, left out: {sample.id}: {e}")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.placement import roles_of
-from actors.team import Team
+from actors.roles import Team
 from actors.trainer import GroupRef
 from jobs.cli import job_main
 from jobs.session import WARM_START_STEP, Session

@@ -26,18 +26,18 @@ import yaml
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from actors.processes import start_ray
+from actors.actor_process import start_ray
 from jobs.cli import JOBS, job_main
 from jobs.session import texts_of
 from rlvid.config import DpoJobConfig, JobConfig, SpaceConfig, TuneJobConfig
-from rlvid.config_file import dump_config, load_config
+from rlvid.config.load import dump_config, load_config
 from rlvid.data.preferences import load_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
+from rlvid.reporting.report.sweep import TrialRow, write_sweep
 from rlvid.reporting.run_folder import read_lines
-from rlvid.reporting.sweep import TrialRow, write_sweep
-from rlvid.video.synth import make_synthetic, pairs_of
+from rlvid.synthetic.moving_shapes import make_synthetic, pairs_of
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler

@@ -39,7 +39,7 @@ def pytest_timeout_set_timer(item: Any, settings: Any) -> bool:
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.jsonl (20 clips) and eval.jsonl (10 clips)."""
     from rlvid.config import SyntheticConfig
-    from rlvid.video.synth import make_synthetic
+    from rlvid.synthetic.moving_shapes import make_synthetic
 
     folder = tmp_path_factory.mktemp("synthetic")
     make_synthetic(folder, SyntheticConfig(train=20, eval=10), seed=3)

@@ -10,8 +10,8 @@ from rlvid.errors import BadClip
 from rlvid.models.families import load_family
 from rlvid.types import Clip, Prompt, Sample
 from rlvid.video.cache import FrameCache
-from rlvid.video.clips import ClipReader
-from rlvid.video.probes import Variant, probe, thumbnails
+from rlvid.video.clip_reader import ClipReader
+from rlvid.video.frame_variants import Variant, probe, thumbnails
 
 
 @dataclass(frozen=True)

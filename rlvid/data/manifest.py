@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlvid.data.choices import MAX_CHOICES, bring_letters, choice_lines, choices_meant
 from rlvid.errors import UserError
+from rlvid.rewards.choices import MAX_CHOICES, bring_letters, choice_lines, choices_meant
 from rlvid.types import Message, Sample, VideoRef
 
 ROLES = ("system", "user", "assistant")

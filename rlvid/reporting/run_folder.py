@@ -33,7 +33,7 @@ from typing import IO, Any, Self
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlvid.config_file import dump_config
+from rlvid.config.load import dump_config
 from rlvid.errors import BadClip, UserError
 from rlvid.reporting import rollout_tables, safe_json
 from rlvid.reporting.checkpoints import Checkpoints

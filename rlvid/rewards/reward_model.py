@@ -18,7 +18,7 @@ from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
 from rlvid.types import Message, Prompt, Rollout, Sample, VideoRef
 
 if TYPE_CHECKING:
-    from rlvid.rollout.plain_engine import PlainEngine
+    from rlvid.rollout.hf_engine import PlainEngine
     from rlvid.rollout.vllm_engine import VllmEngine
 
 BUDGET = 16384  # tokens of one forward
@@ -68,8 +68,8 @@ class HeadModel:
         """Of each prompt one score, or with `responses` (Bradley-Terry) one for each of them."""
         import torch
 
+        from rlvid.training.micro_batches import score
         from rlvid.training.packing import Group, Responses
-        from rlvid.training.rows import score
 
         encoded = [tuple(self.family.encode_answer(r) for r in own) for own in responses] or [()] * len(prompts)
         groups = [
@@ -105,7 +105,7 @@ class TextModel:
         self._engine: VllmEngine | PlainEngine
         if self.family.vllm_module is None and isinstance(self.family, VisionFamily):
             from rlvid.models.loading import load_model
-            from rlvid.rollout.plain_engine import PlainEngine
+            from rlvid.rollout.hf_engine import PlainEngine
 
             self._engine = PlainEngine(load_model(folder, dtype).eval().to("cuda" if on_gpu else "cpu"), self.family)
             return

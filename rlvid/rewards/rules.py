@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 
 from rlvid.config import RewardPartConfig
-from rlvid.data.choices import choices_meant
 from rlvid.errors import UserError
+from rlvid.rewards.choices import choices_meant
 from rlvid.types import Reward, Sample
 
 # A longer answer is wrong unread. unicodedata.normalize is quadratic in combining marks: 52 s for 200,000 of them.

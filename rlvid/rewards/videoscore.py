@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlvid.config import DIMS, DIMS2, RewardModelJobConfig
 from rlvid.errors import UserError
 from rlvid.types import Message, Sample, VideoRef
 
-DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
-DIMS2 = ("visual quality", "text-to-video alignment", "physical/common-sense consistency")  # VideoScore2
 ALIGNMENT = "text-to-video alignment"
 RUBRIC_FOLDER = "reward_model"  # in an exported checkpoint: rubric.json and, where there is a head, head.safetensors
 CAPTION_BEGINS, CAPTION_ENDS = 'the text prompt is "', '",\nall the frames of video are as follows:'
@@ -87,6 +86,12 @@ class Rubric:
     high: int
     template: str  # RewardModelConfig.template
     video: Mapping[str, Any]  # VideoConfig of the training run
+
+    @classmethod
+    def of(cls, cfg: RewardModelJobConfig) -> Rubric:
+        """What is kept beside the weights that a job trains."""
+        part = cfg.reward_model
+        return cls(part.kind, part.names, *part.bounds, part.template, cfg.video.model_dump(mode="json"))
 
     @property
     def has_head(self) -> bool:

@@ -28,9 +28,9 @@ from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter,
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.comm_op import load_comm_op
+from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import Grpo, Objective
 from rlvid.training.packing import Group, PackedPolicy, pack
-from rlvid.training.rows import micro_batches, score
 from rlvid.training.scorer import HEAD_FILE, PackedScorer
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
@@ -168,7 +168,7 @@ class Learner:
 
     def answers(self, groups: Sequence[Group], max_tokens: int) -> list[npt.NDArray[np.int32]]:
         """Greedy token ids [R] to each group's prompt, by transformers: for families that vLLM does not serve."""
-        from rlvid.rollout.plain_engine import PlainEngine
+        from rlvid.rollout.hf_engine import PlainEngine
 
         assert isinstance(self.policy, PackedPolicy) and isinstance(self.policy.family, VisionFamily)
         self.engine.eval()

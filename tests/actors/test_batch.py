@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize, totals
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.trainer import GroupRef, balance, balance_indices
 from rlvid.config import GrpoConfig, RewardPartConfig
 from rlvid.errors import UserError

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from actors import judge as judge_module
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.judge import Comparison, EndpointBackend, FleetBackend, Judge
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
-from rlvid.rewards.judging import MATCH, PAIR_WITH_CONTEXT, PairVerdict
+from rlvid.rewards.judge_prompts import MATCH, PAIR_WITH_CONTEXT, PairVerdict
 from rlvid.types import Message, Sample, VideoRef
 
 Reply = Callable[[dict[str, Any], int], "tuple[int, str] | None"]  # request, its number -> status and text

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.placement import plan, roles_of
-from actors.reward import Rewards, check_parts
+from actors.rewards import Rewards, check_parts
 from actors.scorer import Answers, Scorer
 from rlvid.config import EvalJobConfig, GrpoJobConfig, RewardModelJobConfig, RewardPartConfig, VideoConfig
 from rlvid.errors import UserError

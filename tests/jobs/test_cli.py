@@ -13,7 +13,7 @@ import yaml
 
 from jobs import cli
 from rlvid.config import GrpoJobConfig, JobConfig
-from rlvid.config_file import load_config
+from rlvid.config.load import load_config
 from rlvid.errors import UserError
 from rlvid.reporting.run_folder import RunFolder
 

@@ -17,7 +17,7 @@ from jobs.doctor import Check, examine
 from rlvid import installation
 from rlvid.errors import UserError
 from rlvid.installation import Finding
-from rlvid.video import trial
+from rlvid.video import reader_check
 
 ROOT = Path(__file__).parents[2]
 ENCODERS = {"h264", "hevc", "vp9", "av1", "mpeg4"}
@@ -242,11 +242,11 @@ def _usage(free: int) -> Any:
 
 
 def test_a_codec_without_decoder_or_encoder_is_not_called_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(trial.ENCODERS) == ENCODERS
-    monkeypatch.setitem(trial.ENCODERS, "vp9", ("no-such-encoder",))
-    assert trial.try_codec("vp9") == (False, "decoder present, not tried (no encoder to make a clip with)")
+    assert set(reader_check.ENCODERS) == ENCODERS
+    monkeypatch.setitem(reader_check.ENCODERS, "vp9", ("no-such-encoder",))
+    assert reader_check.try_codec("vp9") == (False, "decoder present, not tried (no encoder to make a clip with)")
     with pytest.raises(UserError, match="no decoder"):
-        trial.try_codec("no-such-codec")
+        reader_check.try_codec("no-such-codec")
 
 
 def test_a_reader_that_gives_other_frames_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_a_reader_that_gives_other_frames_is_found(monkeypatch: pytest.MonkeyPat
     from rlvid.video import pyav_reader
 
     read = pyav_reader.read_frames
-    assert trial.try_reader("pyav") == "8 H.264 frames read back right"
+    assert reader_check.try_reader("pyav") == "8 H.264 frames read back right"
 
     def shifted(path: str, video: Any, multiple: int) -> Any:
         decoded = read(path, video, multiple)
@@ -264,4 +264,4 @@ def test_a_reader_that_gives_other_frames_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(pyav_reader, "read_frames", shifted)
     with pytest.raises(BadClip, match="not those that were written"):
-        trial.try_reader("pyav")
+        reader_check.try_reader("pyav")

@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 
-from actors.clips import Encoded
+from actors.clip_store import Encoded
 from actors.judge import checkpoint_id
 from jobs.isrt import Iteration, add_different, metrics_of, prompts_of
 from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
-from rlvid.rewards.judging import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
+from rlvid.rewards.judge_prompts import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Sample
 
 ROOT = Path(__file__).parents[2]

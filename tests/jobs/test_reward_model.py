@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rlvid.config import SyntheticConfig
-from rlvid.video.synth import make_synthetic, write_mp4
+from rlvid.synthetic.moving_shapes import make_synthetic, write_mp4
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

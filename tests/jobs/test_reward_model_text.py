@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlvid.video.synth import write_mp4
+from rlvid.synthetic.moving_shapes import write_mp4
 from tests.jobs.test_reward_model import CONFIG, result, rlvid, rows_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

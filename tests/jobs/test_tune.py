@@ -15,9 +15,9 @@ import yaml
 
 from jobs.cli import main
 from jobs.tune import Plan, Trial, _row
-from rlvid.reporting.sweep import TrialRow
+from rlvid.reporting.report.sweep import TrialRow
 from tests.jobs.test_dpo import CONFIG
-from tests.jobs.test_runs import ROOT, finish, wait_for
+from tests.jobs.test_grpo import ROOT, finish, wait_for
 
 pytestmark = pytest.mark.timeout(1500)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlvid.config import GrpoJobConfig, SftJobConfig
-from rlvid.config_file import load_config
+from rlvid.config.load import load_config
 from rlvid.errors import BadClip, UserError
 from rlvid.reporting.run_folder import RunFolder
 
@@ -119,7 +119,7 @@ def test_keys_that_change_nothing_learned_may_change(folder: RunFolder, changes:
 
 
 def load_config_of(cfg: GrpoJobConfig, tmp: Path) -> GrpoJobConfig:
-    from rlvid.config_file import dump_config
+    from rlvid.config.load import dump_config
 
     (tmp / "expected.yaml").write_text(dump_config(cfg))
     return load_config(GrpoJobConfig, tmp / "expected.yaml", [])

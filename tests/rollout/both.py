@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actors.clips import Encoded
-from actors.parity import check_parity
+from actors.clip_store import Encoded
+from actors.parity_check import check_parity
 from actors.trainer import GroupRef
 from rlvid.config import GrpoJobConfig, RolloutConfig
 from rlvid.models.families import load_family
@@ -20,7 +20,7 @@ from rlvid.rollout.vllm_engine import Sampling, VllmEngine
 from rlvid.training.buckets import to_buckets
 from rlvid.training.packing import Group, PackedPolicy, Responses, pack
 from rlvid.types import Prompt, Rollout, Sample
-from rlvid.video.probes import Variant, probe
+from rlvid.video.frame_variants import Variant, probe
 from tests.prompts import clip_of, noise, sample_of
 
 

@@ -13,9 +13,9 @@ import pytest
 import ray
 import torch
 
-from actors.weights import ReplicaClient, weight_backend
+from actors.gpu_weight_sync import ReplicaClient, weight_backend
 from rlvid.config import GrpoJobConfig
-from rlvid.config_file import load_config
+from rlvid.config.load import load_config
 from rlvid.errors import UserError
 from rlvid.rollout import vllm_plugin
 from rlvid.training.learner import Learner

@@ -15,9 +15,9 @@ from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
+from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import BradleyTerry, Regression
 from rlvid.training.packing import Group, Responses, normalise, pack
-from rlvid.training.rows import micro_batches, score
 from rlvid.training.scorer import HEAD_FILE, PackedScorer
 from tests.prompts import prompt_of
 

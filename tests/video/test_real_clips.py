@@ -12,7 +12,7 @@ import pytest
 from rlvid.errors import BadClip
 from rlvid.types import Clip
 from rlvid.video.cache import FrameCache
-from rlvid.video.clips import ClipReader
+from rlvid.video.clip_reader import ClipReader
 from tests.video.media import DATA, needs_data, video_config
 
 pytestmark = needs_data

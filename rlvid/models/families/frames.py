@@ -1,7 +1,7 @@
 """Families whose tower takes whole frames as pictures: Idefics2 (Mantis, VideoScore) and Video-LLaVA.
 
 vLLM serves neither: they are reward models, or trained on given answers. Scores as text come from
-`rlvid/rollout/plain_engine.py`.
+`rlvid/rollout/hf_engine.py`.
 Token ids and pixels are those of transformers' processors (tests/models/families/test_frames.py).
 """
 

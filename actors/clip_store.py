@@ -1,0 +1,214 @@
+"""The driver's source of prompts: each clip read once, each sample encoded once, by a bounded pool of encoders.
+
+What comes back are references and small rows; pixels stay in the object store and in the frame cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from rlvid.config import JobConfig
+from rlvid.data.encoding import Outcome, SampleEncoder, Source
+from rlvid.data.ray_stream import ClipStream
+from rlvid.errors import UserError
+from rlvid.types import Prompt, Sample
+from rlvid.video.frame_variants import Variant
+
+logger = logging.getLogger(__name__)
+TRIES = 2
+ENCODER_START_S = 60.0  # the first call waits for its process
+INLINE_BYTES = 100 * 1024  # results up to this size come to the caller within Ray's message, not in the object store
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample whose prompt lies in the object store."""
+
+    sample: Sample
+    prompt: ObjectRef[Prompt]
+    n_tokens: int
+    cost: int  # Prompt.cost
+    clip_ids: tuple[str, ...] = ()
+
+
+class Encoder(SampleEncoder):
+    """One encoding process.
+
+    An actor rather than tasks: Ray ends idle task workers after a second wherever actors fill its worker limit, and
+    starting them again cost more than the decoding.
+    """
+
+    @ray.method(num_returns=2)
+    def encode(self, sample: Sample, variant: Variant = "as_is") -> tuple[Prompt | None, Outcome]:
+        return super().encode(sample, variant)
+
+
+class ClipStore:
+    """Encodes samples ahead of their use, counts decodes, and quarantines clips that cannot be read.
+
+    Args:
+        n_clips: distinct clips of the run's manifests; `data.max_bad_fraction` is a share of them.
+        on_bad: told (path, reason) once for each bad clip.
+    """
+
+    def __init__(self, cfg: JobConfig, model: Path, n_clips: int, on_bad: Callable[[str, str], None]):
+        self.decodes = 0
+        self.cache_hits = 0
+        self.bad: dict[str, str] = {}  # path -> reason
+        self.n_clips = n_clips
+        self._max_bad_fraction = cfg.data.max_bad_fraction
+        self._on_bad = on_bad
+        self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
+        source = Source.of(cfg, model)
+        # Made here too: a size or a cache folder that does not work is an error of the run, not of its first clip.
+        self._reader = source.reader()
+        self._cpus = cfg.placement.encode_cpus
+        options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
+        self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
+        self._encoders: list[ActorHandle[Any]] = []  # all that were started
+        self._is_closing = False
+        # One thread waits for one encoder: that bounds what is under way and gives each clip a deadline of its own.
+        n = cfg.placement.encoders
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix="encode")
+        self._free: queue.SimpleQueue[ActorHandle[Any] | None] = queue.SimpleQueue()
+        for _ in range(n):
+            self._free.put(None)  # started at its first call: a job may need none
+
+    def submit(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Future[Encoded | None]]:
+        """Start encoding; returns at once. At most `placement.encoders` run at a time."""
+        return [self._pool.submit(self._encode, sample, variant) for sample in samples]
+
+    def collect(self, pending: Sequence[Future[Encoded | None]]) -> list[Encoded]:
+        """Wait for what was submitted; samples with a bad clip are left out, never replaced.
+
+        Raises:
+            UserError: too many clips are bad, or a prompt does not fit the context.
+        """
+        encoded = [future.result() for future in pending]
+        self.refuse_many_bad()
+        return [e for e in encoded if e is not None]
+
+    def refuse_many_bad(self) -> None:
+        """
+        Raises:
+            UserError: too many clips are bad.
+        """
+        if len(self.bad) > self._max_bad_fraction * self.n_clips:
+            named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.bad.items())[:5])
+            raise UserError(
+                f"{len(self.bad)} of {self.n_clips} clips cannot be read, more than data.max_bad_fraction="
+                f"{self._max_bad_fraction:g} allows (all are listed in bad_clips.jsonl):\n{named}"
+            )
+
+    def count(self, decodes: int, cache_hits: int) -> None:
+        """Clips that somebody else has read, a worker of Ray Train say."""
+        self.decodes += decodes
+        self.cache_hits += cache_hits
+
+    def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
+        return self.collect(self.submit(samples, variant))
+
+    def stream(self, samples: Sequence[Sample], seed: int, start: int) -> Generator[Sample]:
+        """The samples from position `start` of the endless shuffled stream on, their clips decoded ahead by Ray Data.
+
+        For supervised epochs, where the order is known far ahead: frames wait in the cache when `encode` asks for them.
+        Samples with a bad clip come too; `encode` leaves them out.
+        """
+        clips = ClipStream(samples, self._reader, seed, cpus_per_task=self._cpus)
+        for epoch in itertools.count(start // len(samples)):
+            for row in clips.epoch(epoch, start % len(samples) if epoch == start // len(samples) else 0):
+                self.decodes += row.n_decoded
+                self.cache_hits += row.n_cached
+                if row.error is not None:
+                    self.set_aside(row.error.path, row.error.reason)
+                yield row.sample
+
+    def strips(self, samples: Sequence[Sample]) -> dict[str, list[bytes]]:
+        """JPEG frames of each sample, by its id."""
+
+        def strip(sample: Sample) -> list[bytes]:
+            try:
+                with self._encoder() as encoder:
+                    return list(ray.get(encoder.strip.remote(sample), timeout=self._timeout_s))
+            except (GetTimeoutError, RayError) as e:  # a picture that is missing in the report ends no run
+                logger.warning("no frames of sample %s for the report: %s", sample.id, e)
+                return []
+
+        return dict(zip((s.id for s in samples), self._pool.map(strip, samples), strict=True))
+
+    def close(self) -> None:
+        """Stop what is under way. A thread that came back after Ray was shut down would end the process."""
+        self._is_closing = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for encoder in list(self._encoders):
+            ray.kill(encoder)
+        self._pool.shutdown(wait=True)
+
+    @contextmanager
+    def _encoder(self) -> Iterator[ActorHandle[Any]]:
+        """An encoder for one call; one that died or hangs is stopped, and a new one takes its place."""
+        encoder = self._free.get()
+        if encoder is None:
+            encoder = self._new_encoder()
+            self._encoders.append(encoder)
+        kept: ActorHandle[Any] | None = encoder
+        try:
+            yield encoder
+        except (GetTimeoutError, RayActorError):
+            ray.kill(encoder)  # native code cannot be interrupted
+            kept = None
+            raise
+        finally:
+            self._free.put(kept)
+
+    def set_aside(self, path: str, reason: str) -> None:
+        """Quarantine a clip; said and written once."""
+        if self.bad.setdefault(path, reason) is reason:
+            self._on_bad(path, reason)
+
+    def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
+        """One call, waited for in a thread of the pool; after a process that hangs or dies it is tried on a new one."""
+        # Where a sample has several videos it is not known which one was being read: the sample is set aside, not they.
+        name = " + ".join(sample.videos)
+        if name in self.bad or any(path in self.bad for path in sample.videos):
+            return None
+        reason = ""
+        for _ in range(TRIES):
+            try:
+                with self._encoder() as encoder:
+                    prompt, row = encoder.encode.remote(sample, variant)
+                    outcome: Outcome = ray.get(row, timeout=self._timeout_s)
+                break
+            except GetTimeoutError:
+                reason = f"not read within {self._timeout_s:g} s"
+            except RayActorError:
+                reason = "the process that read it crashed"
+            except RayTaskError as e:
+                raise e.as_instanceof_cause() from None
+            if self._is_closing:
+                return None  # stopped by us, no fault of the clip
+        else:
+            outcome = Outcome(bad=(name, reason))
+        self.decodes += outcome.decodes
+        self.cache_hits += outcome.cache_hits
+        if outcome.bad:
+            self.set_aside(*outcome.bad)
+            return None
+        if outcome.patch_bytes < INLINE_BYTES:
+            # Ray would copy a result this small into the message of every call that it is handed to: pixels would pass
+            # through the driver once per consumer. Put once, all consumers read the same copy.
+            prompt = ray.put(ray.get(prompt))
+        return Encoded(sample, prompt, outcome.n_tokens, outcome.cost, outcome.clip_ids)

@@ -1,0 +1,145 @@
+"""The check that opens every run: engine and trainer must see the same video in the same way.
+
+Wrong positions, pixels normalised twice and a video that never arrives are silent in every library involved. Two
+samples of the run are answered by the engine, one of them cut so that merged T > max(H, W); then (1) the trainer's
+log-probs of the answers equal the engine's, and (2) both sides' log-probs change when the frames do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.clip_store import ClipStore, Encoded
+from actors.generator_fleet import GeneratorFleet
+from actors.trainer import GroupRef, TrainerGroup
+from rlvid.config import JobConfig
+from rlvid.errors import UserError
+from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.packing import Responses
+from rlvid.types import Rollout, Sample
+
+N_RESPONSES = 2
+N_TOKENS = 8
+# Arbitrary ordinary tokens: a sure model gives them little probability, and its logarithm still moves with the video,
+# where that of the token it is sure of does not.
+FIRST_TOKENS = (40, 50, 60, 70)
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}  # of one token's log-prob; bfloat16 keeps 8 bits
+# A side that does not see the video computes the very same numbers for other frames; this is room for rounding.
+BLIND_BELOW = {"float32": 1e-5, "bfloat16": 1e-3}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One prompt, answered by the engine and scored by both."""
+
+    name: str
+    engine: npt.NDArray[np.float32]  # [tokens] log-probs
+    trainer: npt.NDArray[np.float32]  # [tokens]
+    engine_change: float  # largest change of a first token's log-prob when the frames change
+    trainer_change: float
+
+    @property
+    def gap(self) -> float:
+        return float(np.abs(self.engine - self.trainer).max())
+
+
+def verdict(observations: Sequence[Observation], dtype: str) -> list[str]:
+    """What is wrong, one line each; empty when engine and trainer agree and both see the video."""
+    problems, tolerance = [], TOLERANCE[dtype]
+    for o in observations:
+        blind = [
+            side
+            for side, change in (("engine", o.engine_change), ("trainer", o.trainer_change))
+            if change < BLIND_BELOW[dtype]
+        ]
+        problems += [f"{o.name}: the {side} does not see the video: other frames, same log-probs" for side in blind]
+        if not np.isfinite(o.gap) or o.gap > tolerance:
+            where = int(np.argmax(np.abs(o.engine - o.trainer)))
+            problems.append(
+                f"{o.name}: log-probs of engine and trainer differ by {o.gap:.2g} (at most {tolerance:g}), most at "
+                f"response "
+                f"token {where}: {o.engine[where]:.5f} and {o.trainer[where]:.5f}"
+            )
+    return problems
+
+
+@dataclass(frozen=True)
+class _Probe:
+    plain: Encoded
+    altered: Encoded | None  # None: a sample without video
+    name: str
+
+
+def check_parity(
+    fleet: GeneratorFleet, trainer: TrainerGroup, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig
+) -> float:
+    """Run the check on the first two samples with readable video; where no sample has any, compare log-probs alone.
+
+    Returns:
+        The largest difference of log-probs seen.
+
+    Raises:
+        UserError: the check fails; the message says which side differs and how.
+    """
+    probes = _probes(clips, samples)
+    if not probes:
+        raise UserError("the parity check needs a sample whose clips can be read; data.train has none")
+    temperature = cfg.rollout.temperature
+    answers = fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS))
+    by_trainer = trainer.logprobs([group_of(p.plain, r) for p, r in zip(probes, answers, strict=True)])
+    pairs = [e for p in probes if p.altered is not None for e in (p.plain, p.altered)]
+    if pairs:
+        trainer_changes = _changes(trainer.logprobs([_first_tokens(e) for e in pairs]))
+        engine_changes = _changes([fleet.first_logprobs(e, FIRST_TOKENS, temperature) for e in pairs])
+    else:  # no video that a side could be blind to
+        trainer_changes = engine_changes = [math.inf] * len(probes)
+    observations = [
+        Observation(p.name, np.concatenate([r.logprobs for r in rollouts]), scored, engine_change, trainer_change)
+        for p, rollouts, scored, engine_change, trainer_change in zip(
+            probes, answers, by_trainer, engine_changes, trainer_changes, strict=True
+        )
+    ]
+    problems = verdict(observations, cfg.model.dtype)
+    if problems:
+        raise UserError("the parity check failed, the run does not start:\n  " + "\n  ".join(problems))
+    return max(o.gap for o in observations)
+
+
+def _first_tokens(prompt: Encoded) -> GroupRef:
+    """Each of `FIRST_TOKENS` as a response of its own."""
+    ids = tuple(np.array([token], dtype=np.int32) for token in FIRST_TOKENS)
+    return GroupRef(prompt.prompt, prompt.cost, Responses(token_ids=ids, weights=np.zeros(len(ids), np.float32)))
+
+
+def _changes(logprobs: Sequence[npt.NDArray[np.float32]]) -> list[float]:
+    """Largest difference between the members of each pair (plain, altered)."""
+    return [float(np.abs(a - b).max()) for a, b in zip(logprobs[::2], logprobs[1::2], strict=True)]
+
+
+def group_of(prompt: Encoded, rollouts: Sequence[Rollout]) -> GroupRef:
+    """Rollouts to be scored, nothing to be learned."""
+    n = sum(len(r.token_ids) for r in rollouts)
+    weights = np.zeros(n, dtype=np.float32)
+    return GroupRef(
+        prompt.prompt, prompt.cost, Responses(token_ids=tuple(r.token_ids for r in rollouts), weights=weights)
+    )
+
+
+def _probes(clips: ClipStore, samples: Sequence[Sample]) -> list[_Probe]:
+    """The first two samples whose clips can be read: one as it is, one cut tall. Without any video: the first two."""
+    if not any(s.videos for s in samples):
+        return [_Probe(e, None, e.sample.id) for e in clips.encode(samples[:2])]
+    probes: list[_Probe] = []
+    for sample in (s for s in samples if s.videos):
+        variants = ("as_is", "altered") if not probes else ("tall", "tall_altered")
+        encoded = [e for variant in variants for e in clips.encode([sample], variant)]  # type: ignore[arg-type]
+        if len(encoded) == 2:
+            probes.append(_Probe(encoded[0], encoded[1], f"{sample.id} ({variants[0].replace('_', ' ')})"))
+        if len(probes) == 2:
+            break
+    return probes

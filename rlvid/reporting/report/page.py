@@ -1,0 +1,420 @@
+"""Makes `report.html`: one page with the result, the curves, the latest rollouts with their frames, and the config.
+
+The page loads nothing: pictures are inline, curves are SVG, there is no script, and its content security policy would
+refuse one. Everything in it that comes from data or models is escaped. What is shown is decided here; how it looks, in
+`report.html.j2`; how a curve is drawn, in `charts.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from rlvid.errors import UserError
+from rlvid.reporting.report import charts
+from rlvid.reporting.report.charts import Format, Series
+from rlvid.reporting.run_folder import RunFolder, write_atomic
+
+_MAX_GROUPS = 24
+_OPEN_GROUPS = 6
+_MAX_FRAMES = 16
+_MAX_BAD_CLIPS = 200
+_MAX_OTHER = 40
+_LONG_TEXT = 600  # characters of a response before the rest is folded away
+
+_JOB_NAMES = {"grpo": "GRPO", "sft": "Supervised fine-tuning", "eval": "Evaluation"}
+
+
+@dataclass(frozen=True)
+class _Chart:
+    title: str
+    keys: tuple[str, ...]  # in the order of the legend; "reward/*" takes the rest of that prefix
+    form: Format = charts.number
+    unit: str = ""
+    bounds: tuple[float, float] | None = None
+    is_stacked: bool = False
+    allow_log: bool = False
+    is_exact: bool = False  # no noise in it: not smoothed
+    note: str = ""
+
+
+_NOT_SHOWN = ("step", "phase", "time_s", "eval/n", "time/step")
+_SECTIONS: tuple[tuple[str, tuple[_Chart, ...]], ...] = (
+    (
+        "Learning",
+        (
+            _Chart("Reward", ("reward/mean", "reward/*")),
+            _Chart("Loss", ("loss",), unit="nats per token"),
+            _Chart("Accuracy", ("train/accuracy", "eval/accuracy"), charts.percent, bounds=(0.0, 1.0)),
+            _Chart("Accuracy by kind, held out", ("eval/accuracy/*",), charts.percent, bounds=(0.0, 1.0)),
+            _Chart("Response length", ("response/length",), unit="tokens"),
+            _Chart("Groups without variance", ("groups/zero_variance",), charts.percent, note="they teach nothing"),
+        ),
+    ),
+    (
+        "Policy",
+        (
+            _Chart("KL to the reference", ("policy/kl",)),
+            _Chart("Entropy", ("policy/entropy",), unit="nats per token"),
+            _Chart("Rollout–trainer gap", ("policy/logprob_gap",), unit="log-prob", allow_log=True),
+            _Chart("Clipped tokens", ("policy/clip_fraction",), charts.percent),
+            _Chart("KL to the rollout policy", ("policy/kl_to_old",)),
+            _Chart("Importance ratio", ("policy/ratio",)),
+            _Chart("Policy loss", ("train/loss",)),
+            _Chart("Gradient norm", ("train/grad_norm",), note="before clipping"),
+            _Chart("Learning rate", ("train/lr",), is_exact=True),
+        ),
+    ),
+    (
+        "Speed",
+        (
+            _Chart("Samples per second", ("samples_per_s",)),
+            _Chart("Beside the steps", ("time/evaluation", "time/checkpoint"), charts.seconds),
+            _Chart("Seconds per stage", ("time/*",), charts.seconds, is_stacked=True),
+            _Chart("Clips read", ("video/decodes", "video/cache_hits"), is_exact=True),
+        ),
+    ),
+)
+_WARM_START = (
+    _Chart("Warm start: loss", ("warm_start/loss", "warm_start/*"), unit="nats per token"),
+    _Chart("Warm start: accuracy", ("train/accuracy", "eval/accuracy"), charts.percent, bounds=(0.0, 1.0)),
+)
+_SERIES_NAMES = {
+    "reward/mean": "total",
+    "train/accuracy": "training",
+    "eval/accuracy": "held out, greedy",
+    "video/decodes": "decoded",
+    "video/cache_hits": "from cache",
+}
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write `report.html` from what the run folder holds so far; a run that has only begun gives a page too.
+
+    Raises:
+        UserError: the folder is no run folder, or one of its files is broken.
+    """
+    if not folder.is_run:
+        raise UserError(f"{folder.dir} is not a run folder: it has no {folder.config_file.name}")
+    html = template("report.html.j2").render(_page(folder))
+    write_atomic(folder.report_file, html.encode("utf-8", "replace"))
+    return folder.report_file
+
+
+def template(name: str) -> jinja2.Template:
+    """One of the page templates that lie beside this file; autoescape is on."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": charts.percent_precise, "number": charts.number}
+    return environment.get_template(name)
+
+
+def _printable(value: Any) -> Any:
+    """Control characters are not allowed in HTML, and a parser may drop or reinterpret them."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in value)
+    return value
+
+
+def _page(folder: RunFolder) -> dict[str, Any]:
+    rows = folder.read_metrics()
+    warm = _by_step([row for row in rows if row.get("phase") == "warm_start"])
+    train = _by_step([row for row in rows if row.get("phase") != "warm_start"])
+    manifest, config = folder.manifest(), folder.config()
+    bad_clips = folder.read_bad_clips()
+    steps = folder.rollout_steps()
+    return {
+        "name": folder.name,
+        "job": _JOB_NAMES.get(manifest.get("job", ""), manifest.get("job", "run")),
+        "manifest": manifest,
+        "facts": _facts(manifest, config),
+        "tiles": _tiles(rows, train, config, len(bad_clips)),
+        "evaluation": _evaluation(train) or _evaluation(warm),
+        "sections": _sections(train, warm),
+        "has_rows": bool(rows),
+        "rollouts": _rollouts(folder, steps[-1]) if steps else None,
+        "bad_clips": bad_clips[:_MAX_BAD_CLIPS],
+        "n_bad_clips": len(bad_clips),
+        "config_text": folder.config_file.read_text(encoding="utf-8", errors="replace"),
+        "details": _details(manifest),
+    }
+
+
+# --- headline ---------------------------------------------------------------------------------------------------------
+
+
+def _by_step(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Numbers per step; rows of one step (training and evaluation) are joined, the later one counts."""
+    joined: dict[int, dict[str, float]] = {}
+    for row in rows:
+        numbers = {
+            key: float(value)
+            for key, value in row.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        }
+        joined.setdefault(int(row.get("step") or 0), {}).update(numbers)
+    return dict(sorted(joined.items()))
+
+
+def _facts(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model = config.get("model") or {}
+    tiny = model.get("tiny") if isinstance(model, dict) else None
+    name = Path(str(model["path"])).name if isinstance(model, dict) and model.get("path") else ""
+    data = config.get("data") or {}
+    source = data.get("train") if isinstance(data, dict) else None
+    commit = manifest.get("git_commit")
+    facts = [
+        ("model", name or ("tiny, made for this run" if tiny else "")),
+        (
+            "data",
+            str(source) if source else "synthetic clips" if isinstance(data, dict) and data.get("synthetic") else "",
+        ),
+        ("seed", str(manifest.get("seed", ""))),
+        ("started", str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC")),
+        ("taken up again", f"{n} ×" if (n := len(manifest.get("resumed") or [])) else ""),
+        ("commit", str(commit)[:10] + ("-dirty" if str(commit).endswith("-dirty") else "") if commit else ""),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def _tiles(
+    rows: Sequence[Mapping[str, Any]], train: Mapping[int, Mapping[str, float]], config: Mapping[str, Any], n_bad: int
+) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of the small numbers beside the accuracy."""
+    tiles: list[tuple[str, str, str]] = []
+    if train:
+        section = config.get("train")
+        planned = section.get("steps") if isinstance(section, dict) else None
+        tiles.append(("Steps", str(max(train)), f"of {planned} planned" if planned and planned > max(train) else ""))
+    times = [float(row["time_s"]) for row in rows if isinstance(row.get("time_s"), int | float)]
+    if times:
+        tiles.append(("Duration", _duration(max(times)), ""))
+    rewards = [row["reward/mean"] for row in train.values() if "reward/mean" in row]
+    if rewards:
+        around = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:around]) / around, sum(rewards[-around:]) / around
+        remark = f"from {first:.2f}; mean of {around} steps" if around > 1 else f"from {first:.2f}"
+        tiles.append(("Reward", f"{last:.2f}".replace("-", "−"), remark))
+    speeds = [row["samples_per_s"] for row in train.values() if "samples_per_s" in row]
+    if speeds:
+        tiles.append(("Samples per second", charts.number(sum(speeds) / len(speeds)), "mean over steps"))
+    if n_bad:
+        tiles.append(("Bad clips", str(n_bad), "left out, listed below"))
+    return tiles
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _evaluation(rows: Mapping[int, Mapping[str, float]]) -> dict[str, Any] | None:
+    """First and last evaluation. They are compared only when made over the same number of samples."""
+    found = [(step, row) for step, row in rows.items() if "eval/accuracy" in row]
+    if not found:
+        return None
+    (first_step, first), (last_step, last) = found[0], found[-1]
+    prefix = "eval/accuracy/"
+    kinds = [key for key in last if key.startswith(prefix)]
+    is_comparable = len(found) > 1 and first.get("eval/n") == last.get("eval/n")
+    return {
+        "before": first["eval/accuracy"] if len(found) > 1 else None,
+        "before_step": first_step,
+        "before_n": first.get("eval/n"),
+        "after": last["eval/accuracy"],
+        "after_step": last_step,
+        "n": last.get("eval/n"),
+        "is_comparable": is_comparable,
+        "points": 100 * (last["eval/accuracy"] - first["eval/accuracy"]),
+        "kinds": [(key.removeprefix(prefix), first.get(key) if is_comparable else None, last[key]) for key in kinds],
+    }
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def _sections(
+    train: Mapping[int, Mapping[str, float]], warm: Mapping[int, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    taken: set[str] = set(_NOT_SHOWN)
+    sections = []
+    for title, specs in _SECTIONS:
+        cards = [card for spec in specs if (card := _card(spec, train, taken))]
+        if title == "Learning":
+            cards += [card for spec in _WARM_START if (card := _card(spec, warm, set(_NOT_SHOWN)))]
+        sections.append({"title": title, "cards": cards, "is_folded": False})
+    others = sorted({key for row in train.values() for key in row} - taken)[:_MAX_OTHER]
+    cards = [card for key in others if (card := _card(_Chart(key, (key,)), train, set()))]
+    sections.append({"title": "Other metrics", "cards": cards, "is_folded": True})
+    return [section for section in sections if section["cards"]]
+
+
+def _card(spec: _Chart, rows: Mapping[int, Mapping[str, float]], taken: set[str]) -> dict[str, Any] | None:
+    """A curve with its legend; None if there is nothing to draw. Adds the metrics it shows to `taken`."""
+    series = []
+    for key in _expand(spec.keys, rows, taken):
+        taken.add(key)
+        points = [(float(step), row[key]) for step, row in rows.items() if key in row]
+        series.append(
+            Series(
+                _series_name(spec, key),
+                points,
+                has_dots=key.startswith("eval/"),
+                is_noisy=not (spec.is_exact or key.startswith("eval/")),
+            )
+        )
+    if not series:
+        return None
+    if spec.is_stacked:
+        picture = charts.stacked_chart(spec.title, series, spec.form)
+    else:
+        picture = charts.line_chart(spec.title, series, spec.form, spec.bounds, spec.allow_log)
+    form = charts.percent_precise if spec.form is charts.percent else spec.form
+    window = max(charts.smoothing_window(s) for s in series)
+    notes = [spec.note, "bold: moving mean" if window > 1 and not spec.is_stacked else ""]
+    return {
+        "title": spec.title,
+        "unit": spec.unit,
+        "note": "; ".join(note for note in notes if note),
+        "legend": [(index % 6, s.name, form(s.points[-1][1])) for index, s in enumerate(series)],
+        "has_names": len(series) > 1 or any(key.endswith("*") or key in _SERIES_NAMES for key in spec.keys),
+        "picture": picture,
+    }
+
+
+def _expand(keys: Sequence[str], rows: Mapping[int, Mapping[str, float]], taken: set[str]) -> list[str]:
+    known = dict.fromkeys(key for row in rows.values() for key in row if key not in taken)
+    expanded: dict[str, None] = {}
+    for key in keys:
+        found = [k for k in known if k.startswith(key[:-1])] if key.endswith("*") else [key] if key in known else []
+        expanded |= dict.fromkeys(found)
+    return list(expanded)
+
+
+def _series_name(spec: _Chart, key: str) -> str:
+    for pattern in spec.keys:
+        if pattern.endswith("*") and key.startswith(pattern[:-1]):
+            return _SERIES_NAMES.get(key, key.removeprefix(pattern[:-1]))
+    return _SERIES_NAMES.get(key, key.split("/")[-1])
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def _rollouts(folder: RunFolder, step: int) -> dict[str, Any]:
+    rows, frames = folder.read_rollouts(step)
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault(row["sample_id"], []).append(row)
+    largest = max((abs(row["advantage"]) for row in rows if math.isfinite(row["advantage"])), default=0.0)
+    groups = [_group(sample_id, members, frames.get(sample_id, []), largest) for sample_id, members in grouped.items()]
+    groups.sort(key=lambda group: not group["is_mixed"])  # stable: those that teach something first
+    shown = groups[:_MAX_GROUPS]
+    return {
+        "step": step,
+        "n_groups": len(groups),
+        "n_shown": len(shown),
+        "open": shown[:_OPEN_GROUPS],
+        "folded": shown[_OPEN_GROUPS:],
+    }
+
+
+def _group(sample_id: str, rows: list[dict[str, Any]], frames: Sequence[bytes], largest: float) -> dict[str, Any]:
+    valid = [row["reward_total"] for row in rows if row["reward_total"] is not None]
+    rows = sorted(rows, key=lambda row: row["group_index"])
+    return {
+        "sample_id": sample_id,
+        "question": rows[0]["question"],
+        "answer": rows[0]["answer"],
+        "frames": _pictures(frames),
+        "n_frames": len(frames),
+        "mean_reward": sum(valid) / len(valid) if valid else None,
+        "is_mixed": len(set(valid)) > 1,
+        "responses": [_response(row, largest) for row in rows],
+    }
+
+
+def _response(row: Mapping[str, Any], largest: float) -> dict[str, Any]:
+    advantage = row["advantage"] if math.isfinite(row["advantage"]) else 0.0
+    text: str = row["response"]
+    return {
+        "head": text if len(text) <= _LONG_TEXT else text[: _LONG_TEXT * 2 // 3],
+        "tail": "" if len(text) <= _LONG_TEXT else text[_LONG_TEXT * 2 // 3 :],
+        "total": row["reward_total"],
+        "parts": _parts(row["reward_parts"]),
+        "invalid_reason": row["invalid_reason"],
+        "advantage": advantage,
+        "bar": round(50 * abs(advantage) / largest, 1) if largest else 0.0,
+        "n_tokens": row["n_tokens"],
+        "finish_reason": row["finish_reason"],
+        "weights": _weights(row["weight_versions"]),
+        "logprob_mean": row["logprob_mean"],
+    }
+
+
+def _parts(text: str) -> list[tuple[str, str]]:
+    try:
+        parts = json.loads(text)
+    except ValueError:
+        return [("unreadable", text)]
+    if not isinstance(parts, dict):
+        return [("unreadable", text)]
+    return [(name, charts.number(v) if isinstance(v, int | float) else str(v)) for name, v in parts.items()]
+
+
+def _weights(text: str) -> str:
+    """[[11, 0, 5], [12, 5, 9]] -> "weights 11 to token 5, 12 to token 9"."""
+    try:
+        spans = [(int(version), int(end)) for version, _, end in json.loads(text)]
+    except (ValueError, TypeError):
+        return f"weights {text}"
+    if len({version for version, _ in spans}) == 1:
+        return f"weights {spans[0][0]}"
+    return "weights " + (", ".join(f"{version} to token {end}" for version, end in spans) or "unknown")
+
+
+def _pictures(frames: Sequence[bytes]) -> list[tuple[int, str | None]]:
+    """(number of the frame from 1, data address or None where the bytes are no picture), at most `_MAX_FRAMES`."""
+    n = min(len(frames), _MAX_FRAMES)
+    indices = [round(i * (len(frames) - 1) / (n - 1)) for i in range(n)] if n > 1 else list(range(n))
+    return [(index + 1, _data_address(frames[index])) for index in indices]
+
+
+def _data_address(picture: bytes) -> str | None:
+    for signature, kind in ((b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png")):
+        if picture.startswith(signature):
+            return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+    return None
+
+
+# --- fine print -------------------------------------------------------------------------------------------------------
+
+
+def _details(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Tables of `run.json`: versions, hashes, prompt templates, and what else was recorded."""
+    tables = []
+    rest: list[tuple[str, str]] = []
+    for key, value in manifest.items():
+        if isinstance(value, dict):
+            tables.append((key.replace("_", " "), [(str(k), str(v)) for k, v in value.items()]))
+        elif not isinstance(value, list):
+            rest.append((key.replace("_", " "), str(value)))
+    return [("run", rest), *tables]

@@ -1,0 +1,126 @@
+"""From a path to a `Clip`: the one way in which the rest of the system reads video."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from typing import Literal, Protocol
+
+from rlvid.config import VideoConfig
+from rlvid.errors import BadClip, UserError
+from rlvid.types import Clip
+from rlvid.video.cache import FrameCache, MakerDied
+from rlvid.video.container_length import missing_bytes
+from rlvid.video.decoded import Decoded
+from rlvid.video.sampling import sampling_spec
+from rlvid.video.sizes import size_spec, target_size
+
+IDENTITY_VERSION = 1  # raise when the same configuration starts to give other pixels
+ROTATION_RULE = "as displayed"
+
+
+class _Reader(Protocol):
+    """A reader module: `pyav_reader`, `decord_reader`."""
+
+    NAME: str
+
+    def read_frames(self, path: str, video: VideoConfig, multiple: int) -> Decoded: ...
+
+
+class ClipReader:
+    """Reads clips through the frame cache. Can be pickled; not meant to be shared by threads.
+
+    Args:
+        video: How clips are sampled and resized.
+        multiple: Height and width of frames are multiples of this, pixels (`frame_multiple` of the model family).
+        cache: Where decoded clips are kept.
+
+    Raises:
+        UserError: The configured size does not fit `multiple`.
+    """
+
+    def __init__(self, video: VideoConfig, multiple: int, cache: FrameCache):
+        target_size(multiple, multiple, video, multiple)  # a wrong size is found here, not at the first clip
+        self.video = video
+        self.multiple = multiple
+        self.cache = cache
+        self._sha256: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> content
+
+    def read(self, path: str) -> tuple[Clip, bool]:
+        """The clip of one file with read-only frames, and whether it came from the cache.
+
+        Raises:
+            BadClip: The file is missing, no file, empty, cut short, damaged, no video, or kills its reader.
+            UserError: The cache cannot be written, or the reader is not installed.
+        """
+        content_sha256 = self._hash(path)
+        reader = _load_reader(self.video.reader)
+        clip_id = self.clip_id(content_sha256, reader.NAME)
+
+        def decode() -> Clip:
+            if missing := missing_bytes(path):
+                raise BadClip(path, f"is cut short ({missing} bytes are missing at its end)")
+            decoded = reader.read_frames(path, self.video, self.multiple)
+            return Clip(
+                clip_id=clip_id,
+                frames=decoded.frames,
+                pts_s=decoded.pts_s,
+                indices=decoded.indices,
+                n_frames=decoded.n_frames,
+                fps=decoded.fps,
+                reader=reader.NAME,
+                content_sha256=content_sha256,
+            )
+
+        try:
+            return self.cache.get_or_make(clip_id, decode)
+        except MakerDied as error:
+            reason = (
+                f"reading it has killed several processes (crash, hang or memory); to try again remove {error.record}"
+            )
+            raise BadClip(path, reason) from None
+
+    def clip_id(self, content_sha256: str, reader_name: str) -> str:
+        """sha256 of all that decides the frames: what the file holds, not what it is called."""
+        identity = {
+            "version": IDENTITY_VERSION,
+            "content": content_sha256,
+            "sampling": sampling_spec(self.video),
+            "size": size_spec(self.video, self.multiple),
+            "reader": reader_name,
+            "rotation": ROTATION_RULE,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def _hash(self, path: str) -> str:
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadClip(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+            if status.st_size == 0:
+                raise BadClip(path, "is empty (0 bytes)")
+            key = (path, status.st_size, status.st_mtime_ns)
+            if key not in self._sha256:
+                with open(path, "rb") as file:
+                    self._sha256[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            return self._sha256[key]
+        except FileNotFoundError:
+            raise BadClip(path, "there is no such file") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise BadClip(path, f"cannot be opened: {reason}") from error
+
+
+def _load_reader(name: Literal["pyav", "decord"]) -> _Reader:
+    """Imported when used: a run with one reader does not load the other's native library."""
+    if name == "pyav":
+        from rlvid.video import pyav_reader
+
+        return pyav_reader
+    try:
+        from rlvid.video import decord_reader
+    except ImportError as error:
+        raise UserError(f"video.reader=decord cannot be loaded ({error}): install decord, or use pyav") from error
+    return decord_reader

@@ -1,0 +1,156 @@
+"""Real replicas and a real trainer: weights, and a generator that dies in mid-run."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from actors.clip_store import ClipStore, Encoded
+from actors.fleet_state import State
+from actors.parity_check import group_of
+from actors.roles import Team
+from rlvid.config import GrpoJobConfig
+from rlvid.data.manifest import load_manifest
+from rlvid.errors import UserError
+from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.buckets import Bucket
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
+
+
+@dataclass
+class Stage:
+    team: Team
+    prompts: list[Encoded]
+    version: int = 0
+
+    def sync(self) -> None:
+        self.version += 1
+        self.team.fleet.sync(self.team.trainer, self.version)
+
+
+@pytest.fixture(scope="module")
+def stage(
+    tiny_model: Path, synthetic: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None
+) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("pool")
+    cfg = GrpoJobConfig.model_validate(
+        {
+            "model": {"tiny": {}},
+            "data": {"synthetic": {}, "cache_dir": str(folder / "cache")},
+            "video": {"height": 56, "width": 56},
+            "rollout": {"max_model_len": 512, "max_tokens": 8, "replicas": 2, "max_sequences": 32},
+            "grpo": {"kl_coef": 0.1},
+            "placement": {"threads": 1},
+        }
+    )
+    with Team(tiny_model, cfg, ("trainer", "generator", "reference"), folder / "logs", seed=0) as team:
+        clips = ClipStore(cfg, tiny_model, 20, lambda path, reason: None)
+        prompts = clips.encode(load_manifest(synthetic / "train.jsonl", None, None, "")[:6])
+        team.wait_ready()
+        yield Stage(team, prompts)
+        clips.close()
+
+
+def gap(stage: Stage, groups: list) -> float:  # type: ignore[type-arg]
+    refs = [group_of(p, g) for p, g in zip(stage.prompts, groups, strict=True)]
+    by_trainer = stage.team.trainer.logprobs(refs)
+    return max(
+        float(np.abs(np.concatenate([r.logprobs for r in g]) - t).max())
+        for g, t in zip(groups, by_trainer, strict=True)
+    )
+
+
+def test_first_weights_are_checked_and_both_replicas_answer(stage: Stage) -> None:
+    assert stage.team.fleet.fleet.members(State.STALE) == stage.team.fleet.fleet.members()  # none may serve yet
+    stage.sync()
+    groups = stage.team.fleet.generate(stage.prompts, Sampling(2, 1.0, 8))
+    assert [g[0].sample_id for g in groups] == [p.sample.id for p in stage.prompts]
+    assert all(len(g) == 2 for g in groups)
+    assert {s.version for g in groups for r in g for s in r.versions} == {1}
+    assert gap(stage, groups) < 1e-4
+
+
+def test_reference_has_the_policys_logprobs_until_the_policy_moves(stage: Stage, tmp_path: Path) -> None:
+    from actors.trainer import GroupRef
+    from rlvid.training.objectives import Supervised
+    from rlvid.training.packing import Responses
+
+    team = stage.team
+    groups = [
+        group_of(p, g)
+        for p, g in zip(stage.prompts, team.fleet.generate(stage.prompts, Sampling(2, 1.0, 8)), strict=True)
+    ]
+    before = np.concatenate(team.trainer.logprobs(groups))
+    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), before, atol=1e-5)
+    learned = [
+        GroupRef(
+            g.prompt,
+            g.prompt_cost,
+            Responses(token_ids=g.responses.token_ids, weights=np.full(g.responses.n_tokens, 0.01, np.float32)),
+        )
+        for g in groups
+    ]
+    team.trainer.step(learned, Supervised(), lr=1e-3)
+    after = np.concatenate(team.trainer.logprobs(groups))
+    assert np.abs(after - before).max() > 1e-3
+    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), before, atol=1e-5)
+    team.freeze_reference(tmp_path / "reference.safetensors", is_resumed=False)
+    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), after, atol=1e-5)
+    team.trainer.step(learned, Supervised(), lr=1e-3)
+    team.freeze_reference(tmp_path / "reference.safetensors", is_resumed=True)  # the file still holds the frozen ones
+    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), after, atol=1e-5)
+
+
+def test_a_corrupted_bucket_is_refused(stage: Stage) -> None:
+    fleet = stage.team.fleet
+    (ref, digest), *_ = stage.team.trainer.put_weights(is_checked=True)
+    bucket: Bucket = ray.get(ref)
+    first = bucket.parts[0].copy()
+    first[100] ^= 1
+    corrupted = dataclasses.replace(bucket, parts=(first, *bucket.parts[1:]))
+    actor = next(iter(fleet._actors.values()))
+    with pytest.raises(RuntimeError, match="another checksum"):
+        ray.get(actor.update_weights.remote(9, [(ray.put(corrupted), digest)]))
+
+
+def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stage) -> None:
+    stage.sync()
+    fleet = stage.team.fleet
+    victim = fleet.fleet.members()[0]
+
+    def kill() -> None:
+        while not fleet.fleet.load(victim):
+            time.sleep(0.01)
+        ray.kill(fleet._actors[victim])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    groups = fleet.generate(stage.prompts * 4, Sampling(2, 1.0, 200))
+    killer.join()
+    assert [g[0].sample_id for g in groups] == [p.sample.id for p in stage.prompts * 4]
+    assert fleet.metrics()["fleet/restarts"] == 1 and fleet.metrics()["fleet/reassigned"] > 0
+    fleet.wait_ready()
+    assert State.READY not in {fleet.fleet.state(r) for r in fleet.fleet.members() if r.life == 1}
+    stage.sync()  # the new life takes the current weights with the others, and serves
+    assert len(fleet.fleet.members(State.READY)) == 2
+    groups = fleet.generate(stage.prompts, Sampling(2, 1.0, 8))
+    assert {s.version for g in groups for r in g for s in r.versions} == {stage.version}
+    assert gap(stage, groups) < 1e-4
+
+
+def test_fleet_without_a_replica_left_is_an_error(stage: Stage) -> None:
+    fleet = stage.team.fleet
+    fleet.fleet.max_restarts = 0
+    for actor in list(fleet._actors.values()):
+        ray.kill(actor)
+    with pytest.raises(UserError, match="no generator is left"):
+        fleet.generate(stage.prompts, Sampling(1, 1.0, 8))

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlvid.errors import BadClip, UserError
+from rlvid.video import pyav_reader
+from rlvid.video.cache import FrameCache
+from rlvid.video.clip_reader import ClipReader
+from tests.video.media import read_numbers, video_config, write_video
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> ClipReader:
+    return make_reader(tmp_path)
+
+
+def make_reader(tmp_path: Path, multiple: int = 28, **keys: Any) -> ClipReader:
+    return ClipReader(video_config(**keys), multiple, FrameCache(tmp_path / "cache", 10**9))
+
+
+def test_second_read_comes_from_the_cache_with_equal_content(tmp_path: Path, reader: ClipReader) -> None:
+    path = str(write_video(tmp_path / "a.mp4"))
+    fresh, from_cache = reader.read(path)
+    assert not from_cache
+    again, from_cache = make_reader(tmp_path).read(path)
+    assert from_cache
+    for clip in (fresh, again):
+        assert read_numbers(clip.frames) == clip.indices.tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
+        assert clip.frames.flags.c_contiguous and not clip.frames.flags.writeable
+        assert (clip.n_frames, clip.reader) == (30, pyav_reader.NAME) and clip.fps == pytest.approx(10.0)
+    np.testing.assert_array_equal(again.frames, fresh.frames)
+    np.testing.assert_array_equal(again.pts_s, fresh.pts_s)
+    assert again.clip_id == fresh.clip_id and len(fresh.clip_id) == 64
+
+
+def test_same_bytes_under_another_name_are_the_same_clip(tmp_path: Path, reader: ClipReader) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    (tmp_path / "b.mkv").write_bytes(path.read_bytes())
+    clip, _ = reader.read(str(path))
+    other, from_cache = reader.read(str(tmp_path / "b.mkv"))
+    assert from_cache and other.clip_id == clip.clip_id
+
+
+def test_changed_content_under_the_same_name_is_another_clip(tmp_path: Path, reader: ClipReader) -> None:
+    path = write_video(tmp_path / "a.mp4", range(30))
+    first, _ = reader.read(str(path))
+    write_video(path, range(100, 130))
+    os.utime(path, ns=(0, 0))  # whatever the file system's resolution
+    second, from_cache = reader.read(str(path))
+    assert not from_cache and second.clip_id != first.clip_id
+    assert read_numbers(second.frames)[0] == 100
+
+
+def test_whatever_changes_the_frames_changes_the_id(tmp_path: Path) -> None:
+    variants: list[tuple[int, dict[str, Any]]] = [
+        (28, {}),
+        (28, {"frames": 4}),
+        (28, {"sampling": "mid_segment"}),
+        (28, {"sampling": "first_seconds", "seconds": 1.0}),
+        (28, {"sampling": "first_seconds", "seconds": 2.0}),
+        (28, {"sampling": "fps", "fps": 1.0}),
+        (28, {"sampling": "fps", "fps": 2.0}),
+        (28, {"height": 56}),
+        (28, {"height": None, "width": None}),
+        (28, {"height": None, "width": None, "max_pixels": 28 * 28 * 4}),
+        (14, {"height": None, "width": None}),
+        (28, {"reader": "decord"}),
+    ]
+    ids = {make_reader(tmp_path, m, **keys).clip_id("c" * 64, keys.get("reader", "pyav")) for m, keys in variants}
+    assert len(ids) == len(variants)
+    assert make_reader(tmp_path).clip_id("c" * 64, "pyav 1") != make_reader(tmp_path).clip_id("c" * 64, "pyav 2")
+
+
+def test_keys_that_do_not_matter_do_not_change_the_id(tmp_path: Path) -> None:
+    ids = {
+        make_reader(tmp_path, **keys).clip_id("c" * 64, "pyav")
+        for keys in ({}, {"fps": 7.0}, {"seconds": 7.0}, {"timeout_s": 7.0}, {"max_pixels": 784})
+    }
+    assert len(ids) == 1
+
+
+def test_hash_is_taken_once_per_file(tmp_path: Path, reader: ClipReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write_video(tmp_path / "a.mp4"))
+    reader.read(path)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    assert reader.read(path)[1] is True
+
+
+def test_wrong_size_is_refused_before_any_clip_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"video\.height=84 must be a multiple of 32"):
+        make_reader(tmp_path, multiple=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.mp4", "there is no such file"),
+        ("folder.mp4", "is a folder"),
+        ("empty.mp4", r"is empty \(0 bytes\)"),
+        ("text.mp4", "cannot be opened: Invalid data found"),
+        ("text.mp4/below", "cannot be opened: Not a directory"),
+        ("nul\0.mp4", "cannot be opened: embedded null"),
+        ("pipe.mp4", "is not a regular file"),
+    ],
+)
+def test_unreadable_is_a_bad_clip_with_path_and_reason(
+    tmp_path: Path, reader: ClipReader, name: str, reason: str
+) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video")
+    os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
+    with pytest.raises(BadClip, match=reason) as caught:
+        reader.read(f"{tmp_path}/{name}")
+    assert caught.value.path == f"{tmp_path}/{name}"
+    assert reader.cache.size_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4")]
+)
+def test_file_cut_short_is_refused_wherever_the_cut_is(
+    tmp_path: Path, reader: ClipReader, name: str, codec: str
+) -> None:
+    path = write_video(tmp_path / name, codec=codec, mux={"movflags": "faststart"} if name == "a.mp4" else {})
+    whole = path.read_bytes()
+    for share in (0.3, 0.5, 0.7, 0.9, 0.99):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(BadClip, match="cut short"):
+            reader.read(str(path))
+
+
+def test_clip_that_killed_its_readers_is_bad_with_the_way_out(tmp_path: Path, reader: ClipReader) -> None:
+    path = str(write_video(tmp_path / "a.mp4"))
+    clip, _ = reader.read(path)
+    for file in reader.cache.dir.glob(f"{clip.clip_id}.*"):
+        file.unlink()
+    record = reader.cache.dir / f"{clip.clip_id}.tries"
+    record.write_bytes(b"xx")  # as two dead processes leave it
+    with pytest.raises(BadClip, match=f"killed several processes .* remove {record}"):
+        reader.read(path)
+    record.unlink()
+    assert reader.read(path)[1] is False
+
+
+def test_decord_is_chosen_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    path = str(write_video(tmp_path / "a.mp4"))
+    clip, from_cache = make_reader(tmp_path, reader="decord").read(path)
+    assert not from_cache and clip.reader.startswith("decord ")
+    assert make_reader(tmp_path).read(path)[1] is False  # two readers share no clips
+
+
+def test_two_processes_decode_the_same_clip_once(tmp_path: Path, reader: ClipReader) -> None:
+    paths = [str(write_video(tmp_path / f"{i}.mp4", range(i, i + 30))) for i in range(4)]
+    with get_context("spawn").Pool(2) as pool:
+        answers = pool.map(reader.read, [path for path in paths for _ in range(4)], chunksize=1)
+    fresh = [clip.clip_id for clip, from_cache in answers if not from_cache]
+    assert len(fresh) == len(set(fresh)) == 4
+    for i, (clip, _) in enumerate(answers):
+        assert read_numbers(clip.frames)[0] == i // 4
+
+
+def test_reader_can_be_pickled(tmp_path: Path, reader: ClipReader) -> None:
+    path = str(write_video(tmp_path / "a.mp4"))
+    reader.read(path)
+    assert pickle.loads(pickle.dumps(reader)).read(path)[1] is True
+
+
+def test_workers_stay_light() -> None:
+    heavy = "{'ray', 'torch', 'decord'} & set(sys.modules)"
+    code = f"import sys, rlvid.video.clip_reader, rlvid.video.pyav_reader; print(sorted({heavy}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
