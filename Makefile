@@ -57,7 +57,7 @@ test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
 lint: .venv  ## check style, types, the direction of imports and docs/configuration.md
 	@ruff check .
 	ruff format --check .
-	mypy rlvid actors
+	mypy rlvid actors jobs
 	lint-imports
 	python -m rlvid.config.docs --check
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from actors.clip_store import ClipStore, Encoded
 from actors.generator_fleet import GeneratorFleet
-from actors.roles import Team
+from actors.roles import Roles
 from rlvid.config import IsrtJobConfig, JudgeConfig
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
@@ -292,12 +292,12 @@ def open_judge(
         return
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})
-    with Team(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed) as team:
+    with Roles(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed) as roles:
         own_clips = ClipStore(own_cfg, judge.path, clips.n_clips, lambda path, reason: None)
         try:
-            team.wait_ready()
-            team.fleet.serve_checkpoint()
-            backend = FleetBackend(f"local {checkpoint_id(judge.path)}", team.fleet, judge, seed, own_clips)
+            roles.wait_ready()
+            roles.fleet.serve_checkpoint()
+            backend = FleetBackend(f"local {checkpoint_id(judge.path)}", roles.fleet, judge, seed, own_clips)
             yield Judge(backend, clips, cache, judge.max_invalid_fraction)
         finally:
             own_clips.close()

@@ -77,11 +77,11 @@ class _Probe:
 
 def check_parity(
     fleet: GeneratorFleet, trainer: TrainerGroup, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig
-) -> float:
+) -> str:
     """Run the check on the first two samples with readable video; where no sample has any, compare log-probs alone.
 
     Returns:
-        The largest difference of log-probs seen.
+        A line that says what was found.
 
     Raises:
         UserError: the check fails; the message says which side differs and how.
@@ -107,7 +107,8 @@ def check_parity(
     problems = verdict(observations, cfg.model.dtype)
     if problems:
         raise UserError("the parity check failed, the run does not start:\n  " + "\n  ".join(problems))
-    return max(o.gap for o in observations)
+    seen = " and see the video" if pairs else ""
+    return f"parity: engine and trainer agree within {max(o.gap for o in observations):.1e}{seen}"
 
 
 def _first_tokens(prompt: Encoded) -> GroupRef:

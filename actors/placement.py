@@ -14,17 +14,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlvid.config import (
-    DpoJobConfig,
-    EvalJobConfig,
-    GrpoJobConfig,
-    JobConfig,
-    PlacementConfig,
-    RewardModelJobConfig,
-    SftJobConfig,
-)
+from rlvid.config import JobConfig, PlacementConfig
 from rlvid.errors import UserError
-from rlvid.rewards.videoscore import Rubric
 
 
 @dataclass(frozen=True)
@@ -70,26 +61,12 @@ def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
     )
 
 
-def roles_of(cfg: JobConfig) -> tuple[str, ...]:
-    """The roles that a job starts. No reference model without a KL term, nor with adapters: the trainer is it then."""
-    if isinstance(cfg, SftJobConfig | DpoJobConfig) or (
-        isinstance(cfg, RewardModelJobConfig) and Rubric.of(cfg).has_head
-    ):
-        return ("trainer",)
-    scorer = ("scorer",) if any(part.kind == "model" for part in cfg.rewards) else ()
-    if isinstance(cfg, EvalJobConfig):
-        return ("generator", *scorer)
-    needs_reference = isinstance(cfg, GrpoJobConfig) and cfg.grpo.kl_coef > 0 and cfg.model.lora is None
-    reference = ("reference",) if needs_reference else ()
-    return ("trainer", "generator", *reference, *scorer)
-
-
-def describe(cfg: JobConfig) -> str:
+def describe(cfg: JobConfig, roles: tuple[str, ...]) -> str:
     """The plan as text, for `--dry-run`."""
-    lines = [f"{s.name:<14} in group {s.group:<14} {s.cpus:g} CPU, {s.gpus:g} GPU" for s in plan(cfg, roles_of(cfg))]
+    lines = [f"{s.name:<14} in group {s.group:<14} {s.cpus:g} CPU, {s.gpus:g} GPU" for s in plan(cfg, roles)]
     place = cfg.placement
     lines.append(f"{'encoders':<14} {place.encoders} wherever there is room, {place.encode_cpus:g} CPU each")
-    if "generator" in roles_of(cfg):
+    if "generator" in roles:
         lines.append(f"{'rewards':<14} {place.reward_workers} wherever there is room, {place.reward_cpus:g} CPU each")
     return "\n".join(lines)
 

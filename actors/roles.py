@@ -1,10 +1,12 @@
-"""The actors of one job: started together, stopped together."""
+"""The actors of one job: started side by side, stopped together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,83 +21,101 @@ from actors.scorer import ScorerHandle
 from actors.trainer import GroupRef, TrainerGroup
 from rlvid.config import JobConfig
 
+T = TypeVar("T")
 
-class Team:
-    """Trainer, generators and, where the job asks for it, the reference model. Leaving it stops them.
 
-    Their processes start side by side; `wait_ready` raises what any of them raised.
+class Roles:
+    """Trainer, generators, rewards and reference model, as far as the job asks for them. Use as a context manager.
+
+    `wait_ready` raises what any of their processes raised while it started.
+
+    Args:
+        model: checkpoint folder of the policy.
+        roles: of "trainer", "generator" (which brings the rewards), "reference", "scorer" (reward models).
     """
 
-    def __init__(self, folder: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
+    def __init__(self, model: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
         if "trainer" in roles and not cfg.placement.gpus:
             require_compiler()
         slots = plan(cfg, tuple(roles))
-        logs = logs.resolve()
-        self._placement = Placement(slots, cfg.placement)
-        by_role = {
-            role: [s for s in slots if s.role == role] for role in ("trainer", "generator", "reference", "scorer")
-        }
-        folder = folder.resolve()
-        if by_role["trainer"]:
-            self.trainer = TrainerGroup(folder, cfg, by_role["trainer"], self._placement, logs)
-        if by_role["generator"]:
-            self.fleet = GeneratorFleet(folder, cfg, by_role["generator"], self._placement, logs, seed)
-            models = [part.path for part in cfg.rewards if part.kind == "model" and part.path]
-            self._scorers = [
-                ScorerHandle(path, cfg, slot, self._placement, logs)
-                for path, slot in zip(models, by_role["scorer"], strict=True)
-            ]
-            place = cfg.placement
-            self.rewards = Rewards(cfg.rewards, place.reward_workers, place.reward_cpus, self._scorers)
-        self.reference: Any = None
-        if by_role["reference"]:
-            slot = by_role["reference"][0]
-            self.reference = (
-                ray.remote(Reference)
-                .options(**self._placement.options(slot))
-                .remote(logs / f"{slot.name}.log", cfg.placement.threads)
-            )
-            self._reference_ready = self.reference.start.remote(folder, cfg, slot.gpus > 0)
+        model, logs = model.resolve(), logs.resolve()
+        self._trainer: TrainerGroup | None = None
+        self._fleet: GeneratorFleet | None = None
+        self._rewards: Rewards | None = None
+        self._reference: Any = None
+        self._ready: list[Callable[[], object]] = []
+        with ExitStack() as stack:
+            placement = Placement(slots, cfg.placement)
+            stack.callback(placement.remove)
+            by_role = {role: [s for s in slots if s.role == role] for role in roles}
+            if "trainer" in roles:
+                self._trainer = TrainerGroup(model, cfg, by_role["trainer"], placement, logs)
+                stack.callback(self._trainer.stop)
+                self._ready.append(self._trainer.wait_ready)
+            if "generator" in roles:
+                self._fleet = GeneratorFleet(model, cfg, by_role["generator"], placement, logs, seed)
+                stack.callback(self._fleet.stop)
+                self._ready.append(self._fleet.wait_ready)
+                models = [part.path for part in cfg.rewards if part.kind == "model" and part.path]
+                scorers = [
+                    ScorerHandle(path, cfg, slot, placement, logs)
+                    for path, slot in zip(models, by_role.get("scorer", ()), strict=True)
+                ]
+                for scorer in scorers:
+                    stack.callback(scorer.stop)
+                    self._ready.append(scorer.wait_ready)
+                place = cfg.placement
+                self._rewards = Rewards(cfg.rewards, place.reward_workers, place.reward_cpus, scorers)
+                stack.callback(self._rewards.stop)
+            for slot in by_role.get("reference", ()):
+                actor = ray.remote(Reference).options(**placement.options(slot))
+                self._reference = actor.remote(logs / f"{slot.name}.log", cfg.placement.threads)
+                stack.callback(ray.kill, self._reference)
+                started = self._reference.start.remote(model, cfg, slot.gpus > 0)
+                self._ready.append(partial(ray.get, started))
+            self._stack = stack.pop_all()
+
+    @property
+    def trainer(self) -> TrainerGroup:
+        return _started(self._trainer, "trainer")
+
+    @property
+    def fleet(self) -> GeneratorFleet:
+        return _started(self._fleet, "generator")
+
+    @property
+    def rewards(self) -> Rewards:
+        return _started(self._rewards, "generator")
 
     def wait_ready(self) -> None:
-        if hasattr(self, "trainer"):
-            self.trainer.wait_ready()
-        if hasattr(self, "fleet"):
-            self.fleet.wait_ready()
-            for scorer in self._scorers:
-                scorer.wait_ready()
-        if self.reference is not None:
-            ray.get(self._reference_ready)
+        for wait in self._ready:
+            wait()
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        if self.reference is None:  # adapters: the trainer is its own reference
+        """Log-probs under the reference, one array [sum R] per group. With adapters the trainer is the reference."""
+        if self._reference is None:
             return self.trainer.reference_logprobs(groups)
-        return list(ray.get(self.reference.logprobs.remote(groups)))
+        return list(ray.get(self._reference.logprobs.remote(groups)))
 
     def freeze_reference(self, file: Path, is_resumed: bool) -> None:
-        """The reference takes the policy's present weights and keeps them in `file`; a resumed run reads them there."""
+        """The reference takes the policy's present weights and keeps them in `file`, where a resumed run reads them."""
         file = file.resolve()
-        if self.reference is None and is_resumed:
-            self.trainer.load_reference(file)
-        elif self.reference is None:
-            self.trainer.freeze_reference(file)
+        if self._reference is None:
+            (self.trainer.load_reference if is_resumed else self.trainer.freeze_reference)(file)
         elif is_resumed:
-            ray.get(self.reference.load.remote(file))
+            ray.get(self._reference.load.remote(file))
         else:
-            ray.get(self.reference.load_weights.remote(list(self.trainer.put_weights(is_checked=False))))
-            ray.get(self.reference.save.remote(file))
+            ray.get(self._reference.load_weights.remote(list(self.trainer.put_weights(is_checked=False))))
+            ray.get(self._reference.save.remote(file))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if hasattr(self, "fleet"):
-            self.fleet.stop()
-            self.rewards.stop()
-            for scorer in self._scorers:
-                scorer.stop()
-        if hasattr(self, "trainer"):
-            self.trainer.stop()
-        if self.reference is not None:
-            ray.kill(self.reference)
-        self._placement.remove()
+        self._stack.close()
+
+
+def _started(role: T | None, name: str) -> T:
+    if role is None:
+        raise RuntimeError(f"this job has not started the role {name!r}")
+    return role

@@ -46,7 +46,7 @@ import actors.generator_fleet
 import actors.trainer
 from actors.batch import advantages_of, summarize
 from actors.clip_store import ClipStore, Outcome, Source
-from actors.roles import Team
+from actors.roles import Roles
 from benchmarks.harness import finish, machine, medians
 from benchmarks.tiny import tiny_model, video_sample
 from jobs.grpo import optimize
@@ -160,7 +160,7 @@ class Steps:
         )
         self.clips = ClipStore(self.cfg, model, max(PROMPTS), on_bad=lambda path, reason: None)
         stack.callback(self.clips.close)
-        self.team = stack.enter_context(Team(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
+        self.team = stack.enter_context(Roles(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
         run_folder = RunFolder(self.cfg.run.dir)
         stack.enter_context(run_folder.start(self.cfg, "grpo"))
         run_folder.rewind(None)

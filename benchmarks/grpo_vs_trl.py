@@ -38,11 +38,11 @@ import torch
 from actors.actor_process import start_ray
 from actors.batch import advantages_of
 from actors.clip_store import Encoded
-from actors.placement import roles_of
-from actors.roles import Team
+from actors.roles import Roles
 from benchmarks.harness import finish, median_ratio, medians
 from benchmarks.tiny import QUESTION, tiny_model
 from jobs.grpo import optimize
+from jobs.specs import JOBS
 from rlvid.config import GrpoJobConfig
 from rlvid.models import torchvision_ops
 from rlvid.models.families import load_family
@@ -97,7 +97,7 @@ class RlvidSide:
             }
         )
         self.family = load_family(model)
-        self.team = Team(model, self.cfg, roles_of(self.cfg), logs, seed=0)
+        self.team = Roles(model, self.cfg, JOBS["grpo"].roles(self.cfg), logs, seed=0)
         self.team.wait_ready()
         self.steps = 0
         self.team.fleet.sync(self.team.trainer, 0)

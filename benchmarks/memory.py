@@ -175,7 +175,7 @@ def demo(folder: Path) -> dict[str, float]:
 
 def prompt(folder: Path) -> dict[str, float]:
     from actors.clip_store import ClipStore
-    from actors.roles import Team
+    from actors.roles import Roles
     from rlvid.config import GrpoJobConfig, SyntheticConfig, TinyModelConfig
     from rlvid.data.manifest import load_manifest
     from rlvid.models.tiny import make_tiny
@@ -198,7 +198,7 @@ def prompt(folder: Path) -> dict[str, float]:
     worst = 0.0
     with ray_session(GIB), ExitStack() as stack:
         team = stack.enter_context(
-            Team(model, GrpoJobConfig.model_validate(keys), ("trainer", "generator"), folder / "logs", seed=0)
+            Roles(model, GrpoJobConfig.model_validate(keys), ("trainer", "generator"), folder / "logs", seed=0)
         )
         team.wait_ready()
         team.fleet.sync(team.trainer, 0)

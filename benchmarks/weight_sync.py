@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.actor_process import start_ray
-from actors.roles import Team
+from actors.roles import Roles
 from benchmarks.harness import finish, in_turns, machine, median_ratio
 from benchmarks.tiny import tiny_model
 from rlvid.config import GrpoJobConfig
@@ -80,7 +80,7 @@ def measure(shape: Shape, folder: Path, rounds: int) -> tuple[dict[str, list[flo
             "rollout": {"max_model_len": 256, "max_batched_tokens": 256, "max_sequences": 8, "max_tokens": 8},
         }
     )
-    with Team(folder / "model", cfg, ("trainer", "generator"), folder / "logs", seed=0) as team:
+    with Roles(folder / "model", cfg, ("trainer", "generator"), folder / "logs", seed=0) as team:
         team.wait_ready()
         version = 0
 

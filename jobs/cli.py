@@ -11,20 +11,20 @@ Heavy modules are imported by the command that needs them: `rlvid --help` must n
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
+import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from jobs.specs import JOBS
 from rlvid.errors import UserError
 
 if TYPE_CHECKING:
-    from rlvid.config import JobConfig, SyntheticConfig, TuneJobConfig
+    from rlvid.config import SyntheticConfig
 
 _OVERRIDES_HELP = """\
 overrides:
@@ -32,33 +32,10 @@ overrides:
   lists by index or as a whole:                  rewards.0.weight=2, train.betas=[0.9, 0.99]
   a whole section, which replaces the file's:    model.tiny={layers: 2}
 Paths, in the file too, are relative to the current directory. Every key and its default: docs/configuration.md.
-Starting a job on its run folder again goes on from the newest checkpoint."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    module: str  # has run(cfg) -> dict, the result that is printed
-    config: str  # class in rlvid.config
-    help: str
-    flags: tuple[str, ...] = ()  # further arguments of run, false unless given as --options
+A job that is started again with the same run folder resumes from the newest checkpoint."""
 
 
 _FLAGS = {"only_data": "build the preference pairs of the first iteration and train on none"}
-
-
-JOBS = {
-    "grpo": _Job("jobs.grpo", "GrpoJobConfig", "group relative policy optimisation on videos"),
-    "sft": _Job("jobs.sft", "SftJobConfig", "supervised fine-tuning on the manifest's answers"),
-    "dpo": _Job("jobs.dpo", "DpoJobConfig", "direct preference optimisation and its relatives on pairs of responses"),
-    "reward-model": _Job(
-        "jobs.reward_model", "RewardModelJobConfig", "a model that scores videos, or answers to questions about them"
-    ),
-    "isrt": _Job(
-        "jobs.isrt", "IsrtJobConfig", "self-judgement with a visual context, then DPO, iterated", flags=("only_data",)
-    ),
-    "tune": _Job("jobs.tune", "TuneJobConfig", "search hyperparameters of any job with Ray Tune"),
-    "eval": _Job("jobs.evaluate", "EvalJobConfig", "greedy answers to the held-out manifest, scored"),
-}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -85,9 +62,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except UserError as error:
         print(f"rlvid: error: {_original(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"rlvid: interrupted{_how_to_go_on(run_dir)}", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"rlvid: interrupted{_next_time(interruption, run_dir)}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `rlvid ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         _report_fault(error, run_dir)
         return 1
@@ -109,11 +88,12 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"rlvid {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, job in JOBS.items():
+        flags = [f"[--{flag.replace('_', '-')}]" for flag in job.flags]
         command = commands.add_parser(
             name,
             help=job.help,
-            description=job.help.capitalize() + ".",
-            usage=f"rlvid {name} CONFIG.yaml [key.sub=value ...] [--dry-run]",
+            description=f"{job.help[0].upper()}{job.help[1:]}.",
+            usage=" ".join([f"rlvid {name} CONFIG.yaml [key.sub=value ...]", *flags, "[--dry-run]"]),
             epilog=_OVERRIDES_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -121,7 +101,11 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
         command.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same as the first argument")
         for flag in job.flags:
             command.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=_FLAGS[flag])
-        command.add_argument("--dry-run", action="store_true", help="print the resolved config and the placement only")
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check everything, print the resolved config and the placement, start nothing",
+        )
     _add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     _add_data(commands.add_parser("data", help="make a manifest of a known data set"))
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
@@ -193,21 +177,16 @@ def _version() -> str:
 
 
 def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
-    import rlvid.config
     from rlvid.config.load import dump_config, load_config
 
     job = JOBS[arguments.command]
-    config_class: type[JobConfig | TuneJobConfig] = getattr(rlvid.config, job.config)
-    cfg = load_config(config_class, arguments.config, arguments.overrides)
+    cfg = load_config(job.config, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        print(dump_config(cfg))
-        if isinstance(cfg, rlvid.config.JobConfig):
-            from actors.placement import describe
-
-            print("\n# placement\n" + "\n".join(f"# {line}" for line in describe(cfg).splitlines()))
+        about = job.describe(cfg, job)
+        print(dump_config(cfg), *(f"# {line}" for line in about), sep="\n")
         return
-    run_dir.append(cfg.dir if isinstance(cfg, rlvid.config.TuneJobConfig) else cfg.run.dir)
-    result = importlib.import_module(job.module).run(cfg, **{flag: getattr(arguments, flag) for flag in job.flags})
+    run_dir.append(job.folder(cfg))
+    result = job.run(cfg, **{flag: getattr(arguments, flag) for flag in job.flags})
 
     from rlvid.reporting.console import Console
 
@@ -260,13 +239,13 @@ def _original(error: BaseException) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
-def _how_to_go_on(run_dir: list[Path]) -> str:
+def _next_time(interruption: KeyboardInterrupt, run_dir: list[Path]) -> str:
+    """What the same command would do, for the message of an interruption."""
     if not run_dir:
         return ""
-    from rlvid.reporting.checkpoints import Checkpoints
+    from jobs.run import how_to_resume
 
-    newest = Checkpoints(run_dir[0] / "checkpoints").newest()
-    return f"; the same command goes on from step {newest.step} in {run_dir[0]}" if newest else ""
+    return f"; the same command {str(interruption) or how_to_resume(run_dir[0])}"
 
 
 def _report_fault(error: Exception, run_dir: list[Path]) -> None:

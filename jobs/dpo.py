@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from actors.placement import plan as plan_slots
-from actors.placement import require_room, roles_of
+from actors.placement import require_room
 from actors.supervised_plan import PreferencePlan
 from actors.supervised_worker import PreferenceTraining
 from jobs.cli import job_main
-from jobs.session import Session
+from jobs.inputs import Inputs, open_job
+from jobs.run import Run, how_to_resume
+from jobs.specs import JOBS
 from rlvid.config import DpoJobConfig
-from rlvid.reporting.tracker import Tracker
 from rlvid.types import Preference
 
 METRICS_FILE = "training.json"  # beside the exported policy: what `train_preferences` returned
@@ -25,20 +26,19 @@ METRICS_FILE = "training.json"  # beside the exported policy: what `train_prefer
 
 def run(cfg: DpoJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
-    with Session(cfg, "dpo") as session:
-        session.require_training_data()
-        newest = session.folder.checkpoints.newest()
-        session.folder.rewind(newest.step if newest else None)
-        tracker = session.open_tracker()
-        reference = cfg.dpo.reference_path or session.model
-        out = session.folder.dir / "policy"
+    with open_job(cfg, "dpo") as (run, inputs):
+        inputs.require_training_data()
+        newest = run.folder.checkpoints.newest()
+        run.folder.rewind(newest.step if newest else None)
+        reference = cfg.dpo.reference_path or inputs.model
+        out = run.folder.dir / "policy"
         last = train_preferences(
-            cfg, session, session.model, reference, session.pairs, out, session.held_out_pairs, tracker
+            cfg, run, inputs, inputs.model, reference, inputs.pairs, out, inputs.held_out_pairs, is_logged=True
         )
         return {
             **{key: last[name] for key, name in RESULT.items() if name in last},
             "steps": cfg.train.steps,
-            **session.ending(),
+            **run.ending(),
         }
 
 
@@ -52,20 +52,21 @@ RESULT = {
 
 def train_preferences(
     cfg: DpoJobConfig,
-    session: Session,
+    run: Run,
+    inputs: Inputs,
     model: Path,
     reference: Path,
     pairs: Sequence[Preference],
     out: Path,
     held_out: Sequence[Preference] = (),
-    tracker: Tracker | None = None,
+    is_logged: bool = False,
 ) -> dict[str, float]:
     """Train the checkpoint `model` on `pairs` and write it to `out`, whole; at once if it is there already.
 
     Checkpoints lie beside `out`, and an interrupted training goes on from the newest.
 
     Args:
-        tracker: gets every step's metrics.
+        is_logged: write every step's metrics into the run's.
 
     Returns:
         The metrics of the last step and the last evaluation.
@@ -82,17 +83,17 @@ def train_preferences(
         folder=out.parent.resolve(),
         out=out.resolve(),
     )
-    require_room(plan_slots(cfg, roles_of(cfg)), cfg.placement)
+    require_room(plan_slots(cfg, JOBS["dpo"].roles(cfg)), cfg.placement)
     training = PreferenceTraining(plan)
-    session.console.phase(f"preferences ({cfg.dpo.loss})", cfg.train.steps, 0)
+    run.console.phase(f"preferences ({cfg.dpo.loss})", cfg.train.steps, 0)
     last: dict[str, float] = {}
-    logged = session.folder.read_metrics() if tracker else []
+    logged = run.folder.read_metrics() if is_logged else []
     done, evaluated = 0, max((row["step"] for row in logged if "eval/accuracy" in row), default=-1)
-    with session.interruptible(training.stop):
+    with run.interruptible(training.stop):
         for kind, content in training.events():
             if kind == "started":
                 note = f"{content['world']} workers, after step {content['step']}"
-                session.console.message(note if content["step"] or done else note.removesuffix(", after step 0"))
+                run.console.message(note if content["step"] or done else note.removesuffix(", after step 0"))
                 done = max(done, content["step"])
             elif kind == "step":
                 step = content.pop("step")
@@ -100,13 +101,13 @@ def train_preferences(
                     continue
                 done = step
                 if content.pop("is_left_out", None):
-                    session.console.message(f"step {step} is left out: a worker has no pair with readable clips")
+                    run.console.message(f"step {step} is left out: a worker has no pair with readable clips")
                     continue
                 last |= content
-                metrics = content | session.clip_metrics()
-                if tracker:
-                    tracker.log(step, metrics)
-                session.console.step(step, metrics)
+                metrics = content | inputs.clip_metrics()
+                if is_logged:
+                    run.log(step, metrics)
+                run.console.step(step, metrics)
             elif kind == "evaluation":
                 step = content.pop("step")
                 last |= {"eval/accuracy_before": content["eval/accuracy"]} if step == 0 else {}
@@ -114,17 +115,17 @@ def train_preferences(
                 if step <= evaluated:  # done again, as above
                     continue
                 evaluated = step
-                if tracker:
-                    tracker.log(step, content)
-                session.console.evaluation(step, content)
+                if is_logged:
+                    run.log(step, content)
+                run.console.evaluation(step, content)
             elif kind == "bad clip":
-                session.clips.set_aside(*content)
-                session.clips.refuse_many_bad()
+                inputs.clips.set_aside(*content)
+                inputs.clips.refuse_many_bad()
             elif kind == "clips":
-                session.clips.count(*content)
+                inputs.clips.count(*content)
             elif kind == "note":
-                session.console.message(content)
-    session.end_if_interrupted(plan.checkpoints)
+                run.console.message(content)
+    run.end_if_interrupted(how_to_resume(plan.folder))
     part = metrics_file.with_suffix(".part")
     part.write_text(json.dumps(last))
     part.replace(metrics_file)

@@ -1,31 +1,52 @@
-"""`rlvid eval`: greedy answers to the held-out manifest; also the evaluations inside `rlvid grpo`."""
+"""`rlvid eval`: greedy answers to the held-out manifest; also the evaluations inside other jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from actors.batch import accuracy_part
-from actors.clip_store import ClipStore
-from actors.placement import roles_of
-from actors.roles import Team
+from actors.roles import Roles
 from jobs.cli import job_main
-from jobs.session import Session
-from rlvid.config import EvalJobConfig, JobConfig
+from jobs.inputs import Inputs, open_job
+from jobs.run import Run
+from jobs.specs import JOBS
+from rlvid.config import EvalJobConfig
 from rlvid.errors import UserError
 from rlvid.evaluation.metrics import accuracy_report
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.types import Sample
 
 NO_ACCURACY_PART = "evaluation needs a reward part that says what is right: add one of kind exact, choice or number"
 
 
-def evaluate(team: Team, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig) -> dict[str, float]:
-    """Share of right greedy answers (sample-weighted, n given), over all and by problem type; mean length, tokens."""
-    name = accuracy_part(cfg.rewards)
-    if name is None:
+def check_evaluation(inputs: Inputs) -> None:
+    """
+    Raises:
+        UserError: there are held-out samples, and no reward part says whether an answer is right.
+    """
+    if inputs.held_out and accuracy_part(inputs.cfg.rewards) is None:
         raise UserError(NO_ACCURACY_PART)
-    samples = samples[: cfg.evaluate.max_samples]
+
+
+def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, float]:
+    """Greedy answers of the engines' weights to the held-out samples; logged and shown. Nothing without any.
+
+    Returns:
+        Share of right answers (sample-weighted, with n), overall and by problem type, and the mean length in tokens.
+    """
+    if not inputs.held_out:
+        return {}
+    with run.stage("evaluation"):
+        metrics = _accuracy(inputs, roles)
+    run.log(step, metrics | run.take_times())
+    run.console.evaluation(step, metrics)
+    return metrics
+
+
+def _accuracy(inputs: Inputs, roles: Roles) -> dict[str, float]:
+    cfg, clips = inputs.cfg, inputs.clips
+    name = accuracy_part(cfg.rewards)
+    assert name is not None  # check_evaluation
+    samples = inputs.held_out[: cfg.evaluate.max_samples]
     verdicts: list[bool | None] = []
     types: list[str | None] = []
     lengths: list[int] = []
@@ -34,37 +55,31 @@ def evaluate(team: Team, clips: ClipStore, samples: Sequence[Sample], cfg: JobCo
     for at in range(0, len(samples), size):
         prompts = clips.collect(pending)
         pending = clips.submit(samples[at + size : at + 2 * size])
-        answers = team.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))
-        marks = team.rewards([p.sample for p in prompts], answers)
-        verdicts += [m[0].parts[name] == 1.0 if m[0].is_valid else None for m in marks]
+        answers = roles.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))
+        rewards = roles.rewards([p.sample for p in prompts], answers)
+        verdicts += [r[0].parts[name] == 1.0 if r[0].is_valid else None for r in rewards]
         types += [p.sample.problem_type for p in prompts]
         lengths += [len(a[0].token_ids) for a in answers]
-    missing = len(samples) - len(verdicts)  # bad clips: they count as not marked
+    missing = len(samples) - len(verdicts)  # bad clips: no verdict
     verdicts += [None] * missing
     types += [None] * missing
     if all(v is None for v in verdicts):
-        raise UserError(f"none of the {len(samples)} held-out samples could be marked; see bad_clips.jsonl and rewards")
+        raise UserError(f"none of the {len(samples)} held-out samples could be scored; see bad_clips.jsonl and rewards")
     metrics = accuracy_report(verdicts, types).as_metrics() | {"length": sum(lengths) / len(lengths)}
     return {f"eval/{key}": value for key, value in metrics.items()}
 
 
 def run(cfg: EvalJobConfig) -> dict[str, Any]:
-    """Evaluate `model.path` on `data.eval`; returns what the last line of stdout says."""
-    with Session(cfg, "eval") as session:
-        if not session.held_out:
+    """Evaluate `model.path` on `data.eval`."""
+    with open_job(cfg, "eval") as (run, inputs):
+        check_evaluation(inputs)
+        if not inputs.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
-        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
-            team.wait_ready()
-            team.fleet.serve_checkpoint()
-            tracker = session.open_tracker()
-            metrics = evaluate(team, session.clips, session.held_out, cfg)
-            tracker.log(0, metrics | session.clip_metrics())
-            session.console.evaluation(0, metrics)
-        return {
-            "accuracy": metrics["eval/accuracy"],
-            "n": int(metrics["eval/n"]),
-            "report": str(session.folder.report_file),
-        }
+        with Roles(inputs.model, cfg, JOBS["eval"].roles(cfg), run.folder.logs_dir, cfg.seed) as roles:
+            roles.wait_ready()
+            roles.fleet.serve_checkpoint()
+            metrics = evaluate(run, inputs, roles, 0)
+        return {"accuracy": metrics["eval/accuracy"], "n": int(metrics["eval/n"]), **run.ending()}
 
 
 if __name__ == "__main__":

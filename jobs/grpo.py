@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize
+from actors.batch import advantages_of, make_minibatch, rollout_rows, summarize
 from actors.clip_store import Encoded
 from actors.parity_check import check_parity, group_of
-from actors.placement import roles_of
 from actors.rewards import check_parts
-from actors.roles import Team
+from actors.roles import Roles
 from jobs.cli import job_main
-from jobs.evaluate import NO_ACCURACY_PART, evaluate
-from jobs.session import WARM_START_STEP, Session, distinct
-from jobs.sft import warm_start
+from jobs.evaluate import check_evaluation, evaluate
+from jobs.inputs import Inputs, distinct, open_job
+from jobs.run import Run
+from jobs.specs import JOBS
+from jobs.warm_start import warm_start
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
-from rlvid.reporting.tracker import Tracker
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.objectives import Grpo
 from rlvid.types import Reward, Rollout
@@ -34,82 +34,91 @@ N_REPORTED = 8  # prompts of a step whose rollouts the report shows
 
 
 def run(cfg: GrpoJobConfig) -> dict[str, Any]:
-    """Run or take up the job; returns what the last line of stdout says."""
-    with Session(cfg, "grpo") as session:
-        session.require_training_data()
-        check_parts(cfg.rewards)  # a wrong configuration is an error before anything starts
-        if session.held_out and accuracy_part(cfg.rewards) is None:
-            raise UserError(NO_ACCURACY_PART)
-        with Team(session.model, cfg, roles_of(cfg), session.folder.logs_dir, cfg.seed) as team:
-            return train(cfg, session, team)
+    """Run or resume the job."""
+    check_parts(cfg.rewards)
+    with open_job(cfg, "grpo") as (run, inputs):
+        inputs.require_training_data()
+        check_evaluation(inputs)
+        with Roles(inputs.model, cfg, JOBS["grpo"].roles(cfg), run.folder.logs_dir, cfg.seed) as roles:
+            roles.trainer.wait_ready()
+            start = run.resume(roles.trainer)
+            with run.saving_on_error(roles.trainer):
+                return train(cfg, run, inputs, roles, start)
 
 
-def train(cfg: GrpoJobConfig, session: Session, team: Team) -> dict[str, Any]:
-    team.trainer.wait_ready()
-    start = session.resume(team)
-    tracker = session.open_tracker()
-    has_begun = "accuracy_before" in session.state  # the warm start is done, the first evaluation too
-    if not has_begun:
-        warm_start(session, team, tracker, cfg.warm_start)
-        if session.interrupted:
-            return session.finish(team, {})
-    team.wait_ready()
-    if cfg.grpo.kl_coef:
-        team.freeze_reference(session.folder.dir / "reference.safetensors", has_begun)
-    team.fleet.sync(team.trainer, start)
-    probed = distinct(session.train, 16)
-    gap = check_parity(team.fleet, team.trainer, session.clips, probed, cfg)
-    sees = " and see the video" if any(s.videos for s in probed) else ""
-    session.console.message(f"parity: engine and trainer agree within {gap:.1e}{sees}")
-    if not has_begun:
-        session.state.pop(WARM_START_STEP, None)
-        session.state["accuracy_before"] = evaluation(session, team, tracker, 0).get("eval/accuracy")
-        session.checkpoint(0, team)
-
-    session.console.phase("GRPO", cfg.train.steps, start)
+def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int) -> dict[str, Any]:
+    """The job from step `start` to its end."""
+    begin_training(cfg, run, inputs, roles, start)
+    run.console.phase("GRPO", cfg.train.steps, start)
     sampling = Sampling(cfg.grpo.group_size, cfg.rollout.temperature, cfg.rollout.max_tokens)
-    offset = cfg.warm_start.steps * cfg.warm_start.batch_size  # go on in the data where the warm start ended
-    for step in session.steps(start, cfg.train.steps):
-        begin = time.monotonic()
-        with session.stage("encode"):
-            prompts = session.next_batch(step, cfg.train.batch_size, offset)
+    for step in run.steps(start, cfg.train.steps):
+        begin, done = time.monotonic(), step + 1
+        with run.stage("encode"):
+            prompts = inputs.prompts.take(cfg.train.batch_size)
         if len(prompts) < cfg.placement.trainer_workers:
-            session.console.message(f"step {step + 1} is left out: {len(prompts)} of its prompts have readable clips")
-            session.checkpoint_if_due(step + 1, team)
+            run.console.message(f"step {done} is left out: {len(prompts)} of its prompts have readable clips")
+            run.checkpoint_if_due(done, roles.trainer)
             continue
-        with session.stage("rollout"):
-            groups = team.fleet.generate(prompts, sampling)
-        with session.stage("reward"):
-            marks = team.rewards([p.sample for p in prompts], groups)
-            refuse_all_invalid(marks)
-            advantages = advantages_of(marks, cfg.grpo)
-        with session.stage("train"):
-            stats = optimize(cfg, team, step, prompts, groups, advantages)
-        with session.stage("sync"):
-            team.fleet.sync(team.trainer, step + 1)
+        with run.stage("rollout"):
+            groups = roles.fleet.generate(prompts, sampling)
+        with run.stage("reward"):
+            rewards = roles.rewards([p.sample for p in prompts], groups)
+            require_valid(rewards)
+            advantages = advantages_of(rewards, cfg.grpo)
+        with run.stage("train"):
+            stats = optimize(cfg, roles, step, prompts, groups, advantages)
+        with run.stage("sync"):
+            roles.fleet.sync(roles.trainer, done)
         seconds = time.monotonic() - begin
-        metrics = summarize(groups, marks, cfg.rewards) | stats | session.clip_metrics() | team.fleet.metrics()
-        metrics |= session.take_times() | {"time/step": seconds, "samples_per_s": len(prompts) * sampling.n / seconds}
-        done = step + 1
-        tracker.log(done, metrics)
-        session.console.step(done, metrics)
+        metrics = summarize(groups, rewards, cfg.rewards) | stats | inputs.clip_metrics() | roles.fleet.metrics()
+        metrics |= run.take_times() | {"time/step": seconds, "samples_per_s": len(prompts) * sampling.n / seconds}
+        run.log(done, metrics)
+        run.console.step(done, metrics)
         if done % cfg.run.log_rollouts_every == 0 or done == cfg.train.steps:
-            shown = prompts[:N_REPORTED]
-            rows = rollout_rows(done, shown, groups[:N_REPORTED], marks[:N_REPORTED], advantages)
-            session.folder.write_rollouts(
-                done, rows, session.clips.strips(distinct([p.sample for p in shown], N_REPORTED))
-            )
+            log_rollouts(run, inputs, done, prompts, groups, rewards, advantages)
         if done % cfg.evaluate.every == 0 and done < cfg.train.steps:
-            evaluation(session, team, tracker, done)
-        session.checkpoint_if_due(done, team)
-    session.checkpoint_last(team)
-    after = None if session.interrupted else evaluation(session, team, tracker, cfg.train.steps).get("eval/accuracy")
-    return session.finish(team, {"accuracy_before": session.state.get("accuracy_before"), "accuracy_after": after})
+            evaluate(run, inputs, roles, done)
+        run.checkpoint_if_due(done, roles.trainer)
+    run.end_if_interrupted()
+    run.checkpoint_last(roles.trainer)
+    after = evaluate(run, inputs, roles, cfg.train.steps).get("eval/accuracy")
+    return run.finish(roles.trainer, {"accuracy_before": run.state.get("accuracy_before"), "accuracy_after": after})
+
+
+def begin_training(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int) -> None:
+    """What comes before the first step, as far as a resumed run has not done it: warm start, reference, weights in the
+    engines, parity check, evaluation."""
+    is_resumed = "accuracy_before" in run.state  # all this was done before
+    if not is_resumed:
+        warm_start(run, inputs, roles.trainer, cfg.warm_start)
+    roles.wait_ready()
+    if cfg.grpo.kl_coef:
+        roles.freeze_reference(run.folder.dir / "reference.safetensors", is_resumed)
+    roles.fleet.sync(roles.trainer, start)
+    run.console.message(check_parity(roles.fleet, roles.trainer, inputs.clips, distinct(inputs.train, 16), cfg))
+    if not is_resumed:
+        run.state["accuracy_before"] = evaluate(run, inputs, roles, 0).get("eval/accuracy")
+        run.checkpoint(0, roles.trainer)
+
+
+def log_rollouts(
+    run: Run,
+    inputs: Inputs,
+    step: int,
+    prompts: Sequence[Encoded],
+    groups: Sequence[Sequence[Rollout]],
+    rewards: Sequence[Sequence[Reward]],
+    advantages: npt.NDArray[np.float32],
+) -> None:
+    """Some of the step's rollouts with their frames, for the report."""
+    shown = prompts[:N_REPORTED]
+    rows = rollout_rows(step, shown, groups[:N_REPORTED], rewards[:N_REPORTED], advantages)
+    run.folder.write_rollouts(step, rows, inputs.clips.strips(distinct([p.sample for p in shown], N_REPORTED)))
 
 
 def optimize(
     cfg: GrpoJobConfig,
-    team: Team,
+    roles: Roles,
     step: int,
     prompts: Sequence[Encoded],
     groups: Sequence[Sequence[Rollout]],
@@ -124,8 +133,8 @@ def optimize(
     scored = []
     if scores_old or scores_reference:
         scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
-    old = team.trainer.logprobs(scored) if scores_old else None
-    reference = team.reference_logprobs(scored) if scores_reference else None
+    old = roles.trainer.logprobs(scored) if scores_old else None
+    reference = roles.reference_logprobs(scored) if scores_reference else None
     objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
     all_stats: list[dict[str, float]] = []
     most = len(prompts) // cfg.placement.trainer_workers  # bad clips may leave fewer prompts than mini-batches
@@ -141,7 +150,7 @@ def optimize(
                 reference and reference[cut],
                 keep=cfg.placement.trainer_workers,
             )
-            all_stats.append(team.trainer.step(minibatch, objective, lr))
+            all_stats.append(roles.trainer.step(minibatch, objective, lr))
     mean = {name: float(np.mean([s[name] for s in all_stats])) for name in all_stats[0]}
     metrics = {
         "train/loss": mean["loss"],
@@ -165,28 +174,17 @@ def gap_to(groups: Sequence[Sequence[Rollout]], scored: Sequence[npt.NDArray[np.
     return float(np.abs(by_engine - np.concatenate(scored)).mean())
 
 
-def refuse_all_invalid(marks: Sequence[Sequence[Reward]]) -> None:
+def require_valid(rewards: Sequence[Sequence[Reward]]) -> None:
     """A step without a single valid reward teaches nothing: stop and say why.
 
     Raises:
         UserError: all rewards are invalid.
     """
-    flat = [m for group in marks for m in group]
+    flat = [m for group in rewards for m in group]
     if not any(m.is_valid for m in flat):
         raise UserError(
             f"none of the step's {len(flat)} rewards is valid: {flat[0].invalid_reason}; see rewards in the config"
         )
-
-
-def evaluation(session: Session, team: Team, tracker: Tracker, step: int) -> dict[str, float]:
-    """Greedy accuracy on the held-out samples; nothing without any."""
-    if not session.held_out:
-        return {}
-    with session.stage("evaluation"):
-        metrics = evaluate(team, session.clips, session.held_out, session.cfg)
-    tracker.log(step, metrics | session.take_times())
-    session.console.evaluation(step, metrics)
-    return metrics
 
 
 if __name__ == "__main__":

@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.batch import ACCURACY_KINDS, accuracy_part
+from actors.batch import ACCURACY_KINDS
 from actors.judge import Comparison, Judge, Judged, open_judge
-from actors.roles import Team
+from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
-from jobs.evaluate import NO_ACCURACY_PART, evaluate
-from jobs.session import Session
-from jobs.sft import warm_start
+from jobs.evaluate import check_evaluation, evaluate
+from jobs.inputs import Inputs, open_job
+from jobs.run import Run
+from jobs.warm_start import warm_start
 from rlvid.config import IsrtJobConfig
 from rlvid.data.order import batch_indices
 from rlvid.data.preferences import pair_row, write_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.row_file import RowFile
-from rlvid.reporting.tracker import Tracker
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling
@@ -40,80 +41,72 @@ MakeRows = Callable[[Sequence[Sample]], Sequence[Row]]
 
 
 def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
-    """Run or take up the job; returns what the last line of stdout says.
+    """Run or resume the job.
 
     Args:
         only_data: build the preference pairs of the first iteration and stop before its DPO.
     """
-    with Session(cfg, "isrt") as session:
-        session.require_training_data()
-        if session.held_out and accuracy_part(cfg.rewards) is None:
-            raise UserError(NO_ACCURACY_PART)
-        model, tracker = first_model(cfg, session)
-        reference = model
+    with open_job(cfg, "isrt") as (run, inputs):
+        inputs.require_training_data()
+        check_evaluation(inputs)
+        model = reference = first_model(cfg, run, inputs)
         for number in range(1, cfg.isrt.iterations + 1):
-            iteration = Iteration(cfg, session, number)
-            pairs = iteration.pairs(model, tracker)
+            iteration = Iteration(cfg, run, inputs, number)
+            pairs = iteration.pairs(model)
             if only_data:
                 return {"pairs": len(pairs), **metrics_of(iteration), "file": str(iteration.file("pairs"))}
             if not pairs:
                 raise UserError(f"{iteration.folder}: no pair is left to train on; see its judgements.jsonl")
-            session.console.message(f"iteration {number}: DPO on {len(pairs)} pairs")
+            run.console.message(f"iteration {number}: DPO on {len(pairs)} pairs")
             start = model if cfg.isrt.reference == "iteration_start" else reference
             out = iteration.folder / "model"
-            stats = train_preferences(cfg.dpo_job(number, len(pairs)), session, model, start, pairs, out)
+            stats = train_preferences(cfg.dpo_job(number, len(pairs)), run, inputs, model, start, pairs, out)
             shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is whole
-            if not is_logged(session, number, "pairs/kept"):
-                metrics = metrics_of(iteration) | renamed(stats) | session.clip_metrics() | session.take_times()
-                tracker.log(number, metrics)
+            if not run.has_logged(number, "pairs/kept"):
+                run.log(number, metrics_of(iteration) | renamed(stats) | inputs.clip_metrics() | run.take_times())
             model = out
-        with generators(cfg, session, model) as team:
-            evaluate_once(session, team, tracker, cfg.isrt.iterations)
-        policy = session.folder.dir / "policy"
+        with generators(cfg, run, model) as roles:
+            evaluate_once(run, inputs, roles, cfg.isrt.iterations)
+        policy = run.folder.dir / "policy"
         policy.unlink(missing_ok=True)
-        policy.symlink_to(model.relative_to(session.folder.dir))
-        return result_of(session, cfg.isrt.iterations) | session.ending()
+        policy.symlink_to(model.relative_to(run.folder.dir))
+        return result_of(run, cfg.isrt.iterations) | run.ending()
 
 
-def first_model(cfg: IsrtJobConfig, session: Session) -> tuple[Path, Tracker]:
+def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
     """The checkpoint that the first iteration starts with: `model`, after the warm start if there is one."""
-    sft = session.folder.dir / "sft"
+    sft = run.folder.dir / "sft"
     if not cfg.warm_start.steps:
-        return session.model, session.open_tracker()
+        return inputs.model
     if sft.exists():
-        return sft, session.open_tracker()
-    with Team(session.model, cfg, ("trainer",), session.folder.logs_dir, cfg.seed) as team:
-        team.wait_ready()
-        session.resume(team)
-        tracker = session.open_tracker()
-        warm_start(session, team, tracker, cfg.warm_start)
-        session.end_if_interrupted()
+        return sft
+    with Roles(inputs.model, cfg, ("trainer",), run.folder.logs_dir, cfg.seed) as roles:
+        roles.wait_ready()
+        run.resume(roles.trainer)
+        warm_start(run, inputs, roles.trainer, cfg.warm_start)
         part = sft.with_name("sft.part")
         shutil.rmtree(part, ignore_errors=True)
-        team.trainer.export(part.resolve())
+        roles.trainer.export(part.resolve())
         part.rename(sft)
-    return sft, tracker
+    return sft
 
 
-def generators(cfg: IsrtJobConfig, session: Session, model: Path) -> Team:
-    """Generators of one iteration's model. DPO needs their place, so they live until it begins."""
-    team = Team(model, cfg, ("generator",), session.folder.logs_dir, cfg.seed)
-    try:
-        team.wait_ready()
-        team.fleet.serve_checkpoint()
-    except BaseException:
-        team.__exit__()
-        raise
-    return team
+@contextmanager
+def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
+    """Generators of one iteration's model. DPO needs their place, so they run only until it begins."""
+    with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed) as roles:
+        roles.wait_ready()
+        roles.fleet.serve_checkpoint()
+        yield roles
 
 
 class Iteration:
     """The data of one iteration: contexts, responses, judgements, pairs, each a file of rows keyed by sample id."""
 
-    def __init__(self, cfg: IsrtJobConfig, session: Session, number: int):
-        self.cfg, self.session, self.number = cfg, session, number
-        self.folder = session.folder.iteration_dir(number)
-        self.samples = prompts_of(cfg, session.train, number)
+    def __init__(self, cfg: IsrtJobConfig, run: Run, inputs: Inputs, number: int):
+        self.cfg, self.run, self.inputs, self.number = cfg, run, inputs, number
+        self.folder = run.folder.iteration_dir(number)
+        self.samples = prompts_of(cfg, inputs.train, number)
         self.contexts, self.responses, self.judgements = (
             RowFile(self.file(name)) for name in ("contexts", "responses", "judgements")
         )
@@ -121,34 +114,34 @@ class Iteration:
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"
 
-    def pairs(self, model: Path, tracker: Tracker) -> list[Preference]:
+    def pairs(self, model: Path) -> list[Preference]:
         """Make what is still missing with `model`, and evaluate it before, unless that was done."""
         is_whole = self.file("pairs").exists()
-        if not is_whole or not is_logged(self.session, self.number - 1, "eval/n"):
-            with generators(self.cfg, self.session, model) as team:
-                evaluate_once(self.session, team, tracker, self.number - 1)
+        if not is_whole or not self.run.has_logged(self.number - 1, "eval/n"):
+            with generators(self.cfg, self.run, model) as roles:
+                evaluate_once(self.run, self.inputs, roles, self.number - 1)
                 if not is_whole:
-                    self._make(model, team)
+                    self._make(model, roles)
         pairs = self._pairs()
         if not is_whole:
             write_preferences(self.file("pairs"), (pair_row(pair, self.folder) for pair in pairs))
         return pairs
 
-    def _make(self, model: Path, team: Team) -> None:
-        cfg, session = self.cfg, self.session
-        self.session.console.message(f"iteration {self.number}: {len(self.samples)} prompts")
+    def _make(self, model: Path, roles: Roles) -> None:
+        cfg, run = self.cfg, self.run
+        run.console.message(f"iteration {self.number}: {len(self.samples)} prompts")
         if cfg.isrt.context != "none":
             earlier = self._earlier_contexts()
             videos = list({s.videos: s for s in reversed(self.samples) if s.videos}.values())[::-1]
-            self._in_chunks(self.contexts, videos, lambda chunk: self._describe(team, chunk, earlier), "contexts")
+            self._in_chunks(self.contexts, videos, lambda chunk: self._describe(roles, chunk, earlier), "contexts")
         contexts = self._contexts()
-        self._in_chunks(self.responses, self.samples, lambda chunk: self._respond(team, chunk, contexts), "responses")
+        self._in_chunks(self.responses, self.samples, lambda chunk: self._respond(roles, chunk, contexts), "responses")
         both = [s for s in self.samples if s.id in self.responses and len(self.responses[s.id]["responses"]) == 2]
         if len(both) == len([s for s in both if s.id in self.judgements]):
             return
-        cache = RowFile(session.folder.judge_cache_file, key="key")
-        logs, seed = session.folder.logs_dir, self.seed("judgements")
-        with open_judge(cfg, model, team.fleet, session.clips, cache, logs, seed) as judge:
+        cache = RowFile(run.folder.judge_cache_file, key="key")
+        logs, seed = run.folder.logs_dir, self.seed("judgements")
+        with open_judge(cfg, model, roles.fleet, self.inputs.clips, cache, logs, seed) as judge:
             judge.counters.update(row["state"] for row in self.judgements)
             self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
 
@@ -156,18 +149,16 @@ class Iteration:
         """Make the rows that are missing, and keep them chunk by chunk. A bad clip gives none."""
         todo = [s for s in samples if s.id not in rows]
         size = self.cfg.isrt.chunk_size
-        for i in self.session.steps(0, -(-len(todo) // size)):
-            with self.session.stage(stage):
+        for i in self.run.steps(0, -(-len(todo) // size)):
+            with self.run.stage(stage):
                 rows.append(make(todo[i * size : (i + 1) * size]))
-        if self.session.interrupted:
-            self.session.console.message(f"interrupted: the same rlvid command goes on within the {stage}")
-            raise KeyboardInterrupt
+        self.run.end_if_interrupted(f"resumes in iteration {self.number}, within the {stage}")
 
-    def _describe(self, team: Team, chunk: Sequence[Sample], earlier: Mapping[tuple[str, ...], str]) -> list[Row]:
+    def _describe(self, roles: Roles, chunk: Sequence[Sample], earlier: Mapping[tuple[str, ...], str]) -> list[Row]:
         """c_t from the video and c_(t-1)."""
         isrt = self.cfg.isrt
         ids = {f"{s.id}#context": s for s in chunk}
-        prompts = self.session.clips.encode([describe_prompt(s, earlier.get(s.videos, "")) for s in chunk])
+        prompts = self.inputs.clips.encode([describe_prompt(s, earlier.get(s.videos, "")) for s in chunk])
         top_p = isrt.top_p if isrt.context_temperature else 1.0
         sampling = Sampling(1, isrt.context_temperature, isrt.context_tokens, top_p, self.seed("contexts"))
         return [
@@ -177,13 +168,13 @@ class Iteration:
                 "n_tokens": len(rollout.token_ids),
                 "prompt": (REFINE if ids[p.sample.id].videos in earlier else DESCRIBE).hash,
             }
-            for p, (rollout,) in zip(prompts, team.fleet.generate(prompts, sampling), strict=True)
+            for p, (rollout,) in zip(prompts, roles.fleet.generate(prompts, sampling), strict=True)
         ]
 
-    def _respond(self, team: Team, chunk: Sequence[Sample], contexts: Mapping[tuple[str, ...], str]) -> list[Row]:
+    def _respond(self, roles: Roles, chunk: Sequence[Sample], contexts: Mapping[tuple[str, ...], str]) -> list[Row]:
         """Two different responses to each prompt. They are drawn again until they differ, `isrt.tries` times."""
         shown = contexts if self.cfg.isrt.context == "judge_and_responses" else {}
-        prompts = self.session.clips.encode([with_context(s, shown.get(s.videos, "")) for s in chunk])
+        prompts = self.inputs.clips.encode([with_context(s, shown.get(s.videos, "")) for s in chunk])
         kept: dict[str, list[Rollout]] = {p.sample.id: [] for p in prompts}
         tries = dict.fromkeys(kept, 0)
         rollout = self.cfg.rollout
@@ -193,7 +184,7 @@ class Iteration:
                 break
             seed = self.seed("responses", attempt)
             sampling = Sampling(2, rollout.temperature, rollout.max_tokens, self.cfg.isrt.top_p, seed)
-            for prompt, group in zip(waiting, team.fleet.generate(waiting, sampling), strict=True):
+            for prompt, group in zip(waiting, roles.fleet.generate(waiting, sampling), strict=True):
                 tries[prompt.sample.id] += 1
                 add_different(kept[prompt.sample.id], group)
         return [
@@ -228,14 +219,14 @@ class Iteration:
 
     def _contexts(self) -> dict[tuple[str, ...], str]:
         """c_t by videos; questions about the same video share it."""
-        videos = {s.id: s.videos for s in self.session.train}
+        videos = {s.id: s.videos for s in self.inputs.train}
         return {videos[row["id"]]: row["context"] for row in self.contexts}
 
     def _earlier_contexts(self) -> dict[tuple[str, ...], str]:
         """c_(t-1), or the last one of a video that the last iteration did not use."""
         found: dict[tuple[str, ...], str] = {}
         for number in range(1, self.number):
-            found |= Iteration(self.cfg, self.session, number)._contexts()
+            found |= Iteration(self.cfg, self.run, self.inputs, number)._contexts()
         return {videos: context for videos, context in found.items() if context}
 
     def seed(self, stage: str, attempt: int = 0) -> int:
@@ -325,23 +316,14 @@ def renamed(stats: Mapping[str, float]) -> dict[str, float]:
     return {f"dpo/{name.replace('/', '_')}": value for name, value in stats.items()}
 
 
-def is_logged(session: Session, step: int, key: str) -> bool:
-    """A row is logged when its stage is done; a run that goes on must not log it again."""
-    return any(row["step"] == step and key in row for row in session.folder.read_metrics() if "phase" not in row)
+def evaluate_once(run: Run, inputs: Inputs, roles: Roles, step: int) -> None:
+    """Accuracy of the model behind `roles` on the held-out samples, as the result of iteration `step`."""
+    if not run.has_logged(step, "eval/n"):
+        evaluate(run, inputs, roles, step)
 
 
-def evaluate_once(session: Session, team: Team, tracker: Tracker, step: int) -> None:
-    """Greedy accuracy of the model behind `team` on the held-out samples: the result of iteration `step`."""
-    if not session.held_out or is_logged(session, step, "eval/n"):
-        return
-    with session.stage("evaluation"):
-        metrics = evaluate(team, session.clips, session.held_out, session.cfg)
-    tracker.log(step, metrics | session.take_times())
-    session.console.evaluation(step, metrics)
-
-
-def result_of(session: Session, iterations: int) -> dict[str, Any]:
-    rows = [row for row in session.folder.read_metrics() if "phase" not in row and "eval/n" in row]
+def result_of(run: Run, iterations: int) -> dict[str, Any]:
+    rows = [row for row in run.folder.read_metrics() if "phase" not in row and "eval/n" in row]
     by_step = {row["step"]: row for row in rows}
     result: dict[str, Any] = {"iterations": iterations}
     if 0 in by_step and iterations in by_step:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from actors.clip_store import Encoded
-from actors.placement import roles_of
-from actors.roles import Team
+from actors.roles import Roles
 from actors.trainer import GroupRef
 from jobs.cli import job_main
-from jobs.session import Session
-from jobs.sft import supervised_batch
+from jobs.inputs import Inputs, open_job
+from jobs.run import Run
+from jobs.specs import JOBS
+from jobs.warm_start import answer_batch
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import RewardModelJobConfig
 from rlvid.evaluation.metrics import accuracy_report
@@ -28,36 +29,36 @@ from rlvid.training.objectives import BradleyTerry, Objective, Regression, Super
 from rlvid.training.packing import Responses
 
 
-def batch(prompts: Sequence[Encoded], session: Session, rubric: Rubric) -> tuple[list[GroupRef], Objective]:
+def batch(prompts: Sequence[Encoded], inputs: Inputs, rubric: Rubric) -> tuple[list[GroupRef], Objective]:
     """What is learned of `prompts`, each of which counts alike; of text each token does."""
     if not rubric.has_head:
-        return supervised_batch(list(prompts), session.family), Supervised()
+        return answer_batch(list(prompts), inputs.family), Supervised()
     weights = np.full(1, 1 / len(prompts), dtype=np.float32)
     if rubric.kind == "regression":
         targets = [np.array(rubric.scores(p.sample.extra["labels"]), dtype=np.float32) for p in prompts]
         rows = [Responses(token_ids=(), weights=weights, targets=t) for t in targets]
     else:
-        pairs = {pair.sample.id: pair for pair in (*session.pairs, *session.held_out_pairs)}
+        pairs = {pair.sample.id: pair for pair in (*inputs.pairs, *inputs.held_out_pairs)}
         sides = [(pairs[p.sample.id].chosen, pairs[p.sample.id].rejected) for p in prompts]
-        encode = session.family.encode_answer
+        encode = inputs.family.encode_answer
         rows = [Responses(token_ids=(encode(c), encode(r)), weights=weights, together=2) for c, r in sides]
     groups = [GroupRef(p.prompt, p.cost, row) for p, row in zip(prompts, rows, strict=True)]
     return groups, Regression() if rubric.kind == "regression" else BradleyTerry()
 
 
 def predict(
-    session: Session, team: Team, cfg: RewardModelJobConfig, prompts: Sequence[Encoded]
+    run: Run, inputs: Inputs, roles: Roles, cfg: RewardModelJobConfig, prompts: Sequence[Encoded]
 ) -> list[dict[str, float] | None]:
     """Scores by dimension of each prompt; None where a generated text is not exactly in the form of scores."""
     if Rubric.of(cfg).has_head:
-        scores = team.trainer.scores(batch(prompts, session, Rubric.of(cfg))[0])
+        scores = roles.trainer.scores(batch(prompts, inputs, Rubric.of(cfg))[0])
         return [dict(zip(Rubric.of(cfg).dims, s.tolist(), strict=True)) for s in scores]
-    if session.family.vllm_module is None:
+    if inputs.family.vllm_module is None:
         nothing = Responses(token_ids=(), weights=np.zeros(0, dtype=np.float32))
-        ids = team.trainer.answers([GroupRef(p.prompt, p.cost, nothing) for p in prompts], cfg.rollout.max_tokens)
-        texts = [session.family.decode(answer.tolist()) for answer in ids]
+        ids = roles.trainer.answers([GroupRef(p.prompt, p.cost, nothing) for p in prompts], cfg.rollout.max_tokens)
+        texts = [inputs.family.decode(answer.tolist()) for answer in ids]
     else:
-        texts = [r[0].text for r in team.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))]
+        texts = [r[0].text for r in roles.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))]
     parsed: list[dict[str, float] | None] = []
     for text in texts:
         try:
@@ -67,20 +68,20 @@ def predict(
     return parsed
 
 
-def evaluate(session: Session, team: Team, cfg: RewardModelJobConfig) -> dict[str, float]:
+def evaluate(run: Run, inputs: Inputs, roles: Roles, cfg: RewardModelJobConfig) -> dict[str, float]:
     """Rank correlation with the held-out labels, dimension by dimension; of pairs, the share ranked right."""
-    rubric, samples = Rubric.of(cfg), session.held_out[: cfg.evaluate.max_samples]
+    rubric, samples = Rubric.of(cfg), inputs.held_out[: cfg.evaluate.max_samples]
     prompts: list[Encoded] = []
     predicted: list[dict[str, float] | None] = []
     right: list[bool | None] = []
     for at in range(0, len(samples), cfg.evaluate.batch_size):
-        part = session.clips.encode(samples[at : at + cfg.evaluate.batch_size])
+        part = inputs.clips.encode(samples[at : at + cfg.evaluate.batch_size])
         prompts += part
         if rubric.kind == "bradley_terry":
-            groups, _ = batch(part, session, rubric)
-            right += [bool(chosen > rejected) for chosen, rejected in team.trainer.scores(groups)]
+            groups, _ = batch(part, inputs, rubric)
+            right += [bool(chosen > rejected) for chosen, rejected in roles.trainer.scores(groups)]
         else:
-            predicted += predict(session, team, cfg, part)
+            predicted += predict(run, inputs, roles, cfg, part)
     if rubric.kind == "bradley_terry":
         report = accuracy_report(right, [p.sample.problem_type for p in prompts])
         return {f"eval/{name}": value for name, value in report.as_metrics().items()}
@@ -92,54 +93,53 @@ def evaluate(session: Session, team: Team, cfg: RewardModelJobConfig) -> dict[st
 
 def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
     """Run or take up the job; returns what the last line of stdout says."""
-    with Session(cfg, "reward-model") as session:
-        session.require_training_data()
-        has_engine = session.family.vllm_module is not None  # else the trainer answers
-        roles = [role for role in roles_of(cfg) if has_engine or role != "generator"]
-        with Team(session.model, cfg, roles, session.folder.logs_dir, cfg.seed) as team:
-            team.wait_ready()
-            start = session.resume(team)
-            tracker = session.open_tracker()
-            session.console.phase(f"reward model ({cfg.reward_model.kind})", cfg.train.steps, start)
+    with open_job(cfg, "reward-model") as (run, inputs):
+        inputs.require_training_data()
+        has_engine = inputs.family.vllm_module is not None  # else the trainer answers
+        names = [r for r in JOBS["reward-model"].roles(cfg) if has_engine or r != "generator"]
+        with Roles(inputs.model, cfg, names, run.folder.logs_dir, cfg.seed) as roles:
+            roles.wait_ready()
+            start = run.resume(roles.trainer)
+            run.console.phase(f"reward model ({cfg.reward_model.kind})", cfg.train.steps, start)
             measured: dict[str, float] = {}
 
             def measure(step: int) -> None:
-                if not session.held_out:
+                if not inputs.held_out:
                     return
-                with session.stage("evaluation"):
+                with run.stage("evaluation"):
                     if has_engine and not Rubric.of(cfg).has_head:
-                        team.fleet.sync(team.trainer, step)
-                    measured.update(evaluate(session, team, cfg))
-                tracker.log(step, measured | session.take_times())
-                session.console.evaluation(step, measured)
+                        roles.fleet.sync(roles.trainer, step)
+                    measured.update(evaluate(run, inputs, roles, cfg))
+                run.log(step, measured | run.take_times())
+                run.console.evaluation(step, measured)
 
             if start == 0:
                 measure(0)
-            for step in session.steps(start, cfg.train.steps):
+            for step in run.steps(start, cfg.train.steps):
                 begin = time.monotonic()
-                with session.stage("encode"):
-                    prompts = session.next_batch(step, cfg.train.batch_size)
+                with run.stage("encode"):
+                    prompts = inputs.prompts.take(cfg.train.batch_size)
                 if len(prompts) < cfg.placement.trainer_workers:
-                    session.console.message(f"step {step + 1} is left out: {len(prompts)} of its clips can be read")
+                    run.console.message(f"step {step + 1} is left out: {len(prompts)} of its clips can be read")
                     continue
-                with session.stage("train"):
+                with run.stage("train"):
                     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
-                    stats = team.trainer.step(*batch(prompts, session, Rubric.of(cfg)), lr)
+                    stats = roles.trainer.step(*batch(prompts, inputs, Rubric.of(cfg)), lr)
                 metrics = {"train/lr": stats.pop("lr"), "train/grad_norm": stats.pop("grad_norm"), **stats}
-                metrics |= session.clip_metrics() | session.take_times() | {"time/step": time.monotonic() - begin}
-                tracker.log(step + 1, metrics)
-                session.console.step(step + 1, metrics)
-                session.checkpoint_if_due(step + 1, team)
+                metrics |= inputs.clip_metrics() | run.take_times() | {"time/step": time.monotonic() - begin}
+                run.log(step + 1, metrics)
+                run.console.step(step + 1, metrics)
+                run.checkpoint_if_due(step + 1, roles.trainer)
                 if (step + 1) % cfg.evaluate.every == 0 and step + 1 < cfg.train.steps:
                     measure(step + 1)
-            session.checkpoint_last(team)
-            if not session.interrupted:
-                measure(cfg.train.steps)
+            run.end_if_interrupted()
+            run.checkpoint_last(roles.trainer)
+            measure(cfg.train.steps)
             found = ("eval/spearman", "eval/accuracy", "eval/unparsed", "eval/n")
-            result = session.finish(
-                team, {name.removeprefix("eval/"): measured[name] for name in found if name in measured}
+            result = run.finish(
+                roles.trainer, {name.removeprefix("eval/"): measured[name] for name in found if name in measured}
             )
-            Rubric.of(cfg).save(session.folder.dir / "policy" / RUBRIC_FOLDER)
+            Rubric.of(cfg).save(run.folder.dir / "policy" / RUBRIC_FOLDER)
             return result
 
 

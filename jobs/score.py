@@ -47,7 +47,7 @@ def score(
         prompts.append(judge.family.encode(ask(rubric, str(video), [str(video)], prompt), [clip]))
         read.append(video)
     for video, scored in zip(read, judge(prompts, [responses] * len(prompts) if responses else ()), strict=True):
-        for one, response in zip(scored, responses or [None], strict=True):
+        for one, response in zip(scored, responses or (None,), strict=True):
             row: dict[str, Any] = {"video": str(video)}
             if response is not None:
                 row["response"] = response

@@ -7,7 +7,6 @@ it; the trial's actor reads its metrics.jsonl. So whatever a job can do, resume 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import math
 import os
@@ -27,17 +26,17 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from actors.actor_process import start_ray
-from jobs.cli import JOBS, job_main
-from jobs.session import texts_of
-from rlvid.config import DpoJobConfig, JobConfig, SpaceConfig, TuneJobConfig
+from jobs.cli import job_main
+from jobs.inputs import texts_of
+from jobs.specs import JOBS
+from rlvid.config import JobConfig, SpaceConfig, TuneJobConfig
 from rlvid.config.load import dump_config, load_config
-from rlvid.data.preferences import load_preferences
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.report.sweep import TrialRow, write_sweep
 from rlvid.reporting.run_folder import read_lines
-from rlvid.synthetic.moving_shapes import make_synthetic, pairs_of
+from rlvid.synthetic.moving_shapes import make_synthetic
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
@@ -199,11 +198,17 @@ def _load_base(cfg: TuneJobConfig) -> JobConfig:
     Raises:
         UserError: the job would refuse it, or does not know a key.
     """
-    config_class = getattr(importlib.import_module("rlvid.config"), JOBS[cfg.job].config)
+    config_class = JOBS[cfg.job].config
     for key, space in cfg.space.items():  # the job refuses what it does not know, and says what is near
         load_config(config_class, cfg.config, [*cfg.overrides, f"{key}={json.dumps(_example(space))}"])
-    base: JobConfig = load_config(config_class, cfg.config, list(cfg.overrides))
-    return base
+    return load_config(config_class, cfg.config, list(cfg.overrides))
+
+
+def describe(cfg: TuneJobConfig) -> list[str]:
+    """Check the job's config and the keys of the space, for `--dry-run`."""
+    base = _load_base(cfg)
+    lines = [f"{key}: {space.model_dump_json(exclude_none=True)}" for key, space in cfg.space.items()]
+    return [f"{cfg.trials} trials of rlvid {cfg.job}", *lines, *JOBS[cfg.job].describe(base, JOBS[cfg.job])]
 
 
 def _example(space: SpaceConfig) -> Any:
@@ -223,25 +228,24 @@ def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
 
 
 def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
-    """A synthetic set is made once for all trials, and for DPO the tiny model that knows its words."""
+    """A synthetic set is made once for all trials, and the tiny model that knows its words."""
     data, tiny = base.data, base.model.tiny
     if data.train is not None or data.synthetic is None or any(key.startswith("data.") for key in cfg.space):
         return ()
     console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
     train, held_out = make_synthetic(folder / "data", data.synthetic, base.seed)
-    is_dpo = isinstance(base, DpoJobConfig)
-    if is_dpo:
-        train, held_out = pairs_of(train), pairs_of(held_out)
+    kind = JOBS[cfg.job].load(base)
+    train, held_out = kind.of_synthetic(train), kind.of_synthetic(held_out)
     overrides = [f"data.train={train}", *([] if data.eval else [f"data.eval={held_out}"])]
     is_searched = any(key == "seed" or key.startswith("model.") for key in cfg.space)
-    if is_dpo and tiny is not None and base.model.path is None and not is_searched:
+    if tiny is not None and base.model.path is None and not is_searched:
         model = folder / "model"
         if not model.exists():
             from rlvid.models.tiny import make_tiny
 
             console.message(f"making a tiny random {tiny.family}")
-            pairs = load_preferences(train, None, data.system_prompt, data.suffix)
-            make_tiny(model, tiny, texts_of([pair.sample for pair in pairs], pairs), base.seed)
+            rows = kind.read(train, data)
+            make_tiny(model, tiny, texts_of(rows.samples, rows.pairs), base.seed)
         overrides.append(f"model.path={model}")
     return tuple(overrides)
 

@@ -16,7 +16,7 @@ import ray
 from actors.clip_store import ClipStore, Encoded
 from actors.fleet_state import State
 from actors.parity_check import group_of
-from actors.roles import Team
+from actors.roles import Roles
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
 @dataclass
 class Stage:
-    team: Team
+    team: Roles
     prompts: list[Encoded]
     version: int = 0
 
@@ -52,7 +52,7 @@ def stage(
             "placement": {"threads": 1},
         }
     )
-    with Team(tiny_model, cfg, ("trainer", "generator", "reference"), folder / "logs", seed=0) as team:
+    with Roles(tiny_model, cfg, ("trainer", "generator", "reference"), folder / "logs", seed=0) as team:
         clips = ClipStore(cfg, tiny_model, 20, lambda path, reason: None)
         prompts = clips.encode(load_manifest(synthetic / "train.jsonl", None, None, "")[:6])
         team.wait_ready()

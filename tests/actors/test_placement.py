@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from actors.placement import describe, plan, roles_of
+from actors.placement import describe, plan
+from jobs.specs import JOBS
 from rlvid.config import GrpoJobConfig
 
 
@@ -13,8 +14,8 @@ def config(**sections: Any) -> GrpoJobConfig:
 
 
 def test_no_reference_without_a_kl_term() -> None:
-    assert roles_of(config()) == ("trainer", "generator")
-    assert roles_of(config(grpo={"kl_coef": 0.1})) == ("trainer", "generator", "reference")
+    assert JOBS["grpo"].roles(config()) == ("trainer", "generator")
+    assert JOBS["grpo"].roles(config(grpo={"kl_coef": 0.1})) == ("trainer", "generator", "reference")
 
 
 def test_every_replica_has_a_small_group_of_its_own_on_cpu() -> None:
@@ -43,4 +44,4 @@ def test_split_actors_have_whole_gpus_and_parallel_engines_several() -> None:
 
 @pytest.mark.parametrize("word", ["trainer-0", "generator-0", "reference-0", "encoders", "rewards"])
 def test_description_names_every_actor(word: str) -> None:
-    assert word in describe(config(grpo={"kl_coef": 0.1}))
+    assert word in describe(config(grpo={"kl_coef": 0.1}), ("trainer", "generator", "reference"))

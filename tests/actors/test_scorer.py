@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.placement import plan, roles_of
+from actors.placement import plan
 from actors.rewards import Rewards, check_parts
 from actors.scorer import Answers, Scorer
+from jobs.specs import JOBS
 from rlvid.config import EvalJobConfig, GrpoJobConfig, RewardModelJobConfig, RewardPartConfig, VideoConfig
 from rlvid.errors import UserError
 from rlvid.rewards.rules import RuleRewards
@@ -71,14 +72,14 @@ def test_each_model_has_an_actor(tmp_path: Path) -> None:
     parts = [{"kind": "exact"}, *({"kind": "model", "path": str(tmp_path), "name": name} for name in "ab")]
     for job in (GrpoJobConfig, EvalJobConfig):
         cfg = job.model_validate({**BASE, "rewards": parts})
-        assert [s.name for s in plan(cfg, roles_of(cfg)) if s.role == "scorer"] == ["scorer-0", "scorer-1"]
-    assert "scorer" not in roles_of(GrpoJobConfig.model_validate(BASE))
+        assert [s.name for s in plan(cfg, JOBS["grpo"].roles(cfg)) if s.role == "scorer"] == ["scorer-0", "scorer-1"]
+    assert "scorer" not in JOBS["grpo"].roles(GrpoJobConfig.model_validate(BASE))
 
 
 @pytest.mark.parametrize(("kind", "template"), [("regression", "integer"), ("generation", "integer")])
 def test_engines_are_started_for_scores_as_text_alone(kind: str, template: str) -> None:
     cfg = RewardModelJobConfig.model_validate({**BASE, "reward_model": {"kind": kind, "template": template}})
-    assert roles_of(cfg) == (("trainer",) if kind == "regression" else ("trainer", "generator"))
+    assert JOBS["reward-model"].roles(cfg) == (("trainer",) if kind == "regression" else ("trainer", "generator"))
 
 
 def test_scorer_gives_the_models_own_scores(tiny_model: Path, synthetic: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_real_clips_with_bad_ones_among_them(real_clips: Path, tmp_path: Path) -
     assert metrics_of(second)[-1]["video/decodes"] == 0
 
 
-def test_run_goes_on_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
+def test_run_resumes_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"
     config.write_text(SMALL.format(data=data, steps=400, video="{height: 56, width: 56}"))
@@ -111,7 +111,7 @@ def test_run_goes_on_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130, out + err
-    assert "goes on from the last checkpoint" in out and "Traceback" not in out + err
+    assert "resumes after step" in err and "Traceback" not in out + err
     stopped = newest()
     assert metrics_of(run)[-1]["step"] == stopped  # Ctrl-C saved the step it waited for
     seen = {(r.get("phase"), r["step"]): r for r in metrics_of(run)}
@@ -133,7 +133,7 @@ def test_run_goes_on_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
     assert newest() == killed + 2
 
 
-def test_warm_start_goes_on_where_ctrl_c_stopped_it(tmp_path: Path) -> None:
+def test_warm_start_resumes_where_ctrl_c_stopped_it(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"
     config.write_text(SMALL.format(data=data, steps=1, video="{height: 56, width: 56}"))
@@ -150,7 +150,7 @@ def test_warm_start_goes_on_where_ctrl_c_stopped_it(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=600)
         assert process.returncode == 130, out + err
     assert [(r["phase"], r["step"]) for r in metrics_of(run)] == [("warm_start", i + 1) for i in range(done())]
-    assert f"going on after step {before} of the warm start" in out
+    assert f"resuming after step {before} of the warm start" in out
 
 
 def test_adapters_with_a_reference_and_a_run_folder_of_another_config(tmp_path: Path) -> None:

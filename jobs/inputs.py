@@ -1,0 +1,226 @@
+"""What a run reads: its manifests, the model it starts from, and prompts in their order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.clip_store import ClipStore, Encoded
+from actors.placement import describe
+from jobs.run import Run
+from jobs.specs import JOBS, JobSpec, Rows
+from rlvid.config import JobConfig
+from rlvid.data.manifest import load_manifest
+from rlvid.data.order import batch_indices
+from rlvid.data.splits import check_disjoint
+from rlvid.errors import BadClip, UserError
+from rlvid.models.families import load_family
+from rlvid.models.families.chat import ChatFamily
+from rlvid.synthetic.moving_shapes import make_synthetic
+from rlvid.types import Preference, Sample
+
+
+@contextmanager
+def open_job(cfg: JobConfig, job: str) -> Iterator[tuple[Run, Inputs]]:
+    """The run folder and the inputs of a job. Ray starts last: mistakes in manifests and models are found before."""
+    spec = JOBS[job]
+    with Run(cfg, job) as run:
+        inputs = Inputs(cfg, spec, run)
+        run.keep(inputs)
+        with run.cluster(), inputs.reading():
+            yield run, inputs
+
+
+def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
+    """Check manifests and model without making or starting anything, for `--dry-run`.
+
+    Raises:
+        UserError: what the job itself would find before it starts.
+    """
+    lines = describe(cfg, spec.roles(cfg)).splitlines()
+    manifests = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
+    rows = {key: spec.load(cfg).read(path, cfg.data) for key, path in manifests.items() if path}
+    for key, loaded in rows.items():
+        n = sum(bool(s.videos) for s in loaded.samples)
+        refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
+        lines.append(f"{key}: {len(loaded.samples)} samples, {n} with a video{refused}")
+    if len(rows) == 2:
+        check_disjoint(*(loaded.samples for loaded in rows.values()))
+    if cfg.model.path is not None:
+        lines.append(f"model.path: {load_family(cfg.model.path).architecture}")
+    return lines
+
+
+class PromptStream:
+    """Prompts of an endless shuffled stream of samples, encoded one batch ahead.
+
+    `position` is the data cursor: the number of samples taken so far. The order is a function of seed and position, so
+    a resumed run sees the samples that the interrupted one would have seen.
+    """
+
+    def __init__(self, samples: Sequence[Sample], seed: int, clips: ClipStore):
+        self.position = 0
+        self._samples, self._seed, self._clips = samples, seed, clips
+        self._ahead: tuple[int, list[Future[Encoded | None]]] | None = None  # position after it, what is encoded
+
+    def take(self, count: int) -> list[Encoded]:
+        """Prompts of the next `count` samples; those with a bad clip are left out."""
+        self.position += count
+        if self._ahead is None or self._ahead[0] != self.position:
+            self._ahead = (self.position, self._submit(self.position - count, count))
+        pending = self._ahead[1]
+        self._ahead = (self.position + count, self._submit(self.position, count))
+        return self._clips.collect(pending)
+
+    def _submit(self, start: int, count: int) -> list[Future[Encoded | None]]:
+        indices = batch_indices(len(self._samples), self._seed, start, count)
+        return self._clips.submit([self._samples[i] for i in indices])
+
+
+class Inputs:
+    """Samples, model and prompts of one run.
+
+    Attributes:
+        train, held_out: samples of the two manifests; `pairs` and `held_out_pairs` where those are preferences.
+        warm_up: samples of the warm start: those of `train` unless it has its own.
+        model, family: the checkpoint that the run starts from.
+        clips: reads and encodes; inside `reading()`.
+        prompts, warm_up_prompts: streams over `train` and `warm_up`; one stream where these are the same.
+    """
+
+    clips: ClipStore
+    prompts: PromptStream
+    warm_up_prompts: PromptStream
+
+    def __init__(self, cfg: JobConfig, spec: JobSpec, run: Run):
+        self.cfg, self._run = cfg, run
+        self._clips_before = {"decodes": 0, "cache_hits": 0}  # in the parts of the run before it was resumed
+        kind, data = spec.load(cfg), cfg.data
+        train, held_out = data.train, data.eval
+        if train is None and data.synthetic is not None:
+            run.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
+            train, made = map(kind.of_synthetic, make_synthetic(run.folder.dir / "data", data.synthetic, cfg.seed))
+            held_out = held_out or made
+        rows, held_out_rows = (kind.read(path, data) if path else Rows() for path in (train, held_out))
+        self.train, self.pairs = list(rows.samples), list(rows.pairs)
+        self.held_out, self.held_out_pairs = list(held_out_rows.samples), list(held_out_rows.pairs)
+        for name, reason in (*rows.refused, *held_out_rows.refused):
+            run.folder.append_refused(name, reason)
+            run.console.message(f"refused, left out: {name}: {reason}")
+        lessons = self._load_warm_up(spec, train)
+        check_disjoint(self.train, self.held_out)
+        check_disjoint(self.warm_up, self.held_out)
+        run.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
+        if self.train:
+            n = sum(bool(s.videos) for s in self.train)
+            run.console.message(f"{n} of {len(self.train)} training samples have a video")
+        self._load_model()
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether vLLM serves the model's family."""
+        return self.family.vllm_module is not None
+
+    def require_training_data(self) -> None:
+        """
+        Raises:
+            UserError: there are no training samples.
+        """
+        if self.train:
+            return
+        if (self._run.folder.dir / "refused.jsonl").exists():
+            raise UserError(f"no row of {self.cfg.data.train} can be trained on; see {self._run.folder.refused_file}")
+        raise UserError("data.train is empty: give a manifest, or data.synthetic to make a synthetic set")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Clips can be read inside; needs Ray."""
+        n_clips = len({path for s in (*self.train, *self.held_out, *self.warm_up) for path in s.videos})
+        self.clips = ClipStore(self.cfg, self.model, n_clips, self._set_aside)
+        self.prompts = PromptStream(self.train, self.cfg.seed, self.clips)
+        is_shared = self.warm_up is self.train
+        self.warm_up_prompts = self.prompts if is_shared else PromptStream(self.warm_up, self.cfg.seed, self.clips)
+        try:
+            yield
+        finally:
+            self.clips.close()
+
+    def clip_metrics(self) -> dict[str, float]:
+        """Clips decoded and found in the cache since the run began, resumed parts included."""
+        before = self._clips_before
+        return {
+            "video/decodes": before["decodes"] + self.clips.decodes,
+            "video/cache_hits": before["cache_hits"] + self.clips.cache_hits,
+            "video/bad": len(self.clips.bad),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Data cursors and clip counts, for a checkpoint."""
+        metrics = self.clip_metrics()
+        return {
+            "position": self.prompts.position,
+            "warm_up_position": self.warm_up_prompts.position,
+            "clips": {name: metrics[f"video/{name}"] for name in self._clips_before},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.prompts.position, self.warm_up_prompts.position = state["position"], state["warm_up_position"]
+        self._clips_before = state["clips"]
+
+    def _load_warm_up(self, spec: JobSpec, train: Path | None) -> Path | None:
+        """Load `warm_up`; returns its own manifest, where it has one."""
+        self.warm_up = self.train
+        data, warm = self.cfg.data, spec.warm_start(self.cfg)
+        if warm is None or not warm.steps:
+            return None
+        if warm.data is not None:
+            self.warm_up = load_manifest(warm.data, data.root, data.system_prompt, data.suffix)
+            return warm.data
+        if spec.lessons is None or data.synthetic is None or train is None:
+            return None
+        lessons = spec.lessons(train)
+        self.warm_up = load_manifest(lessons, data.root, data.system_prompt, suffix="")  # its prompts are complete
+        return lessons
+
+    def _load_model(self) -> None:
+        model, run = self.cfg.model, self._run
+        if model.path is not None:
+            self.model = model.path
+        else:
+            self.model = run.folder.dir / "model"
+            if not self.model.exists():
+                assert model.tiny is not None  # JobConfig checks it
+                from rlvid.models.tiny import make_tiny
+
+                run.console.message(f"making a tiny random {model.tiny.family}")
+                make_tiny(self.model, model.tiny, texts_of(self.warm_up or self.held_out, self.pairs), self.cfg.seed)
+        self.family: ChatFamily = load_family(self.model)
+        weights = sorted(self.model.glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"model.path: {self.model} holds no *.safetensors weights")
+        template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
+        run.folder.record(model={p.name: _sha256(p) for p in weights}, prompt_templates={"chat": template})
+
+    def _set_aside(self, path: str, reason: str) -> None:
+        self._run.folder.append_bad_clip(BadClip(path, reason))
+        self._run.console.message(f"bad clip, left out: {path}: {reason}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def texts_of(samples: Sequence[Sample], pairs: Sequence[Preference]) -> list[str]:
+    """The texts that a tiny model's tokenizer is trained on."""
+    texts = [text for s in samples for text in (*(m.text for m in s.messages), s.answer)]
+    return texts + [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+
+
+def distinct(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first `count` samples with different ids."""
+    return list({s.id: s for s in samples}.values())[:count]

@@ -1,0 +1,280 @@
+"""A run: its folder, its numbers, its steps, and a clean end. What a run reads is in jobs/inputs.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsFloat
+
+import ray
+
+from actors.actor_process import start_ray
+from rlvid.config import JobConfig
+from rlvid.errors import UserError
+from rlvid.reporting.checkpoints import Checkpoint, Checkpoints
+from rlvid.reporting.console import Console
+from rlvid.reporting.report.page import write_report
+from rlvid.reporting.run_folder import RunFolder
+from rlvid.reporting.tracker import Tracker
+
+if TYPE_CHECKING:
+    from actors.trainer import TrainerGroup
+
+STATE_FILE = "job.json"  # in a checkpoint, beside weights and optimizer
+TRAIN = "train"  # the phase of a job's own steps
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what the same command does next."""
+
+
+class Resumable(Protocol):
+    """A part of a job whose state is kept in checkpoints."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Run:
+    """One job in one run folder. Use as a context manager; leaving it writes the report.
+
+    Attributes:
+        state: what the next checkpoint keeps of the job itself; of the newest checkpoint after `resume`.
+        interrupted: Ctrl-C was pressed; the step in progress is the last one.
+    """
+
+    def __init__(self, cfg: JobConfig, job: str):
+        self.cfg, self.job = cfg, job
+        self.console = Console()
+        self.folder = RunFolder(cfg.run.dir)
+        self.state: dict[str, Any] = {}
+        self.interrupted = False
+        self._parts: list[Resumable] = []
+        self._times: dict[str, float] = defaultdict(float)
+        self._started_s = time.monotonic()
+        self._saved_step = -1
+        self._tracker: Tracker | None = None
+        self._stage = ""
+        self._logged: tuple[int, dict[str, Any]] | None = None  # the last step done, and the parts' state after it
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:  # what was opened is closed again if a later part fails
+            stack.enter_context(self.console)
+            stack.enter_context(self.folder.start(self.cfg, self.job))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]  # the three of the context protocol
+
+    @contextmanager
+    def cluster(self) -> Iterator[None]:
+        """Ray while the job works, and a report of whatever it came to."""
+        try:
+            if "RAY_ADDRESS" in os.environ and not self.cfg.run.dir.is_absolute():
+                self.console.message(
+                    "run.dir is relative: a submitted job writes it into Ray's copy of the working folder"
+                )
+            start_ray()
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        finally:
+            write_report(self.folder)
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat], phase: str = TRAIN) -> None:
+        """Write a row of metrics. The first call opens the tracker, so the folder must have been rewound before."""
+        if self._tracker is None:
+            tracker = Tracker(self.folder, self.cfg.run, self.cfg.model_dump(mode="json"))
+            self._tracker = self._stack.enter_context(tracker)
+        self._tracker.log(step, metrics, phase)
+        self._logged = (step, self._state_of_parts()) if phase == TRAIN else None
+
+    def has_logged(self, step: int, key: str) -> bool:
+        """Whether a row of the job's own phase has `key` at `step`: a resumed run must not log it again."""
+        return any(row["step"] == step and key in row for row in self.folder.read_metrics() if "phase" not in row)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of a step."""
+        self.console.working(name)
+        self._stage, begin = name, time.monotonic()
+        yield
+        self._stage = ""
+        self._times[name] += time.monotonic() - begin
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds per stage since the last call, as metrics."""
+        times = {f"time/{name}": seconds for name, seconds in self._times.items()}
+        self._times.clear()
+        return times
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def keep(self, part: Resumable) -> None:
+        """Keep the state of `part` in checkpoints."""
+        self._parts.append(part)
+
+    def resume(self, trainer: TrainerGroup) -> int:
+        """Load the newest complete checkpoint if there is one, and forget the metrics of later steps.
+
+        Returns:
+            The number of the job's own steps that are done.
+
+        Raises:
+            UserError: the checkpoint cannot be continued with this config.
+        """
+        checkpoint = self.folder.checkpoints.newest()
+        if checkpoint is None:
+            self.folder.rewind(None)
+            return 0
+        self.state = state_of(checkpoint)
+        self._check_resumable(checkpoint)
+        for part in self._parts:
+            part.restore(self.state)
+        trainer.load(checkpoint.path.resolve())
+        self._saved_step = checkpoint.step
+        self.folder.rewind(*place_of(checkpoint)[::-1])
+        self.console.message(f"resuming after {describe_step(checkpoint)} ({checkpoint.path})")
+        return checkpoint.step
+
+    def _check_resumable(self, checkpoint: Checkpoint) -> None:
+        cfg, ranks = self.cfg, self.state.get("trainer_workers", 1)
+        if cfg.train.zero_stage and cfg.placement.trainer_workers != ranks:
+            raise UserError(
+                f"{checkpoint.path} was written by {ranks} trainer ranks: ZeRO {cfg.train.zero_stage} cannot resume "
+                f"with {cfg.placement.trainer_workers}; set placement.trainer_workers={ranks}"
+            )
+        if checkpoint.step > cfg.train.steps:
+            raise UserError(
+                f"{self.folder.dir} is at step {checkpoint.step} already, which is after train.steps="
+                f"{cfg.train.steps}; give another run.dir, or more steps"
+            )
+
+    def checkpoint(self, step: int, trainer: TrainerGroup) -> None:
+        """Write weights, optimizer and the job's state, whole or not at all."""
+        self._checkpoint(step, trainer, self._state_of_parts())
+
+    def _checkpoint(self, step: int, trainer: TrainerGroup, parts: Mapping[str, Any]) -> None:
+        with self.stage("checkpoint"), self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints) as folder:
+            trainer.save(folder.resolve())
+            state = {**self.state, **parts, "trainer_workers": self.cfg.placement.trainer_workers}
+            (folder / STATE_FILE).write_text(json.dumps(state))
+        self._saved_step = step
+        write_report(self.folder)
+
+    def _state_of_parts(self) -> dict[str, Any]:
+        return {key: value for part in self._parts for key, value in part.state().items()}
+
+    def checkpoint_if_due(self, step: int, trainer: TrainerGroup) -> None:
+        if step % self.cfg.run.checkpoint_every == 0 or self.interrupted:
+            self.checkpoint(step, trainer)
+
+    def checkpoint_last(self, trainer: TrainerGroup) -> None:
+        """The checkpoint of the last step, unless it exists. Comes before what may still fail, the evaluation."""
+        if self._saved_step != self.cfg.train.steps:
+            self.checkpoint(self.cfg.train.steps, trainer)
+
+    @contextmanager
+    def saving_on_error(self, trainer: TrainerGroup) -> Iterator[None]:
+        """A `UserError` inside does not lose the steps since the last checkpoint: they are saved, unless the error came
+        out of the trainer itself. The step that failed is done again, with the same samples, when the run resumes."""
+        try:
+            yield
+        except UserError:
+            if self._stage not in ("train", "checkpoint") and self._logged and self._logged[0] > self._saved_step >= 0:
+                self._checkpoint(self._logged[0], trainer, self._logged[1])
+                self.console.message(f"saved a checkpoint after step {self._logged[0]}")
+            raise
+
+    def finish(self, trainer: TrainerGroup, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Export the policy; after Ctrl-C, end here.
+
+        Returns:
+            The job's result.
+        """
+        self.end_if_interrupted()
+        trainer.export((self.folder.dir / "policy").resolve())
+        return {**result, "steps": self.cfg.train.steps, **self.ending()}
+
+    def ending(self) -> dict[str, Any]:
+        """What every job's result ends with."""
+        return {
+            "seconds": round(time.monotonic() - self._started_s, 1),
+            "report": str(self.folder.report_file),
+        }
+
+    # --- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+    def steps(self, start: int, stop: int) -> Iterator[int]:
+        """Step numbers [start, stop). Ctrl-C ends the loop after the step in progress; a second one stops at once."""
+        with self.interruptible():
+            for step in range(start, stop):
+                yield step
+                if self.interrupted:
+                    return
+
+    @contextmanager
+    def interruptible(self, on_interrupt: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Ctrl-C and SIGTERM set `interrupted` and call `on_interrupt`; the second one stops at once."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self.console.message("stopping after this step; press Ctrl-C again to stop at once")
+            on_interrupt()
+
+        handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def end_if_interrupted(self, where: str | None = None) -> None:
+        """End here after Ctrl-C.
+
+        Raises:
+            Interrupted: with what the same command does next: `where`, or what `how_to_resume` says.
+        """
+        if self.interrupted:
+            raise Interrupted(where or how_to_resume(self.folder.dir))
+
+
+def state_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The job's state in a checkpoint."""
+    return dict(json.loads((checkpoint.path / STATE_FILE).read_text()))
+
+
+def place_of(checkpoint: Checkpoint) -> tuple[str, int]:
+    """Phase and step after which a checkpoint was written."""
+    state = state_of(checkpoint) if (checkpoint.path / STATE_FILE).exists() else {}
+    phase = state.get("phase", TRAIN)
+    return phase, state.get(f"{phase}_steps", checkpoint.step)
+
+
+def describe_step(checkpoint: Checkpoint) -> str:
+    """For example "step 100", or "step 13 of the warm start"."""
+    phase, step = place_of(checkpoint)
+    return f"step {step}" if phase == TRAIN else f"step {step} of the {phase.replace('_', ' ')}"
+
+
+def how_to_resume(run_dir: Path) -> str:
+    """What the same command does with this run folder."""
+    newest = Checkpoints(run_dir / "checkpoints").newest()
+    if newest is None:
+        return f"starts again: {run_dir} has no checkpoint yet"
+    return f"resumes after {describe_step(newest)} in {run_dir}"

@@ -1,0 +1,215 @@
+"""What each job declares: its config, the roles it starts, how its manifests are read, and where its code is.
+
+Nothing here imports torch, Ray or an engine: `rlvid --help` and a mistake in a config must not wait for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlvid.config import (
+    DataConfig,
+    DpoJobConfig,
+    EvalJobConfig,
+    GrpoJobConfig,
+    IsrtJobConfig,
+    JobConfig,
+    RewardModelJobConfig,
+    SftJobConfig,
+    TuneJobConfig,
+    WarmStartConfig,
+)
+
+if TYPE_CHECKING:
+    from rlvid.types import Preference, Sample
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one manifest."""
+
+    samples: Sequence[Sample] = ()
+    pairs: Sequence[Preference] = ()  # of a preference manifest, one for each of `samples`
+    refused: Sequence[tuple[str, str]] = ()  # (id, reason) of rows that this job cannot use
+
+
+@dataclass(frozen=True)
+class ManifestKind:
+    """What a job's manifests hold, and which of the manifests of a synthetic set that is."""
+
+    read: Callable[[Path, DataConfig], Rows]
+    of_synthetic: Callable[[Path], Path] = lambda manifest: manifest
+
+
+def describe_job(cfg: Any, spec: JobSpec) -> list[str]:
+    from jobs.inputs import describe_inputs
+
+    return describe_inputs(cfg, spec)
+
+
+def describe_sweep(cfg: Any, spec: JobSpec) -> list[str]:
+    from jobs.tune import describe
+
+    return describe(cfg)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job. The callables take the job's own config."""
+
+    config: type[Any]  # of rlvid.config
+    module: str  # has run(cfg, **flags) -> dict, the result that is printed
+    help: str
+    roles: Callable[[Any], tuple[str, ...]]  # the actors it starts (actors/roles.py)
+    load: Callable[[Any], ManifestKind]
+    warm_start: Callable[[Any], WarmStartConfig | None] = lambda cfg: None
+    lessons: Callable[[Path], Path] | None = None  # rows of the warm start, made from a synthetic training manifest
+    folder: Callable[[Any], Path] = lambda cfg: cfg.run.dir
+    flags: tuple[str, ...] = ()  # further arguments of run, false unless given as options
+    describe: Callable[[Any, JobSpec], list[str]] = describe_job  # checks all that a dry run can; lines about it
+
+    def run(self, cfg: Any, **flags: bool) -> dict[str, Any]:
+        """Import the job and run it.
+
+        Returns:
+            What the last line of stdout says.
+        """
+        result: dict[str, Any] = importlib.import_module(self.module).run(cfg, **flags)
+        return result
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+
+def read_samples(path: Path, data: DataConfig) -> Rows:
+    from rlvid.data.manifest import load_manifest
+
+    return Rows(load_manifest(path, data.root, data.system_prompt, data.suffix))
+
+
+def read_pairs(path: Path, data: DataConfig) -> Rows:
+    from rlvid.data.preferences import load_preferences
+
+    pairs = load_preferences(path, data.root, data.system_prompt, data.suffix)
+    return Rows([pair.sample for pair in pairs], pairs)
+
+
+def _synthetic_pairs(manifest: Path) -> Path:
+    from rlvid.synthetic.moving_shapes import pairs_of
+
+    return pairs_of(manifest)
+
+
+def _lessons(manifest: Path) -> Path:
+    from rlvid.synthetic.lessons import make_lessons
+
+    return make_lessons(manifest)
+
+
+SAMPLES = ManifestKind(read_samples)
+PAIRS = ManifestKind(read_pairs, _synthetic_pairs)
+
+
+def graded(cfg: RewardModelJobConfig) -> ManifestKind:
+    """Samples with scores, under the prompt of the job's rubric; Bradley-Terry models learn from pairs."""
+    from rlvid.rewards.videoscore import NoScore, Rubric
+
+    rubric = Rubric.of(cfg)
+    if rubric.kind == "bradley_terry":
+        return PAIRS
+
+    def read(path: Path, data: DataConfig) -> Rows:
+        from rlvid.data.manifest import load_manifest
+
+        samples, refused = [], []
+        needs_answer = rubric.kind == "thinking"  # it learns the reasoning; the others learn from labels alone
+        for sample in load_manifest(path, data.root, data.system_prompt, data.suffix, needs_answer):
+            try:
+                samples.append(rubric.graded(sample))
+            except NoScore as e:
+                refused.append((sample.id, str(e)))
+        return Rows(samples, (), refused)
+
+    return ManifestKind(read)
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def _reward_models(cfg: JobConfig) -> tuple[str, ...]:
+    return ("scorer",) if any(part.kind == "model" for part in cfg.rewards) else ()
+
+
+def _grpo_roles(cfg: GrpoJobConfig) -> tuple[str, ...]:
+    """No reference model without a KL term, nor with adapters: the trainer without its adapters is the reference."""
+    reference = ("reference",) if cfg.grpo.kl_coef > 0 and cfg.model.lora is None else ()
+    return ("trainer", "generator", *reference, *_reward_models(cfg))
+
+
+def _reward_model_roles(cfg: RewardModelJobConfig) -> tuple[str, ...]:
+    from rlvid.rewards.videoscore import Rubric
+
+    return ("trainer",) if Rubric.of(cfg).has_head else ("trainer", "generator")
+
+
+JOBS: dict[str, JobSpec] = {
+    "grpo": JobSpec(
+        config=GrpoJobConfig,
+        module="jobs.grpo",
+        help="group relative policy optimisation on videos",
+        roles=_grpo_roles,
+        load=lambda cfg: SAMPLES,
+        warm_start=lambda cfg: cfg.warm_start,
+    ),
+    "sft": JobSpec(
+        config=SftJobConfig,
+        module="jobs.sft",
+        help="supervised fine-tuning on the manifest's answers",
+        roles=lambda cfg: ("trainer",),
+        load=lambda cfg: SAMPLES,
+    ),
+    "dpo": JobSpec(
+        config=DpoJobConfig,
+        module="jobs.dpo",
+        help="direct preference optimisation and its relatives on pairs of responses",
+        roles=lambda cfg: ("trainer",),
+        load=lambda cfg: PAIRS,
+    ),
+    "reward-model": JobSpec(
+        config=RewardModelJobConfig,
+        module="jobs.reward_model",
+        help="a model that scores videos, or answers to questions about them",
+        roles=_reward_model_roles,
+        load=graded,
+    ),
+    "isrt": JobSpec(
+        config=IsrtJobConfig,
+        module="jobs.isrt",
+        help="self-judgement with a visual context, then DPO, iterated",
+        roles=lambda cfg: ("trainer", "generator"),
+        load=lambda cfg: SAMPLES,
+        warm_start=lambda cfg: cfg.warm_start,
+        lessons=_lessons,
+        flags=("only_data",),
+    ),
+    "tune": JobSpec(
+        config=TuneJobConfig,
+        module="jobs.tune",
+        help="search hyperparameters of any job with Ray Tune",
+        roles=lambda cfg: (),
+        load=lambda cfg: SAMPLES,
+        folder=lambda cfg: cfg.dir,
+        describe=describe_sweep,
+    ),
+    "eval": JobSpec(
+        config=EvalJobConfig,
+        module="jobs.evaluate",
+        help="greedy answers to the held-out manifest, scored",
+        roles=lambda cfg: ("generator", *_reward_models(cfg)),
+        load=lambda cfg: SAMPLES,
+    ),
+}
