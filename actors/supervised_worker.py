@@ -65,8 +65,8 @@ class PreferenceTraining:
         """
         Raises:
             UserError: of a worker.
-            Exception: that of a worker, after more failures than `dpo.max_failures`; what Ray Train says of all workers
-                is its cause.
+            Exception: that of a worker, after more failures than `train.max_failures`; its cause is Ray Train's account
+                of all workers.
         """
         try:
             end = self._run.fit.remote(self._plan, self._run)
@@ -104,7 +104,7 @@ class PreferenceTraining:
 def make_trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
     """Ray Train's part: starts the workers, and starts them anew."""
     cfg = plan.cfg
-    least, most = cfg.placement.trainer_workers, cfg.dpo.max_workers
+    least, most = cfg.placement.trainer_workers, cfg.train.max_workers
     names = ["train", *(["held_out"] if plan.held_out else []), "all"]
     gpus = {"GPU": cfg.placement.gpus} if cfg.placement.gpus else {}
     return TorchTrainer(
@@ -114,12 +114,12 @@ def make_trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
             num_workers=(least, most) if most and cfg.is_elastic else least,
             use_gpu=cfg.placement.gpus > 0,
             resources_per_worker={"CPU": cfg.placement.trainer_cpus} | gpus,
-            elastic_resize_monitor_interval_s=cfg.dpo.resize_interval_s,
+            elastic_resize_monitor_interval_s=cfg.train.resize_interval_s,
         ),
         run_config=RunConfig(
             name="ray_train",
             storage_path=str(plan.folder),
-            failure_config=FailureConfig(max_failures=cfg.dpo.max_failures),
+            failure_config=FailureConfig(max_failures=cfg.train.max_failures),
         ),
         torch_config=TorchConfig(backend="nccl" if cfg.placement.gpus else "gloo"),
         datasets=dict.fromkeys(names, lambda: None),  # `Shards` makes them

@@ -42,7 +42,7 @@ class GrpoConfig(Section):
 
 
 class DpoConfig(Section):
-    """Loss on preference pairs, its reference, and the workers of Ray Train."""
+    """Loss on preference pairs and its reference."""
 
     loss: Literal["sigmoid", "ipo", "robust", "kto", "simpo", "orpo"] = "sigmoid"
     """sigmoid: DPO (arXiv 2305.18290), with `label_smoothing` cDPO. robust: arXiv 2403.00409. ipo: arXiv 2310.12036.
@@ -69,14 +69,6 @@ class DpoConfig(Section):
     precomputed: all pairs are scored once before the first step and kept in the run folder."""
     reference_path: Path | None = None
     """Checkpoint folder of the reference; empty: the model that training starts from."""
-    max_workers: int | None = Field(None, ge=1)
-    """Elastic: Ray Train uses up to so many workers as the cluster has room, and goes on with fewer, but at least
-    `placement.trainer_workers`. Empty: exactly those."""
-    resize_interval_s: float = Field(60.0, ge=0)
-    """Elastic: how often to look whether the cluster has room for more workers. They start anew from the last
-    checkpoint."""
-    max_failures: int = Field(3, ge=0)
-    """A worker that dies starts the workers anew from the last checkpoint, so many times."""
 
     @property
     def is_mean(self) -> bool:

@@ -43,6 +43,25 @@ class JobConfig(Section):
         """The `step` of a whole run's last metrics."""
         return self.train.steps
 
+    @property
+    def is_elastic(self) -> bool:
+        return (self.train.max_workers or 0) > self.placement.trainer_workers
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> JobConfig:
+        least, stage = self.placement.trainer_workers, self.train.zero_stage
+        most = self.train.max_workers or least
+        if most < least:
+            raise ValueError(f"train.max_workers={most} is less than placement.trainer_workers={least}")
+        if self.train.batch_size < most:
+            raise ValueError(f"train.batch_size={self.train.batch_size} gives {most} workers less than one sample each")
+        if most > least and stage:
+            raise ValueError(
+                f"train.zero_stage={stage} keeps a part of the optimizer in each worker, which another number of "
+                f"workers cannot load: set it to 0, or leave train.max_workers empty"
+            )
+        return self
+
     @model_validator(mode="after")
     def _responses_fit(self) -> JobConfig:
         if self.rollout.max_tokens >= self.rollout.max_model_len:
@@ -97,26 +116,17 @@ class DpoJobConfig(JobConfig):
 
     dpo: DpoConfig = DpoConfig()
 
-    @property
-    def is_elastic(self) -> bool:
-        return (self.dpo.max_workers or 0) > self.placement.trainer_workers
-
     @model_validator(mode="after")
-    def _workers_have_work(self) -> DpoJobConfig:
-        _check_dpo_workers(self.dpo, self.train, self.placement)
+    def _kto_has_other_prompts(self) -> DpoJobConfig:
+        _check_kto_batch(self.dpo, self.train)
         return self
 
 
-def _check_dpo_workers(dpo: DpoConfig, train: TrainConfig, placement: PlacementConfig) -> None:
-    most = dpo.max_workers or placement.trainer_workers
-    if most < placement.trainer_workers:
-        raise ValueError(f"dpo.max_workers={most} is less than placement.trainer_workers={placement.trainer_workers}")
-    if train.batch_size < most:
-        raise ValueError(f"train.batch_size={train.batch_size} gives {most} workers less than one pair each")
-    if most > placement.trainer_workers and train.zero_stage:
+def _check_kto_batch(dpo: DpoConfig, train: TrainConfig) -> None:
+    if dpo.loss == "kto" and train.batch_size < 2:
         raise ValueError(
-            f"train.zero_stage={train.zero_stage} keeps a part of the optimizer per worker, which another "
-            f"number of workers cannot take up: set it to 0, or leave dpo.max_workers empty"
+            "dpo.loss=kto compares each pair with a response to another prompt of its batch: set train.batch_size to "
+            "at least 2"
         )
 
 
@@ -147,7 +157,7 @@ class IsrtJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _iterations_can_run(self) -> IsrtJobConfig:
-        _check_dpo_workers(self.dpo, self.train, self.placement)
+        _check_kto_batch(self.dpo, self.train)
         if self.dpo.reference_path is not None:
             raise ValueError("dpo.reference_path: here isrt.reference says what the reference is; leave it empty")
         longest = max(self.isrt.context_tokens, self.isrt.judge.max_tokens, self.rollout.max_tokens)
@@ -186,6 +196,8 @@ class GrpoJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> GrpoJobConfig:
+        if self.train.max_workers is not None:
+            raise ValueError("train.max_workers: grpo has placement.trainer_workers ranks, always; leave it empty")
         if self.train.batch_size % self.grpo.minibatches:
             raise ValueError(
                 f"grpo.minibatches={self.grpo.minibatches} must divide train.batch_size={self.train.batch_size}"

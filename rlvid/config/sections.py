@@ -195,6 +195,14 @@ class TrainConfig(ScheduleConfig):
     """DeepSpeed ZeRO stage."""
     shared_prefix: bool = True
     """Forward a group's prompt once for all its responses."""
+    max_workers: int | None = Field(None, ge=1)
+    """Elastic training of sft, dpo, reward-model and isrt: up to this number of workers while the cluster has room, at
+    least `placement.trainer_workers`. Empty: exactly `placement.trainer_workers`."""
+    resize_interval_s: float = Field(60.0, ge=0)
+    """Elastic: seconds between two checks for room for more workers. All workers restart from the last checkpoint."""
+    max_failures: int = Field(3, ge=0)
+    """sft, dpo, reward-model and isrt: worker failures after which the run stops. Before, all workers restart from the
+    last checkpoint."""
 
 
 class WarmStartConfig(ScheduleConfig):

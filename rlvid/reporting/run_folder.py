@@ -42,6 +42,9 @@ from rlvid.reporting.provenance import git_commit, versions
 MAY_CHANGE_ON_RESUME = {
     "run": "where and how often something is written, not what is learned",
     "train.steps": "a run may be made longer or shorter",
+    "train.max_workers": "a run may continue with another number of workers",
+    "train.resize_interval_s": "when workers may be added, not what is learned",
+    "train.max_failures": "when to give up, not what is learned",
     "train.micro_batch_tokens": "how a batch is cut into forwards; the gradient is the same up to rounding",
     "evaluate": "evaluation only looks on",
     "placement": "a run may go on with other machines (trainer_workers only without ZeRO, see Session.resume)",

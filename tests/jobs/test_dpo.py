@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
 def test_workers_follow_the_cluster(config: Path) -> None:
     """On a head with room for one worker and nothing else; then a second node comes."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
-    options = ("dpo={max_workers: 2, resize_interval_s: 2}", "placement.trainer_cpus=2", "train.steps=100000")
+    options = ("train.max_workers=2", "train.resize_interval_s=2", "placement.trainer_cpus=2", "train.steps=100000")
     run, out = config.parent / "elastic", config.parent / "elastic.out"  # more steps than a pipe holds lines
     with out.open("w") as stdout:
         process = start(
@@ -137,8 +137,9 @@ def test_workers_follow_the_cluster(config: Path) -> None:
         (["dpo.loss=simpo", "dpo.logprobs=sum"], "simpo is defined on mean log-probs"),
         (["dpo.loss=orpo"], "set sft_weight to 1"),
         (["dpo.loss=ipo", "dpo.label_smoothing=0.1"], "label_smoothing belongs to sigmoid and robust"),
-        (["dpo.max_workers=2", "train.zero_stage=2"], "train.zero_stage"),
-        (["train.batch_size=1", "dpo.max_workers=2"], "less than one pair each"),
+        (["train.max_workers=2", "train.zero_stage=2"], "train.zero_stage"),
+        (["dpo.loss=kto", "train.batch_size=1"], "set train.batch_size to at least 2"),
+        (["train.batch_size=1", "train.max_workers=2"], "less than one sample each"),
         (["placement.trainer_workers=40", "train.batch_size=40"], "the actors need"),
         (["dpo.reference_path=/nowhere"], "/nowhere"),
     ],
