@@ -27,7 +27,7 @@ class Reference:
         from rlvid.training.packing import PackedPolicy
 
         network = load_model(folder, cfg.model.dtype)
-        self._policy = PackedPolicy(network, load_family(folder), cfg.rollout.temperature).eval()
+        self._policy = PackedPolicy(network, load_family(folder)).eval()
         self._policy.to("cuda" if on_gpu else "cpu")
         self._budget = cfg.train.micro_batch_tokens
 

@@ -20,8 +20,9 @@ from actors.trainer import GroupRef, TrainerGroup
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.training.packing import Responses
-from rlvid.types import Rollout, Sample
+from rlvid.training.batch import Group
+from rlvid.training.grpo_batch import sampled_group
+from rlvid.types import Sample
 
 N_RESPONSES = 2
 N_TOKENS = 8
@@ -91,10 +92,12 @@ def check_parity(
         raise UserError("the parity check needs a sample whose clips can be read; data.train has none")
     temperature = cfg.rollout.temperature
     answers = fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS))
-    by_trainer = trainer.logprobs([group_of(p.plain, r) for p, r in zip(probes, answers, strict=True)])
+    by_trainer = trainer.logprobs(
+        [sampled_group(p.plain, r, temperature) for p, r in zip(probes, answers, strict=True)]
+    )
     pairs = [e for p in probes if p.altered is not None for e in (p.plain, p.altered)]
     if pairs:
-        trainer_changes = _changes(trainer.logprobs([_first_tokens(e) for e in pairs]))
+        trainer_changes = _changes(trainer.logprobs([_first_tokens(e, temperature) for e in pairs]))
         engine_changes = _changes([fleet.first_logprobs(e, FIRST_TOKENS, temperature) for e in pairs])
     else:  # no video that a side could be blind to
         trainer_changes = engine_changes = [math.inf] * len(probes)
@@ -111,24 +114,15 @@ def check_parity(
     return f"parity: engine and trainer agree within {max(o.gap for o in observations):.1e}{seen}"
 
 
-def _first_tokens(prompt: Encoded) -> GroupRef:
+def _first_tokens(prompt: Encoded, temperature: float) -> GroupRef:
     """Each of `FIRST_TOKENS` as a response of its own."""
     ids = tuple(np.array([token], dtype=np.int32) for token in FIRST_TOKENS)
-    return GroupRef(prompt.prompt, prompt.cost, Responses(token_ids=ids, weights=np.zeros(len(ids), np.float32)))
+    return Group(prompt.prompt, prompt.cost, ids, temperature=temperature)
 
 
 def _changes(logprobs: Sequence[npt.NDArray[np.float32]]) -> list[float]:
     """Largest difference between the members of each pair (plain, altered)."""
     return [float(np.abs(a - b).max()) for a, b in zip(logprobs[::2], logprobs[1::2], strict=True)]
-
-
-def group_of(prompt: Encoded, rollouts: Sequence[Rollout]) -> GroupRef:
-    """Rollouts to be scored, nothing to be learned."""
-    n = sum(len(r.token_ids) for r in rollouts)
-    weights = np.zeros(n, dtype=np.float32)
-    return GroupRef(
-        prompt.prompt, prompt.cost, Responses(token_ids=tuple(r.token_ids for r in rollouts), weights=weights)
-    )
 
 
 def _probes(clips: ClipStore, samples: Sequence[Sample]) -> list[_Probe]:

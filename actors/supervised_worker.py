@@ -30,12 +30,12 @@ from actors.supervised_plan import Event, PreferencePlan, Shards, TrainingRun
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.ray_stream import open_prompt
 from rlvid.errors import UserError
+from rlvid.training.batch import Group
 from rlvid.types import Preference, Prompt
 
 if TYPE_CHECKING:
     from rlvid.models.families.chat import ChatFamily
     from rlvid.training.learner import Learner
-    from rlvid.training.packing import Group
 
 STATE_FILE = "workers.json"
 POLL_S = 0.05  # between two looks of the driver at what came
@@ -156,8 +156,8 @@ class Worker:
         from rlvid.training.learner import Learner
 
         self.family: ChatFamily = load_family(plan.model)
-        self.learner: Learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, temperature=None)
-        self._held_out: list[Group] = []  # with their reference log-probs, once they have been scored
+        self.learner: Learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train)
+        self._held_out: list[Group[Prompt]] = []  # with their reference log-probs, once they have been scored
         self._stored: Scores | None = None
         self._frozen: Any = None
 
@@ -188,20 +188,19 @@ class Worker:
         for step, items in itertools.groupby(self.plan.items(self.rank, self.world, start), key=lambda item: item[0]):
             yield step, [pair for _, pair in items]
 
-    def _train(self, step: int, groups: list[Group]) -> dict[str, float]:
+    def _train(self, step: int, groups: list[Group[Prompt]]) -> dict[str, float]:
         """One optimizer step on this rank's share; nothing where a rank has no pair with readable clips."""
         from rlvid.training.objectives import Preferred
 
         cfg = self.cfg
-        tokens = sum(len(g.responses.token_ids[0]) for g in groups)
+        tokens = sum(len(g.responses[0]) for g in groups)
         n_pairs, n_tokens, empty = self._sum(len(groups), tokens, not groups)
         lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
         if empty:
             return {"train/pairs": n_pairs, "is_left_out": 1.0}
         groups = self._with_reference(groups)
         kl = self._reference_point(groups) if cfg.dpo.loss == "kto" else 0.0
-        for group in groups:
-            group.responses.weights[:] = _chosen_mask(group) / n_tokens
+        groups = [g.with_tokens(weights=_chosen_mask(g) / n_tokens) for g in groups]
         stats = self.learner.step(groups, Preferred(cfg.dpo, int(n_pairs), kl), lr)
         names = {
             "loss": "loss",
@@ -243,7 +242,7 @@ class Worker:
         objective = Preferred(self.cfg.dpo, int(n))
         sums = [0.0, 0.0, 0.0]
         for group, own in zip(groups, self.learner.logprobs(groups), strict=True):
-            _, stats = objective(torch.from_numpy(own), [group])
+            _, stats = objective(torch.from_numpy(own), [group.with_tokens(weights=np.zeros_like(own))])
             for i, name in enumerate(("pair/accuracy", "pair/margin", "pair/loss")):
                 sums[i] += float(stats[name])
         correct, margin, loss = self._sum(*sums)
@@ -256,7 +255,7 @@ class Worker:
         shard = ray.train.get_dataset_shard(name)
         return iter(shard.iter_rows()) if shard is not None else iter(())
 
-    def _groups(self, rows: Iterator[dict[str, Any]], pairs: Sequence[Preference]) -> list[Group]:
+    def _groups(self, rows: Iterator[dict[str, Any]], pairs: Sequence[Preference]) -> list[Group[Prompt]]:
         """Pairs as groups of two responses; those with a bad clip are reported and left out."""
         groups = []
         decodes = hits = 0
@@ -294,7 +293,7 @@ class Worker:
         from rlvid.training.packing import PackedPolicy
 
         network = load_model(self.plan.reference, self.cfg.model.dtype)
-        return PackedPolicy(network, self.family, temperature=None).eval().to(self.learner.device)
+        return PackedPolicy(network, self.family).eval().to(self.learner.device)
 
     def _precompute(self, file: Path) -> None:
         """Score all pairs once, spread over the ranks; rank 0 writes what they found."""
@@ -316,7 +315,7 @@ class Worker:
             part.replace(file)
         dist.barrier()
 
-    def _score(self, policy: Any, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+    def _score(self, policy: Any, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         import torch
 
         from rlvid.training.micro_batches import score
@@ -324,28 +323,26 @@ class Worker:
         with torch.no_grad():
             return score(lambda row: policy(row.to(self.learner.device))[0], groups, self.cfg.train.micro_batch_tokens)
 
-    def _reference_logprobs(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+    def _reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         if self._frozen is not None:
             return self._score(self._frozen, groups)
         return self.learner.reference_logprobs(groups)
 
-    def _with_reference(self, groups: list[Group]) -> list[Group]:
+    def _with_reference(self, groups: list[Group[Prompt]]) -> list[Group[Prompt]]:
         """The groups with their reference log-probs."""
-        from dataclasses import replace
-
         if not self.cfg.dpo.needs_reference:
             return groups
         if self._stored is not None:
             scores = [self._stored[g.prompt.sample_id] for g in groups]
         else:
             scores = self._reference_logprobs(groups)
-        return [replace(g, responses=replace(g.responses, ref_logprobs=s)) for g, s in zip(groups, scores, strict=True)]
+        return [g.with_tokens(ref_logprobs=s) for g, s in zip(groups, scores, strict=True)]
 
-    def _reference_point(self, groups: Sequence[Group]) -> float:
+    def _reference_point(self, groups: Sequence[Group[Prompt]]) -> float:
         """KTO's z0: the mean log-ratio of responses to other prompts than their own, at least 0."""
         mismatched = []
         for group, other in zip(groups, [*groups[1:], groups[0]], strict=True):
-            response = other.responses.token_ids[0]
+            response = other.responses[0]
             mismatched.append(_group(group.prompt, (response,)))
         policy = self.learner.logprobs(mismatched)
         if self._stored is not None and self._frozen is None and not self._is_own_reference:
@@ -421,18 +418,15 @@ class Worker:
         return [float(v) for v in total]
 
 
-def pair_group(prompt: Prompt, pair: Preference, family: ChatFamily) -> Group:
+def pair_group(prompt: Prompt, pair: Preference, family: ChatFamily) -> Group[Prompt]:
     """A pair as a group of two responses that share their prompt's forward and are never parted."""
     return _group(prompt, (family.encode_answer(pair.chosen), family.encode_answer(pair.rejected)))
 
 
-def _group(prompt: Prompt, responses: tuple[npt.NDArray[np.int32], ...]) -> Group:
-    from rlvid.training.packing import Group, Responses
-
-    weights = np.zeros(sum(len(r) for r in responses), dtype=np.float32)
-    return Group(prompt, Responses(token_ids=responses, weights=weights, together=len(responses)))
+def _group(prompt: Prompt, responses: tuple[npt.NDArray[np.int32], ...]) -> Group[Prompt]:
+    return Group(prompt, prompt.cost, responses, unit_size=len(responses))
 
 
-def _chosen_mask(group: Group) -> npt.NDArray[np.float32]:
-    lengths = [len(ids) for ids in group.responses.token_ids]
+def _chosen_mask(group: Group[Prompt]) -> npt.NDArray[np.float32]:
+    lengths = [len(ids) for ids in group.responses]
     return np.repeat(np.array([1.0, 0.0], dtype=np.float32), lengths)

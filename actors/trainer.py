@@ -8,9 +8,8 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,9 @@ from actors.placement import Placement, Slot
 from rlvid.config import JobConfig, RewardModelJobConfig
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import Rubric
+from rlvid.training.batch import Group
 from rlvid.training.buckets import Bucket
 from rlvid.training.objectives import Objective
-from rlvid.training.packing import Group, Responses
 from rlvid.training.shared_buckets import SharedBuckets
 from rlvid.types import Prompt
 
@@ -35,23 +34,13 @@ logger = logging.getLogger(__name__)
 STEP_TIMEOUT_S = 3600.0
 
 
-@dataclass(frozen=True)
-class GroupRef:
-    """A group whose prompt stays in the object store until a rank needs it."""
-
-    prompt: ObjectRef[Prompt]
-    prompt_cost: int  # Prompt.cost
-    responses: Responses
-
-    @property
-    def cost(self) -> int:
-        return self.prompt_cost + self.responses.n_tokens
+GroupRef: TypeAlias = Group[ObjectRef[Prompt]]  # the prompt stays in the object store until a rank needs it
 
 
-def fetch(groups: Sequence[GroupRef]) -> list[Group]:
+def fetch(groups: Sequence[GroupRef]) -> list[Group[Prompt]]:
     """Groups with their prompts, as views into the object store."""
     prompts = ray.get([g.prompt for g in groups])
-    return [Group(prompt, g.responses) for prompt, g in zip(prompts, groups, strict=True)]
+    return [g.with_prompt(prompt) for prompt, g in zip(prompts, groups, strict=True)]
 
 
 class TrainerRank:
@@ -85,7 +74,7 @@ class TrainerRank:
         )
         self._checkpoint, self._cfg = folder, cfg
         rubric = Rubric.of(cfg) if isinstance(cfg, RewardModelJobConfig) else None
-        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, cfg.rollout.temperature, rubric)
+        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, rubric)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         return self._learner.step(fetch(groups), objective, lr)

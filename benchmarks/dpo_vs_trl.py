@@ -40,9 +40,10 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
+from rlvid.training.batch import Group
 from rlvid.training.micro_batches import score
 from rlvid.training.objectives import Preferred
-from rlvid.training.packing import Group, PackedPolicy, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Clip, Message, Preference, Sample, VideoRef
 
 N_PAIRS, LR, BETA, WARMUP = 4, 1e-5, 0.1, 1
@@ -78,17 +79,17 @@ class RlvidSide:
 
         self.setting, self.family = setting, load_family(model)
         cfg = TrainConfig(lr=LR, micro_batch_tokens=65536, betas=(0.9, 0.999))
-        self.learner = Learner(model, self.family, ModelConfig(path=model), cfg, temperature=None)
-        self.reference = PackedPolicy(load_model(reference, "float32"), self.family, None).eval()
+        self.learner = Learner(model, self.family, ModelConfig(path=model), cfg)
+        self.reference = PackedPolicy(load_model(reference, "float32"), self.family).eval()
         self.steps = 0
 
     def groups(self, first: int) -> list[Group]:
         groups = [encode(self.family, self.setting, first + i) for i in range(N_PAIRS)]
         with torch.no_grad():
             scores = score(lambda row: self.reference(row)[0], groups, 65536)
-        for group, own in zip(groups, scores, strict=True):
-            object.__setattr__(group.responses, "ref_logprobs", own)
-        return groups
+        return [
+            g.with_tokens(ref_logprobs=own, weights=np.zeros_like(own)) for g, own in zip(groups, scores, strict=True)
+        ]
 
     def step(self) -> None:
         stats = self.learner.step(self.groups(N_PAIRS * self.steps), Preferred(DpoConfig(beta=BETA), N_PAIRS), LR)
@@ -97,7 +98,7 @@ class RlvidSide:
 
     def first_loss(self, model: Path) -> tuple[float, float]:
         """Loss and gradient norm of the first batch on the initial weights."""
-        policy = PackedPolicy(load_model(model, "float32"), self.family, None)
+        policy = PackedPolicy(load_model(model, "float32"), self.family)
         groups = self.groups(0)
         loss, _ = Preferred(DpoConfig(beta=BETA), N_PAIRS)(policy(pack(groups))[0], groups)
         loss.backward()
@@ -225,7 +226,7 @@ def check_prompts(rlvid: RlvidSide, batch: dict[str, Any]) -> None:
             if isinstance(rlvid.family, QwenVL):
                 image_pad = rlvid.family.tokenizer.token_to_id("<|image_pad|>")
                 theirs = torch.where(theirs == image_pad, rlvid.family.video_token, theirs)
-            ours = [*group.prompt.token_ids.tolist(), *group.responses.token_ids[response].tolist()]
+            ours = [*group.prompt.token_ids.tolist(), *group.responses[response].tolist()]
             assert theirs.tolist() == ours, "both sides must see the same pair"
 
 

@@ -44,7 +44,6 @@ import ray
 import actors.clip_store
 import actors.generator_fleet
 import actors.trainer
-from actors.batch import advantages_of, summarize
 from actors.clip_store import ClipStore, Outcome, Source
 from actors.roles import Roles
 from benchmarks.harness import finish, machine, medians
@@ -53,6 +52,7 @@ from jobs.grpo import optimize
 from rlvid.config import GrpoJobConfig
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
+from rlvid.training.grpo_batch import advantages_of, summarize
 from rlvid.types import Prompt, Rollout, Sample, Span, WeightSpan
 
 PROMPTS = (256, 1024)  # in a step: 4 and 16 per replica of the largest fleet

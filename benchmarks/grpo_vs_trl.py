@@ -36,7 +36,6 @@ import ray
 import torch
 
 from actors.actor_process import start_ray
-from actors.batch import advantages_of
 from actors.clip_store import Encoded
 from actors.roles import Roles
 from benchmarks.harness import finish, median_ratio, medians
@@ -50,8 +49,10 @@ from rlvid.models.families.chat import CHAT_TEMPLATE
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
 from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.batch import Group
+from rlvid.training.grpo_batch import advantages_of
 from rlvid.training.objectives import Grpo
-from rlvid.training.packing import Group, PackedPolicy, Responses, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Clip, Message, Prompt, Reward, Rollout, Sample, VideoRef
 
 N_PROMPTS, GROUP, RESPONSE, LR = 4, 8, 32, 1e-5
@@ -244,7 +245,7 @@ def first_trl_loss(trainer: Any, initial: dict[str, torch.Tensor], batch: dict[s
 
 def first_loss(model: Path, family: QwenVL, setting: str, batch: dict[str, Any]) -> tuple[float, float]:
     """rlvid's loss and gradient norm of TRL's batch, on the initial weights."""
-    policy = PackedPolicy(load_model(model, "float32"), family, temperature=1.0)
+    policy = PackedPolicy(load_model(model, "float32"), family)
     family.__dict__["banned_tokens"] = ()  # TRL suppresses them in sampling, not in its log-probs
     lengths = batch["completion_mask"].sum(1)
     groups = []
@@ -263,19 +264,19 @@ def first_loss(model: Path, family: QwenVL, setting: str, batch: dict[str, Any])
         groups.append(
             Group(
                 prompt,
-                Responses(
-                    token_ids=ids,
-                    weights=np.full(sum(n_tokens), 1 / float(lengths.sum()), dtype=np.float32),
-                    advantages=np.repeat(batch["advantages"][own].numpy(), n_tokens).astype(np.float32),
-                    old_logprobs=np.zeros(sum(n_tokens), dtype=np.float32),
-                ),
+                prompt.cost,
+                ids,
+                {
+                    "weights": np.full(sum(n_tokens), 1 / float(lengths.sum()), dtype=np.float32),
+                    "advantages": np.repeat(batch["advantages"][own].numpy(), n_tokens).astype(np.float32),
+                },
+                temperature=1.0,
             )
         )
     row = pack(groups)
     logprobs = policy(row)[0]
-    old = iter(np.split(logprobs.detach().numpy(), np.cumsum([g.responses.n_tokens for g in groups])[:-1]))
-    for group in groups:
-        group.responses.old_logprobs[:] = next(old)  # type: ignore[index]  # the policy has not moved: ratio 1
+    old = iter(np.split(logprobs.detach().numpy(), np.cumsum([g.n_tokens for g in groups])[:-1]))
+    groups = [group.with_tokens(old_logprobs=next(old)) for group in groups]  # the policy has not changed: ratio 1
     loss, _ = Grpo(GrpoJobConfig.model_fields["grpo"].default)(logprobs, groups)
     loss.backward()
     return float(loss), _norm(policy)

@@ -32,7 +32,9 @@ from rlvid.models import torchvision_ops
 from rlvid.models.families import load_family
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
-from rlvid.training.packing import Group, PackedPolicy, Responses, normalise, pack
+from rlvid.training.batch import Group
+from rlvid.training.packing import PackedPolicy, normalise, pack
+from rlvid.types import Prompt
 
 GROUP = 8
 RESPONSE = 32
@@ -49,8 +51,8 @@ class Naive(nn.Module):
         self.network = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
         self.family = family
 
-    def forward(self, group: Group) -> Tensor:
-        prompt, responses = group.prompt, torch.from_numpy(np.stack(group.responses.token_ids)).long()
+    def forward(self, group: Group[Prompt]) -> Tensor:
+        prompt, responses = group.prompt, torch.from_numpy(np.stack(group.responses)).long()
         n = len(responses)
         ids = torch.cat([torch.from_numpy(prompt.token_ids).long().expand(n, -1), responses], dim=1)
         after = prompt.next_position + torch.arange(RESPONSE).expand(3, -1)
@@ -68,12 +70,12 @@ class Naive(nn.Module):
         return logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0].flatten()
 
 
-def group_of(family: QwenVL, n_tokens: int) -> Group:
+def group_of(family: QwenVL, n_tokens: int) -> Group[Prompt]:
     prompt = video_prompt(family, n_tokens)
     rng = np.random.default_rng(1)
     n = GROUP * RESPONSE
     ids = tuple(rng.integers(20, 250, RESPONSE).astype(np.int32) for _ in range(GROUP))
-    return Group(prompt, Responses(token_ids=ids, weights=rng.normal(size=n).astype(np.float32) / n))
+    return Group(prompt, prompt.cost, ids, {"weights": rng.normal(size=n).astype(np.float32) / n}, temperature=1.0)
 
 
 class Contestants:
@@ -81,9 +83,9 @@ class Contestants:
         torchvision_ops.ensure()
         self.family = load_family(folder)
         self.naive = Naive(folder, self.family) if "naive" in names else None
-        self.packed = PackedPolicy(load_model(folder, "float32"), self.family, temperature=1.0)
+        self.packed = PackedPolicy(load_model(folder, "float32"), self.family)
 
-    def run(self, name: str, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, name: str, group: Group[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-probs [G * R] and the gradients of their weighted sum, by parameter."""
         model: nn.Module = self.naive if name == "naive" else self.packed  # type: ignore[assignment]
         model.zero_grad(set_to_none=True)
@@ -91,7 +93,7 @@ class Contestants:
             logprobs = model(group)
         else:
             logprobs = model(pack(group.cut(0) if name == "packed 1" else [group]))[0]
-        (logprobs * torch.from_numpy(group.responses.weights)).sum().backward()
+        (logprobs * torch.from_numpy(group.tokens["weights"])).sum().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         return logprobs.detach(), grads
 

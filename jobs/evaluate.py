@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.batch import accuracy_part
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.inputs import Inputs, open_job
@@ -14,6 +13,7 @@ from rlvid.config import EvalJobConfig
 from rlvid.errors import UserError
 from rlvid.evaluation.metrics import accuracy_report
 from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.grpo_batch import accuracy_part
 
 NO_ACCURACY_PART = "evaluation needs a reward part that says what is right: add one of kind exact, choice or number"
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.batch import advantages_of, make_minibatch, rollout_rows, summarize
 from actors.clip_store import Encoded
-from actors.parity_check import check_parity, group_of
+from actors.parity_check import check_parity
 from actors.rewards import check_parts
 from actors.roles import Roles
 from jobs.cli import job_main
@@ -27,6 +26,7 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
 from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_group, summarize
 from rlvid.training.objectives import Grpo
 from rlvid.types import Reward, Rollout
 
@@ -132,7 +132,8 @@ def optimize(
     scores_old, scores_reference = by_trainer and updates > 1, cfg.grpo.kl_coef > 0
     scored = []
     if scores_old or scores_reference:
-        scored = [group_of(p, rollouts) for p, rollouts in zip(prompts, groups, strict=True)]
+        temperature = cfg.rollout.temperature
+        scored = [sampled_group(p, own, temperature) for p, own in zip(prompts, groups, strict=True)]
     old = roles.trainer.logprobs(scored) if scores_old else None
     reference = roles.reference_logprobs(scored) if scores_reference else None
     objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
@@ -146,6 +147,7 @@ def optimize(
                 groups[cut],
                 advantages[cut],
                 cfg.grpo,
+                cfg.rollout.temperature,
                 old and old[cut],
                 reference and reference[cut],
                 keep=cfg.placement.trainer_workers,

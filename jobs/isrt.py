@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.batch import ACCURACY_KINDS
 from actors.judge import Comparison, Judge, Judged, open_judge
 from actors.roles import Roles
 from jobs.cli import job_main
@@ -34,6 +33,7 @@ from rlvid.reporting.row_file import RowFile
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.grpo_batch import ACCURACY_KINDS
 from rlvid.types import Preference, Rollout, Sample
 
 Row = Mapping[str, Any]

@@ -25,25 +25,24 @@ from rlvid.evaluation.metrics import accuracy_report
 from rlvid.evaluation.ranking import correlate
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
 from rlvid.rollout.vllm_engine import Sampling
+from rlvid.training.batch import Group
 from rlvid.training.objectives import BradleyTerry, Objective, Regression, Supervised
-from rlvid.training.packing import Responses
 
 
 def batch(prompts: Sequence[Encoded], inputs: Inputs, rubric: Rubric) -> tuple[list[GroupRef], Objective]:
     """What is learned of `prompts`, each of which counts alike; of text each token does."""
     if not rubric.has_head:
         return answer_batch(list(prompts), inputs.family), Supervised()
-    weights = np.full(1, 1 / len(prompts), dtype=np.float32)
     if rubric.kind == "regression":
-        targets = [np.array(rubric.scores(p.sample.extra["labels"]), dtype=np.float32) for p in prompts]
-        rows = [Responses(token_ids=(), weights=weights, targets=t) for t in targets]
-    else:
-        pairs = {pair.sample.id: pair for pair in (*inputs.pairs, *inputs.held_out_pairs)}
-        sides = [(pairs[p.sample.id].chosen, pairs[p.sample.id].rejected) for p in prompts]
-        encode = inputs.family.encode_answer
-        rows = [Responses(token_ids=(encode(c), encode(r)), weights=weights, together=2) for c, r in sides]
-    groups = [GroupRef(p.prompt, p.cost, row) for p, row in zip(prompts, rows, strict=True)]
-    return groups, Regression() if rubric.kind == "regression" else BradleyTerry()
+        labels = [np.array(rubric.scores(p.sample.extra["labels"]), dtype=np.float32) for p in prompts]
+        groups = [Group(p.prompt, p.cost, targets={"labels": x}) for p, x in zip(prompts, labels, strict=True)]
+        return groups, Regression(len(prompts))
+    pairs = {pair.sample.id: pair for pair in (*inputs.pairs, *inputs.held_out_pairs)}
+    sides = [(pairs[p.sample.id].chosen, pairs[p.sample.id].rejected) for p in prompts]
+    encode = inputs.family.encode_answer
+    answers = [(encode(chosen), encode(rejected)) for chosen, rejected in sides]
+    groups = [Group(p.prompt, p.cost, a, unit_size=2) for p, a in zip(prompts, answers, strict=True)]
+    return groups, BradleyTerry(len(prompts))
 
 
 def predict(
@@ -54,8 +53,7 @@ def predict(
         scores = roles.trainer.scores(batch(prompts, inputs, Rubric.of(cfg))[0])
         return [dict(zip(Rubric.of(cfg).dims, s.tolist(), strict=True)) for s in scores]
     if inputs.family.vllm_module is None:
-        nothing = Responses(token_ids=(), weights=np.zeros(0, dtype=np.float32))
-        ids = roles.trainer.answers([GroupRef(p.prompt, p.cost, nothing) for p in prompts], cfg.rollout.max_tokens)
+        ids = roles.trainer.answers([Group(p.prompt, p.cost) for p in prompts], cfg.rollout.max_tokens)
         texts = [inputs.family.decode(answer.tolist()) for answer in ids]
     else:
         texts = [r[0].text for r in roles.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))]

@@ -14,8 +14,8 @@ from jobs.run import Run
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import WarmStartConfig
 from rlvid.models.families.chat import ChatFamily
+from rlvid.training.batch import Group
 from rlvid.training.objectives import Supervised
-from rlvid.training.packing import Responses
 
 PHASE = "warm_start"
 
@@ -58,6 +58,6 @@ def answer_batch(prompts: Sequence[Encoded], family: ChatFamily) -> list[GroupRe
     answers = [family.encode_answer(p.sample.answer) for p in prompts]
     weight = 1.0 / sum(len(a) for a in answers)
     return [
-        GroupRef(p.prompt, p.cost, Responses(token_ids=(a,), weights=np.full(len(a), weight, dtype=np.float32)))
+        Group(p.prompt, p.cost, (a,), {"weights": np.full(len(a), weight, dtype=np.float32)})
         for p, a in zip(prompts, answers, strict=True)
     ]

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlvid.models.families.chat import ChatFamily
+from rlvid.training.batch import Group
 from rlvid.types import Clip, Message, Prompt, Sample, VideoRef
 
 
@@ -31,3 +32,13 @@ def prompt_of(
     """A prompt with one noise clip (t, h, w) per shape."""
     clips = [clip_of(noise(*shape, seed=seed + i), f"{shape}-{seed + i}") for i, shape in enumerate(shapes)]
     return family.encode(sample_of(len(shapes), question), clips)
+
+
+def group_of(
+    prompt: Prompt,
+    *responses: npt.NDArray[np.int32],
+    temperature: float | None = None,
+    **tokens: npt.NDArray[np.float32],
+) -> Group[Prompt]:
+    """Responses to a prompt with arrays per token."""
+    return Group(prompt, prompt.cost, responses, tokens, temperature=temperature)

@@ -68,21 +68,18 @@ class HeadModel:
         """Of each prompt one score, or with `responses` (Bradley-Terry) one for each of them."""
         import torch
 
+        from rlvid.training.batch import Group
         from rlvid.training.micro_batches import score
-        from rlvid.training.packing import Group, Responses
 
         encoded = [tuple(self.family.encode_answer(r) for r in own) for own in responses] or [()] * len(prompts)
-        groups = [
-            Group(p, Responses(token_ids=ids, weights=np.zeros(0, dtype=np.float32)))
-            for p, ids in zip(prompts, encoded, strict=True)
-        ]
+        groups = [Group(p, p.cost, ids) for p, ids in zip(prompts, encoded, strict=True)]
         width = len(self.rubric.dims)
         with torch.no_grad():
             values = score(
                 lambda row: self._scorer(row.to(self._device))[0].flatten(),
                 groups,
                 BUDGET,
-                size=lambda g: width * max(1, len(g.responses.token_ids)),
+                size=lambda g: width * max(1, len(g.responses)),
             )
         return [
             [Scored(dict(zip(self.rubric.dims, row, strict=True))) for row in v.reshape(-1, width).tolist()]

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from rlvid.models.families.vision import VisionFamily
-from rlvid.training.packing import Group, PackedPolicy, Responses, normalise, pack
+from rlvid.training.batch import Group
+from rlvid.training.packing import PackedPolicy, normalise, pack
 from rlvid.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ class PlainEngine:
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-prob of each of `tokens` as the first response token."""
         answers = tuple(np.array([token], dtype=np.int32) for token in tokens)
-        group = Group(prompt, Responses(token_ids=answers, weights=np.zeros(len(tokens), dtype=np.float32)))
+        group = Group(prompt, prompt.cost, answers, temperature=temperature)
         with torch.no_grad():
-            policy = PackedPolicy(self._network, self.family, temperature)
+            policy = PackedPolicy(self._network, self.family)
             return policy(pack([group]).to(self._network.device))[0].float().cpu().numpy()
 
 

@@ -26,12 +26,14 @@ from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import freeze_tower, load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
+from rlvid.training.batch import Group, check_arrays
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.comm_op import load_comm_op
 from rlvid.training.micro_batches import micro_batches, score
-from rlvid.training.objectives import Grpo, Objective
-from rlvid.training.packing import Group, PackedPolicy, pack
+from rlvid.training.objectives import Objective
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.training.scorer import HEAD_FILE, PackedScorer
+from rlvid.types import Prompt
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
 HEAD = "head."  # PackedScorer's before those of its head
@@ -66,7 +68,6 @@ class Learner:
     Args:
         folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights stay as they are, and
             adapters beside them are trained.
-        temperature: log-probs are those of sampling at this temperature; None: the model's own, of given responses.
         rubric: of a reward model with a head. It has scores in the place of log-probs.
     """
 
@@ -76,13 +77,11 @@ class Learner:
         family: ChatFamily,
         model: ModelConfig,
         cfg: TrainConfig,
-        temperature: float | None,
         rubric: Rubric | None = None,
     ):
         self.cfg = cfg
-        self.temperature = temperature
         network = load_model(folder, model.dtype)
-        self.policy: PackedPolicy | PackedScorer = PackedPolicy(network, family, temperature)
+        self.policy: PackedPolicy | PackedScorer = PackedPolicy(network, family)
         self.lora = model.lora
         if self.lora:
             add_adapters(self.policy.network, self.lora)
@@ -103,21 +102,22 @@ class Learner:
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
             self.engine.optimizer.register_step_pre_hook(self._clip)
 
-    def step(self, groups: Sequence[Group], objective: Objective, lr: float) -> dict[str, float]:
+    def step(self, groups: Sequence[Group[Prompt]], objective: Objective, lr: float) -> dict[str, float]:
         """One optimizer step on this rank's share of a mini-batch.
 
         Args:
             groups: at least one; their token weights belong to the whole mini-batch, over all ranks.
 
+        Raises:
+            ValueError: the groups lack an array that the objective needs.
+
         Returns:
             Means over the response tokens, or pairs, of all ranks (entropy, objective's statistics), `loss`,
             `grad_norm`, `lr`.
         """
+        check_arrays(groups, objective.needs, type(objective).__name__)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
-        # The likelihood of given answers is the model's own; that of sampled ones is tempered, as they were sampled.
-        if isinstance(self.policy, PackedPolicy):
-            self.policy.temperature = self.temperature if isinstance(objective, Grpo) else None
         rows = micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i in range(self._most(len(rows))):
@@ -135,10 +135,9 @@ class Learner:
         return self._means(sums) | {"grad_norm": self._last_grad_norm(), "lr": lr}
 
     @torch.no_grad()
-    def logprobs(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+    def logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Log-probs of every response token under the current weights: one array [sum R] per group."""
         self.engine.eval()
-        self.policy.temperature = self.temperature
         values = score(
             lambda row: self.engine(row.to(self.device))[0],
             groups,
@@ -150,7 +149,7 @@ class Learner:
         return values
 
     @torch.no_grad()
-    def scores(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+    def scores(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Scores [D] of each group's prompt, or [G * D] of its responses one after another."""
         assert isinstance(self.policy, PackedScorer)
         width = self.policy.head.out_features
@@ -161,12 +160,12 @@ class Learner:
             self.cfg.micro_batch_tokens,
             self.cfg.shared_prefix,
             rounds=self._most,
-            size=lambda group: width * max(1, len(group.responses.token_ids)),
+            size=lambda group: width * max(1, len(group.responses)),
         )
         self.engine.train()
         return values
 
-    def answers(self, groups: Sequence[Group], max_tokens: int) -> list[npt.NDArray[np.int32]]:
+    def answers(self, groups: Sequence[Group[Prompt]], max_tokens: int) -> list[npt.NDArray[np.int32]]:
         """Greedy token ids [R] to each group's prompt, by transformers: for families that vLLM does not serve."""
         from rlvid.rollout.hf_engine import PlainEngine
 
@@ -179,7 +178,7 @@ class Learner:
         self.engine.train()
         return made[: len(groups)]
 
-    def reference_logprobs(self, groups: Sequence[Group]) -> list[npt.NDArray[np.float32]]:
+    def reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the reference, which is this model with its adapters off, or as `freeze_reference` left them.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Micro-batches: groups cut to a budget of tokens, and laid into rows that fill it."""
+"""Micro-batches: groups cut to a budget of tokens, and packed into rows of about that size."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from rlvid.training.packing import Group, PackedRow, pack
+from rlvid.training.batch import Group
+from rlvid.training.packing import PackedRow, pack
+from rlvid.types import Prompt
 
 
-def fill(costs: Sequence[int], budget: int) -> list[list[int]]:
+def pack_into_rows(costs: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of items that share a row, by first-fit decreasing: at most 11/9 of the fewest rows possible, plus one.
 
-    Of like costs in a row little is lost to padding, which attention needs. An item above the budget is alone.
+    Items of similar cost share a row, so attention, which pads, wastes little. An item above the budget is alone.
     """
     rows: list[list[int]] = []
     left: list[int] = []
@@ -28,34 +30,34 @@ def fill(costs: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def micro_batches(groups: Sequence[Group], budget: int, is_shared: bool = True) -> list[list[Group]]:
+def micro_batches(groups: Sequence[Group[Prompt]], budget: int, is_shared: bool = True) -> list[list[Group[Prompt]]]:
     """Rows of at most `budget` tokens; a group above it is cut, a single response above it is alone.
 
     Args:
-        is_shared: off, every response has a prompt of its own.
+        is_shared: off, every response has its own prompt.
     """
     parts = [part for group in groups for part in group.cut(budget if is_shared else 0)]
-    return [[parts[i] for i in row] for row in fill([p.cost for p in parts], budget)]
+    return [[parts[i] for i in row] for row in pack_into_rows([p.cost for p in parts], budget)]
 
 
 def score(
     logprobs: Callable[[PackedRow], Tensor],
-    groups: Sequence[Group],
+    groups: Sequence[Group[Prompt]],
     budget: int,
     is_shared: bool = True,
     rounds: Callable[[int], int] = lambda n: n,
-    size: Callable[[Group], int] = lambda group: group.responses.n_tokens,
+    size: Callable[[Group[Prompt]], int] = lambda group: group.n_tokens,
 ) -> list[npt.NDArray[np.float32]]:
     """Log-probs of all response tokens: one array [sum R] per group.
 
     Args:
         logprobs: a row -> log-probs [M] of its response tokens.
-        size: how many values a group has.
-        rounds: of the number of rows, how often `logprobs` has to be called: ranks meet in collectives, so one with
-            fewer rows repeats its last.
+        rounds: number of rows -> number of calls of `logprobs`. Ranks meet in collectives, so a rank with fewer rows
+            than another repeats its last one.
+        size: the number of values of a group.
     """
     parts = [(g, part) for g, group in enumerate(groups) for part in group.cut(budget if is_shared else 0)]
-    rows = fill([part.cost for _, part in parts], budget)
+    rows = pack_into_rows([part.cost for _, part in parts], budget)
     values: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(parts)
     for i in range(rounds(len(rows))):
         row = rows[min(i, len(rows) - 1)]

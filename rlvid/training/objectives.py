@@ -2,15 +2,15 @@
 
 Each objective returns a loss that is summed over micro-batches (token weights make the sum the mini-batch's average)
 and statistics that are summed too: `<name>` over tokens, with `tokens` to divide by, `pair/<name>` over pairs, with
-`pairs` to divide by.
+`pairs` to divide by. `needs` names the arrays of a batch that it reads; `Learner.step` checks that they are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,17 +19,34 @@ from rlvid.algorithms import preference_loss
 from rlvid.algorithms.kl import ESTIMATORS
 from rlvid.algorithms.policy_loss import policy_loss
 from rlvid.config import DpoConfig, GrpoConfig
-from rlvid.training.packing import Group
+from rlvid.training.batch import Group, flat
 
 Sums = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A loss on the outputs of one micro-batch."""
+
+    @property
+    def needs(self) -> Collection[str]:
+        """Names of the arrays in `Group.tokens` or `Group.targets` that the loss reads."""
+
+    def __call__(self, outputs: Tensor, groups: Sequence[Group[Any]], /) -> tuple[Tensor, Sums]:
+        """The loss and the sums of its statistics.
+
+        Args:
+            outputs: log-probs [M] of the response tokens, or the scores [S, D] of a model with a head.
+        """
 
 
 @dataclass(frozen=True)
 class Supervised:
     """Negative log-likelihood of the given responses."""
 
-    def __call__(self, logprobs: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
-        weights = _flat(groups, "weights", logprobs)
+    needs = ("weights",)
+
+    def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+        weights = flat(groups, "weights", logprobs)
         loss = -(weights * logprobs).sum()
         return loss, {"loss": loss.detach(), "tokens": torch.tensor(float(len(logprobs)))}
 
@@ -38,22 +55,26 @@ class Supervised:
 class Grpo:
     """Clipped policy loss plus the KL to the reference (DeepSeekMath, arXiv 2402.03300, eq. 3).
 
-    `is_first`: the policy has not moved since the rollouts, and the ratio is taken to its own log-probs: they are those
-    of this very forward. `logprob_gap` is the distance to the log-probs given in any case.
+    `is_first`: the policy has not changed since the rollouts and the ratio is taken to its own log-probs, which are
+    those of this forward. `logprob_gap` is the distance to `old_logprobs` in any case.
     """
 
     cfg: GrpoConfig
     is_first: bool = False
 
-    def __call__(self, logprobs: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
+    @property
+    def needs(self) -> Collection[str]:
+        return ("weights", "advantages", "old_logprobs", *(["ref_logprobs"] if self.cfg.kl_coef else []))
+
+    def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
         weights, advantages, given = (
-            _flat(groups, name, logprobs) for name in ("weights", "advantages", "old_logprobs")
+            flat(groups, name, logprobs) for name in ("weights", "advantages", "old_logprobs")
         )
         old = logprobs.detach() if self.is_first else given
         per_token, stats = policy_loss(logprobs, old, advantages, self.cfg.clip_low, self.cfg.clip_high)
         sums = {**stats, "logprob_gap": (logprobs.detach() - given).abs().sum()}
         if self.cfg.kl_coef:
-            kl = ESTIMATORS[self.cfg.kl_estimator](logprobs, _flat(groups, "ref_logprobs", logprobs))
+            kl = ESTIMATORS[self.cfg.kl_estimator](logprobs, flat(groups, "ref_logprobs", logprobs))
             per_token = per_token + self.cfg.kl_coef * kl
             sums["kl"] = kl.detach().sum()
         loss = (weights * per_token).sum()
@@ -72,8 +93,12 @@ class Preferred:
     n_pairs: int  # of the mini-batch, over all ranks
     kl: float = 0.0  # kto: the reference point
 
-    def __call__(self, logprobs: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
-        lengths = torch.tensor([len(ids) for g in groups for ids in g.responses.token_ids], device=logprobs.device)
+    @property
+    def needs(self) -> Collection[str]:
+        return ("weights", *(["ref_logprobs"] if self.cfg.needs_reference else []))
+
+    def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+        lengths = torch.tensor([len(ids) for g in groups for ids in g.responses], device=logprobs.device)
         which = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), lengths)
 
         def per_response(values: Tensor) -> Tensor:
@@ -83,9 +108,9 @@ class Preferred:
         own = per_response(logprobs)
         scores = own
         if self.cfg.needs_reference:
-            scores = own - per_response(_flat(groups, "ref_logprobs", logprobs))
+            scores = own - per_response(flat(groups, "ref_logprobs", logprobs))
         losses = self._losses(*scores.unbind(1))
-        nll = -(_flat(groups, "weights", logprobs) * logprobs).sum()
+        nll = -(flat(groups, "weights", logprobs) * logprobs).sum()
         loss = self.cfg.loss_weight * losses.sum() / self.n_pairs + self.cfg.sft_weight * nll
         # SimPO and ORPO have no reference: their implicit reward is the log-prob itself.
         chosen, rejected = (self.cfg.beta * scores.detach()).unbind(1)
@@ -125,28 +150,29 @@ class Preferred:
 
 @dataclass(frozen=True)
 class Regression:
-    """Mean squared error of a prompt's scores [S, D] to its targets, raw and float32, as VideoScore trains.
+    """Mean squared error of a prompt's scores [S, D] to its labels, raw and float32, as VideoScore trains."""
 
-    A group's single weight is its share of the mini-batch.
-    """
+    n_prompts: int  # of the mini-batch, over all ranks
+    needs = ("labels",)
 
-    def __call__(self, scores: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
-        targets = _flat(groups, "targets", scores).view(scores.shape)
-        error = scores - targets
-        loss = (_flat(groups, "weights", scores) * error.square().mean(1)).sum()
+    def __call__(self, scores: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+        error = scores - flat(groups, "labels", scores).view(scores.shape)
+        loss = error.square().mean(1).sum() / self.n_prompts
         sums = {"error": error.detach().abs().mean(1).sum(), "tokens": torch.tensor(float(len(scores)))}
         return loss, sums | {"loss": loss.detach()}
 
 
 @dataclass(frozen=True)
 class BradleyTerry:
-    """-log sigmoid(chosen - rejected) of the scores [2n, 1] of pairs. A pair's single weight is its share of the
-    mini-batch."""
+    """-log sigmoid(chosen - rejected) of the scores [2n, 1] of pairs."""
 
-    def __call__(self, scores: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Sums]:
+    n_pairs: int  # of the mini-batch, over all ranks
+    needs = ()
+
+    def __call__(self, scores: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
         chosen, rejected = scores.view(-1, 2).unbind(1)
         margin = chosen - rejected
-        loss = -(_flat(groups, "weights", scores) * F.logsigmoid(margin)).sum()
+        loss = -F.logsigmoid(margin).sum() / self.n_pairs
         sums = {
             "pair/margin": margin.detach().sum(),
             "pair/accuracy": (margin.detach() > 0).float().sum(),
@@ -154,11 +180,3 @@ class BradleyTerry:
             "tokens": torch.tensor(float(len(scores))),
         }
         return loss, sums | {"loss": loss.detach()}
-
-
-Objective = Supervised | Grpo | Preferred | Regression | BradleyTerry
-
-
-def _flat(groups: Sequence[Group], name: str, like: Tensor) -> Tensor:
-    """The groups' arrays of one name as a tensor [M] on the device of `like`."""
-    return torch.from_numpy(np.concatenate([getattr(g.responses, name) for g in groups])).to(like.device)

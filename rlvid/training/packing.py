@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,71 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from rlvid.models.attention import SharedPrefixLayout
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
+from rlvid.training.batch import Group
 from rlvid.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_AT_A_TIME = 2**27  # 512 MiB in float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Responses:
-    """The G responses to one prompt and what is learned from them; flat arrays hold them one after another."""
-
-    token_ids: tuple[npt.NDArray[np.int32], ...]  # G arrays [R_g]
-    weights: npt.NDArray[np.float32]  # [sum R_g] share of each token in the mini-batch's loss
-    advantages: npt.NDArray[np.float32] | None = None  # [sum R_g]; None: supervised
-    old_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
-    ref_logprobs: npt.NDArray[np.float32] | None = None  # [sum R_g]
-    together: int = 1  # so many neighbours are never parted: 2 for chosen and rejected
-    targets: npt.NDArray[np.float32] | None = None  # [D] scores of the prompt, which then has no responses
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(ids) for ids in self.token_ids)
-
-    def part(self, first: int, last: int) -> Responses:
-        """Responses [first, last)."""
-        ends = np.cumsum([0, *(len(ids) for ids in self.token_ids)])
-        cut = slice(ends[first], ends[last])
-        return Responses(
-            token_ids=self.token_ids[first:last],
-            weights=self.weights[cut],
-            advantages=None if self.advantages is None else self.advantages[cut],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[cut],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[cut],
-            together=self.together,
-        )
-
-
-@dataclass(frozen=True)
-class Group:
-    """One prompt and its responses."""
-
-    prompt: Prompt
-    responses: Responses
-
-    @property
-    def cost(self) -> int:
-        """Tokens of the group's forward."""
-        return self.prompt.cost + self.responses.n_tokens
-
-    def cut(self, budget: int) -> list[Group]:
-        """The same work in parts of at most `budget` tokens, each with the prompt before it and at least one response.
-
-        A budget of 0 shares nothing: one part per response, or per `together` of them.
-        """
-        if not self.responses.token_ids:
-            return [self]
-        parts, first, room = [], 0, budget - self.prompt.cost
-        lengths = [len(ids) for ids in self.responses.token_ids]
-        unit = self.responses.together
-        for last in range(unit, len(lengths) + 1, unit):
-            if last == len(lengths) or sum(lengths[first : last + unit]) > room:
-                parts.append(Group(self.prompt, self.responses.part(first, last)))
-                first = last
-        return parts
 
 
 @dataclass(frozen=True)
@@ -99,13 +41,22 @@ class PackedRow:
     source: Tensor  # [M] int64, the token whose output predicts each response token
     target: Tensor  # [M] int64, the response tokens
     ends: Tensor  # [S] int64, the last token of each response, or of the prompt where there is none
+    temperature: float | None  # of the responses; see Group
 
     def to(self, device: torch.device) -> PackedRow:
-        return PackedRow(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "temperature"}
+        return replace(self, **moved)
 
 
-def pack(groups: Sequence[Group]) -> PackedRow:
-    """Lay `groups` one after another."""
+def pack(groups: Sequence[Group[Prompt]]) -> PackedRow:
+    """Lay `groups` one after another.
+
+    Raises:
+        ValueError: some responses were sampled and some were not, or at another temperature.
+    """
+    temperature = groups[0].temperature
+    if any(group.temperature != temperature for group in groups):
+        raise ValueError("one batch has responses of different temperatures, or both sampled and given ones")
     ids, positions, ends = [], [], []
     source: list[npt.NDArray[Any]] = [np.zeros(0)]
     target: list[npt.NDArray[Any]] = [np.zeros(0)]
@@ -116,7 +67,7 @@ def pack(groups: Sequence[Group]) -> PackedRow:
         positions.append(prompt.positions)
         last_of_prompt = at + prompt.length - 1
         at += prompt.length
-        for response in group.responses.token_ids:
+        for response in group.responses:
             n = len(response)
             ids.append(response)
             positions.append(
@@ -126,17 +77,18 @@ def pack(groups: Sequence[Group]) -> PackedRow:
             target.append(response)
             at += n
             ends.append(at - 1)
-        if not group.responses.token_ids:
+        if not group.responses:
             ends.append(last_of_prompt)
     return PackedRow(
         token_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)),
         patches=torch.from_numpy(np.concatenate([g.prompt.patches for g in groups])),
         grid_thw=torch.from_numpy(np.concatenate([g.prompt.grid_thw for g in groups])),
-        layout=SharedPrefixLayout.of([(g.prompt.length, [len(r) for r in g.responses.token_ids]) for g in groups]),
+        layout=SharedPrefixLayout.of([(g.prompt.length, [len(r) for r in g.responses]) for g in groups]),
         source=torch.from_numpy(np.concatenate(source).astype(np.int64)),
         target=torch.from_numpy(np.concatenate(target).astype(np.int64)),
         ends=torch.tensor(ends),
+        temperature=temperature,
     )
 
 
@@ -152,11 +104,11 @@ def normalise(patches: Tensor, family: VisionFamily, dtype: torch.dtype) -> Tens
 
 
 def with_blank_clip(row: PackedRow, family: VisionFamily) -> PackedRow:
-    """A row of text alone, with the smallest black clip behind it.
+    """A row of text alone, followed by the smallest black clip.
 
     Ranks meet in collectives inside the vision tower: under ZeRO-3 a rank without video would hang those with video. So
-    the tower runs here too, at the same point of the forward. The clip's tokens belong to no group, no token sees them
-    and nothing is predicted from them: the tower's gradient is 0.
+    the tower runs here too, at the same point of the forward. The clip's tokens belong to no group, no token attends to
+    them and nothing is predicted from them: the tower's gradient is 0.
     """
     grid = family.smallest_grid
     n = family.n_embeddings(grid)
@@ -184,37 +136,36 @@ def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow) 
 class PackedPolicy(nn.Module):
     """The policy network over packed rows; the one forward of trainer and reference.
 
-    The distribution is the one the engine samples from: logits over temperature, vision placeholders banned. With
-    temperature None it is the model's own, for the likelihood of responses that were given and not sampled.
+    The distribution of a sampled response is the one the engine samples from: logits over temperature, vision
+    placeholders banned. That of a given response is the model's own.
     """
 
-    def __init__(self, network: PreTrainedModel, family: ChatFamily, temperature: float | None):
+    def __init__(self, network: PreTrainedModel, family: ChatFamily):
         super().__init__()
         self.network = network
         self.family = family
-        self.temperature = temperature
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution, which carries no
-        gradient and is left out ([0]) where none is asked for."""
+        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution. The entropy carries no
+        gradient, and is empty ([0]) where gradients are off."""
         # Logits only where a token is predicted: those of a long prompt would be the largest.
         hidden = hidden_states(self.network, self.family, row)[row.source]
         size = max(1, LOGITS_AT_A_TIME // self.network.config.get_text_config().vocab_size)
         if len(hidden) <= size:
-            return self._predict(hidden, row.target)
-        # Each part's logits are made again in the backward, so never more than one part's are kept.
+            return self._predict(hidden, row.target, row.temperature)
+        # Each part's logits are computed again in the backward, so never more than one part's are kept.
         parts = [
-            checkpoint(self._predict, h, t, use_reentrant=False)
+            checkpoint(self._predict, h, t, row.temperature, use_reentrant=False)
             for h, t in zip(hidden.split(size), row.target.split(size), strict=True)
         ]
         return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
-    def _predict(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, hidden: Tensor, target: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of `target` [M] and entropy [M] from hidden states [M, D]."""
         logits = self.network.lm_head(hidden).float()
-        if self.temperature is not None:
+        if temperature is not None:
             logits[:, list(self.family.banned_tokens)] = float("-inf")
-            logits = logits / self.temperature
+            logits = logits / temperature
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, target[:, None])[:, 0]
         if not torch.is_grad_enabled():

@@ -15,13 +15,13 @@ import ray
 
 from actors.clip_store import ClipStore, Encoded
 from actors.fleet_state import State
-from actors.parity_check import group_of
 from actors.roles import Roles
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.buckets import Bucket
+from rlvid.training.grpo_batch import sampled_group
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
@@ -61,7 +61,7 @@ def stage(
 
 
 def gap(stage: Stage, groups: list) -> float:  # type: ignore[type-arg]
-    refs = [group_of(p, g) for p, g in zip(stage.prompts, groups, strict=True)]
+    refs = [sampled_group(p, g, 1.0) for p, g in zip(stage.prompts, groups, strict=True)]
     by_trainer = stage.team.trainer.logprobs(refs)
     return max(
         float(np.abs(np.concatenate([r.logprobs for r in g]) - t).max())
@@ -80,32 +80,23 @@ def test_first_weights_are_checked_and_both_replicas_answer(stage: Stage) -> Non
 
 
 def test_reference_has_the_policys_logprobs_until_the_policy_moves(stage: Stage, tmp_path: Path) -> None:
-    from actors.trainer import GroupRef
     from rlvid.training.objectives import Supervised
-    from rlvid.training.packing import Responses
 
     team = stage.team
     groups = [
-        group_of(p, g)
+        sampled_group(p, g, 1.0)
         for p, g in zip(stage.prompts, team.fleet.generate(stage.prompts, Sampling(2, 1.0, 8)), strict=True)
     ]
     before = np.concatenate(team.trainer.logprobs(groups))
     assert np.allclose(np.concatenate(team.reference_logprobs(groups)), before, atol=1e-5)
-    learned = [
-        GroupRef(
-            g.prompt,
-            g.prompt_cost,
-            Responses(token_ids=g.responses.token_ids, weights=np.full(g.responses.n_tokens, 0.01, np.float32)),
-        )
-        for g in groups
-    ]
-    team.trainer.step(learned, Supervised(), lr=1e-3)
+    weighted = [g.with_tokens(weights=np.full(g.n_tokens, 0.01, np.float32)) for g in groups]
+    team.trainer.step(weighted, Supervised(), lr=1e-3)
     after = np.concatenate(team.trainer.logprobs(groups))
     assert np.abs(after - before).max() > 1e-3
     assert np.allclose(np.concatenate(team.reference_logprobs(groups)), before, atol=1e-5)
     team.freeze_reference(tmp_path / "reference.safetensors", is_resumed=False)
     assert np.allclose(np.concatenate(team.reference_logprobs(groups)), after, atol=1e-5)
-    team.trainer.step(learned, Supervised(), lr=1e-3)
+    team.trainer.step(weighted, Supervised(), lr=1e-3)
     team.freeze_reference(tmp_path / "reference.safetensors", is_resumed=True)  # the file still holds the frozen ones
     assert np.allclose(np.concatenate(team.reference_logprobs(groups)), after, atol=1e-5)
 

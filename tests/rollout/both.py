@@ -17,8 +17,9 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
 from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.training.batch import Group
 from rlvid.training.buckets import to_buckets
-from rlvid.training.packing import Group, PackedPolicy, Responses, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Prompt, Rollout, Sample
 from rlvid.video.frame_variants import Variant, probe
 from tests.prompts import clip_of, noise, sample_of
@@ -29,7 +30,7 @@ class Both:
 
     def __init__(self, folder: Path):
         self.family = load_family(folder)
-        self.policy = PackedPolicy(load_model(folder, "float32"), self.family, temperature=1.0)
+        self.policy = PackedPolicy(load_model(folder, "float32"), self.family)
         cfg = RolloutConfig(max_model_len=1024, max_sequences=32)
         self.engine = VllmEngine(folder, self.family, cfg, "float32", seed=0, on_gpu=False)
         self.version = 0
@@ -46,8 +47,7 @@ class Both:
     @torch.no_grad()
     def by_trainer(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> npt.NDArray[np.float32]:
         ids = tuple(r.token_ids for r in rollouts)
-        weights = np.zeros(sum(map(len, ids)), dtype=np.float32)
-        return self.policy(pack([Group(prompt, Responses(token_ids=ids, weights=weights))]))[0].numpy()
+        return self.policy(pack([Group(prompt, prompt.cost, ids, temperature=1.0)]))[0].numpy()
 
     def gap(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> float:
         by_engine = np.concatenate([r.logprobs for r in rollouts])
@@ -81,7 +81,7 @@ class LocalTrainer:
 
     @torch.no_grad()
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        return [self.both.policy(pack([Group(g.prompt, g.responses)]))[0].numpy() for g in groups]  # type: ignore[arg-type]
+        return [self.both.policy(pack([g]))[0].numpy() for g in groups]  # type: ignore[arg-type]
 
 
 class LocalClips:

@@ -13,7 +13,8 @@ import torch
 
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.qwen_vl import QwenVL
-from rlvid.training.packing import Group, Responses, pack
+from rlvid.training.batch import Group
+from rlvid.training.packing import pack
 from rlvid.types import Prompt
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 from tests.rollout.both import Both, run_check
@@ -51,7 +52,7 @@ def gap_of_one_row(both: Both) -> float:
     by_engine = np.concatenate([r.logprobs for group in rollouts for r in group])
     assert len(by_engine) > 10 * len(prompts)
     groups = [
-        Group(p, Responses(token_ids=tuple(r.token_ids for r in group), weights=np.zeros(0, np.float32)))
+        Group(p, p.cost, tuple(r.token_ids for r in group), temperature=1.0)
         for p, group in zip(prompts, rollouts, strict=True)
     ]
     return float(np.abs(by_engine - both.policy(pack(groups))[0].numpy()).max())

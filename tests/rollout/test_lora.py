@@ -14,8 +14,9 @@ from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.training.batch import Group
 from rlvid.training.buckets import to_buckets
-from rlvid.training.packing import Group, PackedPolicy, Responses, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Rollout
 from tests.prompts import prompt_of
 
@@ -54,7 +55,7 @@ def exported(policy: PackedPolicy, tiny_model: Path, tmp_path_factory: pytest.Te
 def scored(policy: PackedPolicy, rollouts: list[Rollout]) -> np.ndarray:
     prompt = prompt_of(policy.family, (8, 56, 56))
     ids = tuple(r.token_ids for r in rollouts)
-    return policy(pack([Group(prompt, Responses(token_ids=ids, weights=np.zeros(sum(map(len, ids)))))]))[0].numpy()
+    return policy(pack([Group(prompt, prompt.cost, ids, temperature=1.0)]))[0].numpy()
 
 
 def generate(engine: VllmEngine) -> list[Rollout]:

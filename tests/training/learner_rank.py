@@ -22,18 +22,16 @@ def main(rank: int, world_size: int, stage: int, model: str, folder: str) -> Non
     from rlvid.models.families import load_family
     from rlvid.training.learner import Learner
     from rlvid.training.objectives import Supervised
-    from rlvid.training.packing import Group, Responses
-    from tests.prompts import prompt_of
+    from tests.prompts import group_of, prompt_of
 
     family = load_family(Path(model))
     cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, micro_batch_tokens=400)
-    learner = Learner(Path(model), family, ModelConfig(path=Path(model)), cfg, temperature=1.0)
+    learner = Learner(Path(model), family, ModelConfig(path=Path(model)), cfg)
     answers = [family.encode_answer(word) for word in ("square", "two", "left", "red", "circle")]
     total = sum(map(len, answers))
     groups = [
-        Group(
-            prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i),
-            Responses(token_ids=(a,), weights=np.full(len(a), 1 / total, np.float32)),
+        group_of(
+            prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i), a, weights=np.full(len(a), 1 / total, np.float32)
         )
         for i, a in enumerate(answers)
     ]

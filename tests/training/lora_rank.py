@@ -22,20 +22,16 @@ def main(rank: int, world_size: int, stage: int, model: str, folder: str) -> Non
     from rlvid.models.families import load_family
     from rlvid.training.learner import Learner
     from rlvid.training.objectives import Supervised
-    from rlvid.training.packing import Group, Responses
-    from tests.prompts import prompt_of
+    from tests.prompts import group_of, prompt_of
 
     family = load_family(Path(model))
     cfg = TrainConfig(zero_stage=stage, micro_batch_tokens=400)
     config = ModelConfig(path=Path(model), lora=LoraConfig(rank=4, alpha=16))
-    learner = Learner(Path(model), family, config, cfg, temperature=1.0)
+    learner = Learner(Path(model), family, config, cfg)
     answers = [family.encode_answer(word) for word in ("square", "two", "left", "red")]
     total = sum(map(len, answers))
     groups = [
-        Group(
-            prompt_of(family, (4, 56, 56), seed=i),
-            Responses(token_ids=(a,), weights=np.full(len(a), 1 / total, np.float32)),
-        )
+        group_of(prompt_of(family, (4, 56, 56), seed=i), a, weights=np.full(len(a), 1 / total, np.float32))
         for i, a in enumerate(answers)
     ]
     mine = groups[rank::world_size]

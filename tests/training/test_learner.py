@@ -14,7 +14,7 @@ import torch
 
 from rlvid.models.families import load_family
 from rlvid.training.packing import normalise
-from tests.prompts import prompt_of
+from tests.prompts import group_of, prompt_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,18 +111,12 @@ def test_step_after_a_restored_checkpoint_repeats_the_step(alone: dict[str, Any]
 
 def test_exported_policy_loads_in_transformers_with_equal_weights(alone: dict[str, Any], folder: Path) -> None:
     from rlvid.models.loading import load_model
-    from rlvid.training.packing import Group, PackedPolicy, Responses, pack
+    from rlvid.training.packing import PackedPolicy, pack
 
     export = folder / "export-0-1"
     family = load_family(export)
     answers = [family.encode_answer(word) for word in ("square", "two", "left", "red", "circle")]
-    groups = [
-        Group(
-            prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i),
-            Responses(token_ids=(a,), weights=np.zeros(len(a), np.float32)),
-        )
-        for i, a in enumerate(answers)
-    ]
+    groups = [group_of(prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i), a) for i, a in enumerate(answers)]
     with torch.no_grad():
-        logprobs = PackedPolicy(load_model(export, "float32"), family, 1.0)(pack(groups))[0]
+        logprobs = PackedPolicy(load_model(export, "float32"), family)(pack(groups))[0]
     assert np.allclose(logprobs.numpy(), alone["logprobs"], atol=1e-5)

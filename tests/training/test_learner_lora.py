@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
-from rlvid.training.packing import Group, PackedPolicy, Responses, pack
-from tests.prompts import prompt_of
+from rlvid.training.packing import PackedPolicy, pack
+from tests.prompts import group_of, prompt_of
 from tests.training.test_learner import run_ranks
 
 
@@ -57,9 +56,9 @@ def test_exported_checkpoint_is_the_adapted_policy(alone: dict[str, Any], folder
     export = folder / "export-0-1"
     family = load_family(export)
     answer = family.encode_answer("square")
-    group = Group(prompt_of(family, (4, 56, 56), seed=0), Responses(token_ids=(answer,), weights=np.zeros(len(answer))))
+    group = group_of(prompt_of(family, (4, 56, 56), seed=0), answer)
     with torch.no_grad():
-        logprobs = PackedPolicy(load_model(export, "float32"), family, 1.0)(pack([group]))[0]
+        logprobs = PackedPolicy(load_model(export, "float32"), family)(pack([group]))[0]
     # exported after a step that was taken up from the checkpoint and done once more: the same weights
     assert logprobs.tolist() == pytest.approx(alone["logprobs"]["after"], abs=1e-5)
     assert (export / "adapter" / "adapter_model.safetensors").exists()

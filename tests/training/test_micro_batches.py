@@ -10,20 +10,22 @@ from hypothesis import strategies as st
 
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
-from rlvid.training.micro_batches import fill, micro_batches, score
-from rlvid.training.packing import Group, PackedPolicy, Responses
-from tests.prompts import prompt_of
+from rlvid.training.batch import Group
+from rlvid.training.micro_batches import micro_batches, pack_into_rows, score
+from rlvid.training.packing import PackedPolicy
+from rlvid.types import Prompt
+from tests.prompts import group_of, prompt_of
 
 
 def test_rows_are_filled_largest_first() -> None:
-    assert fill([3, 7, 5, 2, 3], budget=10) == [[0, 1], [2, 3, 4]]  # 7 + 3, 5 + 3 + 2
-    assert fill([30, 4, 4], budget=10) == [[0], [1, 2]]  # what is above the budget is alone
-    assert fill([], budget=10) == []
+    assert pack_into_rows([3, 7, 5, 2, 3], budget=10) == [[0, 1], [2, 3, 4]]  # 7 + 3, 5 + 3 + 2
+    assert pack_into_rows([30, 4, 4], budget=10) == [[0], [1, 2]]  # what is above the budget is alone
+    assert pack_into_rows([], budget=10) == []
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(100, 300))
 def test_each_item_is_in_one_row_and_rows_keep_the_budget(costs: list[int], budget: int) -> None:
-    rows = fill(costs, budget)
+    rows = pack_into_rows(costs, budget)
     assert sorted(i for row in rows for i in row) == list(range(len(costs)))
     assert all(sum(costs[i] for i in row) <= budget for row in rows)
     # any two rows together are over the budget: otherwise the later one's items had found room in the earlier
@@ -31,36 +33,35 @@ def test_each_item_is_in_one_row_and_rows_keep_the_budget(costs: list[int], budg
 
 
 @pytest.fixture(scope="module")
-def groups(tiny_model: Path) -> list[Group]:
+def groups(tiny_model: Path) -> list[Group[Prompt]]:
     family = load_family(tiny_model)
     rng = np.random.default_rng(0)
     lengths = [[4, 9, 2], [5], [7, 7, 1, 3]]
     return [
-        Group(
+        group_of(
             prompt_of(family, (4 * (i + 1), 56, 56), seed=i),
-            Responses(
-                token_ids=tuple(rng.integers(20, 200, n).astype(np.int32) for n in own),
-                weights=rng.random(sum(own)).astype(np.float32),
-                advantages=rng.random(sum(own)).astype(np.float32),
-            ),
+            *(rng.integers(20, 200, n).astype(np.int32) for n in own),
+            weights=rng.random(sum(own)).astype(np.float32),
+            advantages=rng.random(sum(own)).astype(np.float32),
+            temperature=1.0,
         )
         for i, own in enumerate(lengths)
     ]
 
 
-def test_group_above_the_budget_is_cut_between_responses(groups: list[Group]) -> None:
+def test_group_above_the_budget_is_cut_between_responses(groups: list[Group[Prompt]]) -> None:
     group = groups[2]
     parts = group.cut(group.prompt.cost + 11)
-    assert [[len(r) for r in part.responses.token_ids] for part in parts] == [[7], [7, 1, 3]]
+    assert [[len(r) for r in part.responses] for part in parts] == [[7], [7, 1, 3]]
     assert all(part.prompt is group.prompt for part in parts)
     for name in ("weights", "advantages"):
-        joined = np.concatenate([getattr(part.responses, name) for part in parts])
-        assert np.array_equal(joined, getattr(group.responses, name))
+        joined = np.concatenate([part.tokens[name] for part in parts])
+        assert np.array_equal(joined, group.tokens[name])
     assert len(group.cut(1)) == 4 and len(group.cut(10**6)) == 1
 
 
-def test_budget_and_cuts_change_no_logprob(groups: list[Group], tiny_model: Path) -> None:
-    policy = PackedPolicy(load_model(tiny_model, "float32"), load_family(tiny_model), 1.0)
+def test_budget_and_cuts_change_no_logprob(groups: list[Group[Prompt]], tiny_model: Path) -> None:
+    policy = PackedPolicy(load_model(tiny_model, "float32"), load_family(tiny_model))
 
     @torch.no_grad()
     def scored(budget: int, is_shared: bool = True) -> list[np.ndarray]:
@@ -73,7 +74,7 @@ def test_budget_and_cuts_change_no_logprob(groups: list[Group], tiny_model: Path
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_ranks_with_fewer_rows_repeat_one(groups: list[Group]) -> None:
+def test_ranks_with_fewer_rows_repeat_one(groups: list[Group[Prompt]]) -> None:
     seen = []
 
     def logprobs(row) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -85,8 +86,8 @@ def test_ranks_with_fewer_rows_repeat_one(groups: list[Group]) -> None:
     assert values[0].tolist() == list(range(15)) and values[1].tolist() == list(range(15, 20))
 
 
-def test_micro_batches_hold_every_response_once(groups: list[Group]) -> None:
+def test_micro_batches_hold_every_response_once(groups: list[Group[Prompt]]) -> None:
     rows = micro_batches(groups, budget=300, is_shared=True)
-    assert sum(len(part.responses.token_ids) for row in rows for part in row) == 8
+    assert sum(len(part.responses) for row in rows for part in row) == 8
     alone = micro_batches(groups, budget=10**6, is_shared=False)
     assert [len(row) for row in alone] == [8]

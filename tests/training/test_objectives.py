@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rlvid.config import DpoConfig
+from rlvid.training.batch import Group
 from rlvid.training.objectives import Preferred
-from rlvid.training.packing import Group, Responses
 from rlvid.types import Prompt
 
 PROMPT = Prompt("a", np.zeros(3, np.int32), np.zeros((0, 4), np.uint8), np.zeros((0, 3), np.int64), (), None, ())  # type: ignore[arg-type]
@@ -18,15 +18,13 @@ POLICY = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.0, -1.0, -1.0])
 REFERENCE = np.array([-1.5, -2.5, -2.0, -0.5, -1.0, -2.0, -3.0], dtype=np.float32)
 
 
-def groups() -> list[Group]:
+def groups() -> list[Group[Prompt]]:
     made, at = [], 0
     for chosen, rejected in LENGTHS:
         n = chosen + rejected
         ids = (np.zeros(chosen, np.int32), np.zeros(rejected, np.int32))
         weights = np.array([1 / 3] * chosen + [0] * rejected, dtype=np.float32)
-        made.append(
-            Group(PROMPT, Responses(token_ids=ids, weights=weights, ref_logprobs=REFERENCE[at : at + n], together=2))
-        )
+        made.append(Group(PROMPT, 3, ids, {"weights": weights, "ref_logprobs": REFERENCE[at : at + n]}, unit_size=2))
         at += n
     return made
 
@@ -59,7 +57,7 @@ def test_the_likelihood_of_the_chosen_is_added() -> None:
 
 
 def test_simpo_needs_no_reference() -> None:
-    bare = [Group(g.prompt, Responses(token_ids=g.responses.token_ids, weights=g.responses.weights)) for g in groups()]
+    bare = [Group(PROMPT, 3, g.responses, {"weights": g.tokens["weights"]}) for g in groups()]
     cfg = DpoConfig(loss="simpo", beta=2.0, simpo_margin=0.5)
     loss, _ = Preferred(cfg, n_pairs=2)(POLICY, bare)
     assert float(loss) == pytest.approx(
@@ -80,8 +78,8 @@ def test_equal_rewards_count_half() -> None:
     assert float(sums["pair/accuracy"]) == 1.0
 
 
-def test_a_pair_is_never_parted() -> None:
+def test_a_pair_is_never_separated() -> None:
     ids = tuple(np.zeros(5, np.int32) for _ in range(6))
-    group = Group(PROMPT, Responses(token_ids=ids, weights=np.zeros(30, np.float32), together=2))
-    assert [len(part.responses.token_ids) for part in group.cut(budget=24)] == [4, 2]
-    assert [len(part.responses.token_ids) for part in group.cut(budget=0)] == [2, 2, 2]
+    group = Group(PROMPT, 3, ids, unit_size=2)
+    assert [len(part.responses) for part in group.cut(budget=24)] == [4, 2]
+    assert [len(part.responses) for part in group.cut(budget=0)] == [2, 2, 2]

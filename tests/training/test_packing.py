@@ -11,18 +11,21 @@ from rlvid.models.families import load_family
 from rlvid.models.families.frames import VideoLlava
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
-from rlvid.training.packing import Group, PackedPolicy, Responses, normalise, pack
+from rlvid.training.batch import Group
+from rlvid.training.packing import PackedPolicy, normalise, pack
 from rlvid.types import Prompt
-from tests.prompts import noise, prompt_of
+from tests.prompts import group_of, noise, prompt_of
 
 
-def responses(lengths: list[int], seed: int = 0) -> Responses:
+def sampled(prompt: Prompt, lengths: list[int], seed: int = 0, temperature: float | None = 1.0) -> Group[Prompt]:
     rng = np.random.default_rng(seed)
     ids = tuple(rng.integers(260, 300, size=n).astype(np.int32) for n in lengths)
-    return Responses(token_ids=ids, weights=rng.random(sum(lengths), dtype=np.float32))
+    return group_of(prompt, *ids, weights=rng.random(sum(lengths), dtype=np.float32), temperature=temperature)
 
 
-def separate_sequences(folder: Path, groups: list[Group], temperature: float) -> tuple[torch.nn.Module, torch.Tensor]:
+def separate_sequences(
+    folder: Path, groups: list[Group[Prompt]], temperature: float
+) -> tuple[torch.nn.Module, torch.Tensor]:
     """Log-probs [M] by transformers' own attention, one sequence and one vision pass per response."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -37,7 +40,7 @@ def separate_sequences(folder: Path, groups: list[Group], temperature: float) ->
             assert isinstance(family, VisionFamily)
             pixels = normalise(torch.from_numpy(p.patches), family, torch.float32)
             video = family.network_inputs(pixels, torch.from_numpy(p.grid_thw))
-        for ids in group.responses.token_ids:
+        for ids in group.responses:
             after = np.broadcast_to(p.next_position + np.arange(len(ids)), (len(p.positions), len(ids)))
             positions = torch.from_numpy(np.concatenate([p.positions, after], axis=1)).long()
             logits = model(
@@ -63,13 +66,13 @@ def test_shared_prompt_gives_the_same_logprobs_and_gradients_as_separate_sequenc
     if not isinstance(family, VisionFamily):
         shapes = [], []
     groups = [
-        Group(prompt_of(family, *shapes[0]), responses([5, 1, 9])),
-        Group(prompt_of(family, question="How many shapes are there?"), responses([2], seed=2)),
-        Group(prompt_of(family, *shapes[1], seed=7), responses([3, 3, 3, 3], seed=1)),
+        sampled(prompt_of(family, *shapes[0]), [5, 1, 9], temperature=0.7),
+        sampled(prompt_of(family, question="How many shapes are there?"), [2], seed=2, temperature=0.7),
+        sampled(prompt_of(family, *shapes[1], seed=7), [3, 3, 3, 3], seed=1, temperature=0.7),
     ]
-    policy = PackedPolicy(load_model(folder, "float32"), family, temperature=0.7)
+    policy = PackedPolicy(load_model(folder, "float32"), family)
     logprobs, entropy = policy(pack(groups))
-    weights = torch.from_numpy(np.concatenate([g.responses.weights for g in groups]))
+    weights = torch.from_numpy(np.concatenate([g.tokens["weights"] for g in groups]))
     (weights * logprobs).sum().backward()
 
     plain, expected = separate_sequences(folder, groups, temperature=0.7)
@@ -90,8 +93,8 @@ def test_shared_prompt_gives_the_same_logprobs_and_gradients_as_separate_sequenc
 @pytest.mark.parametrize("model", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_row_without_video_runs_the_tower_to_no_effect(tiny_models: dict[str, Path], model: str) -> None:
     family = load_family(tiny_models[model])
-    group = Group(prompt_of(family), responses([4, 2]))
-    policy = PackedPolicy(load_model(tiny_models[model], "float32"), family, temperature=1.0)
+    group = sampled(prompt_of(family), [4, 2])
+    policy = PackedPolicy(load_model(tiny_models[model], "float32"), family)
     logprobs, _ = policy(pack([group]))
     logprobs.sum().backward()
     _, expected = separate_sequences(tiny_models[model], [group], temperature=1.0)
@@ -103,24 +106,23 @@ def test_row_without_video_runs_the_tower_to_no_effect(tiny_models: dict[str, Pa
 
 def test_splitting_a_group_changes_nothing(tiny_model: Path) -> None:
     family = load_family(tiny_model)
-    group = Group(prompt_of(family, (8, 56, 56)), responses([4, 2, 7]))
-    policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=1.0)
+    group = sampled(prompt_of(family, (8, 56, 56)), [4, 2, 7])
+    policy = PackedPolicy(load_model(tiny_model, "float32"), family)
     with torch.no_grad():
         shared, _ = policy(pack([group]))
         apart, _ = policy(pack(group.cut(0)))
     assert (shared - apart).abs().max() < 1e-5
-    assert np.array_equal(np.concatenate([g.responses.weights for g in group.cut(0)]), group.responses.weights)
+    assert np.array_equal(np.concatenate([g.tokens["weights"] for g in group.cut(0)]), group.tokens["weights"])
 
 
 def test_responses_do_not_see_each_other(tiny_model: Path) -> None:
     family = load_family(tiny_model)
     prompt = prompt_of(family, (8, 56, 56))
-    first, second = responses([4, 6]).token_ids
-    policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=1.0)
-    weights = np.ones(10, dtype=np.float32)
+    first, second = sampled(prompt, [4, 6]).responses
+    policy = PackedPolicy(load_model(tiny_model, "float32"), family)
     with torch.no_grad():
-        one, _ = policy(pack([Group(prompt, Responses(token_ids=(first, second), weights=weights))]))
-        other, _ = policy(pack([Group(prompt, Responses(token_ids=(first, second[::-1].copy()), weights=weights))]))
+        one, _ = policy(pack([group_of(prompt, first, second)]))
+        other, _ = policy(pack([group_of(prompt, first, second[::-1].copy())]))
     assert torch.equal(one[:4], other[:4])
     assert not torch.allclose(one[4:], other[4:])
 
@@ -128,11 +130,27 @@ def test_responses_do_not_see_each_other(tiny_model: Path) -> None:
 def test_placeholders_have_no_probability(tiny_model: Path) -> None:
     family = load_family(tiny_model)
     banned = np.array([family.banned_tokens[0], 270], dtype=np.int32)
-    policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=1.0)
-    logprobs, _ = policy(
-        pack([Group(prompt_of(family), Responses(token_ids=(banned,), weights=np.ones(2, np.float32)))])
-    )
+    policy = PackedPolicy(load_model(tiny_model, "float32"), family)
+    logprobs, _ = policy(pack([group_of(prompt_of(family), banned, temperature=1.0)]))
     assert logprobs[0] == float("-inf") and torch.isfinite(logprobs[1])
+
+
+def test_given_responses_have_the_models_own_likelihood(tiny_model: Path) -> None:
+    family = load_family(tiny_model)
+    ids = np.array([family.banned_tokens[0], 270], dtype=np.int32)
+    policy = PackedPolicy(load_model(tiny_model, "float32"), family)
+    given, at_one, at_half = (
+        policy(pack([group_of(prompt_of(family), ids, temperature=t)]))[0] for t in (None, 1.0, 0.5)
+    )
+    assert torch.isfinite(given).all()  # nothing is banned
+    assert given[1] <= at_one[1] and not torch.allclose(at_one[1], at_half[1])
+
+
+def test_sampled_and_given_responses_do_not_share_a_row(tiny_model: Path) -> None:
+    prompt = prompt_of(load_family(tiny_model))
+    ids = np.array([270], dtype=np.int32)
+    with pytest.raises(ValueError, match="different temperatures"):
+        pack([group_of(prompt, ids), group_of(prompt, ids, temperature=1.0)])
 
 
 @pytest.mark.parametrize("model", ["qwen2_vl", "qwen3_vl"])  # their pixel means differ
@@ -159,9 +177,9 @@ def test_text_model_that_makes_its_own_mask(tiny_models: dict[str, Path], tmp_pa
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tiny_models["qwen2"] / file, tmp_path)
     family = load_family(tmp_path)
-    groups = [Group(prompt_of(family), responses([5, 1])), Group(prompt_of(family, question="Why?"), responses([3]))]
+    groups = [sampled(prompt_of(family), [5, 1]), sampled(prompt_of(family, question="Why?"), [3])]
     with torch.no_grad():
-        logprobs, _ = PackedPolicy(load_model(tmp_path, "float32"), family, temperature=1.0)(pack(groups))
+        logprobs, _ = PackedPolicy(load_model(tmp_path, "float32"), family)(pack(groups))
         _, expected = separate_sequences(tmp_path, groups, temperature=1.0)
     assert (logprobs - expected).abs().max() < 1e-5
 
@@ -170,10 +188,10 @@ def test_logits_in_parts_give_the_same_logprobs_and_gradients(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = load_family(tiny_model)
-    row = pack([Group(prompt_of(family, (4, 56, 56)), responses([5, 3, 4]))])
+    row = pack([sampled(prompt_of(family, (4, 56, 56)), [5, 3, 4], temperature=0.7)])
 
     def run() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        policy = PackedPolicy(load_model(tiny_model, "float32"), family, temperature=0.7)
+        policy = PackedPolicy(load_model(tiny_model, "float32"), family)
         logprobs, entropy = policy(row)
         (logprobs * torch.arange(12) / 12).sum().backward()
         return logprobs.detach(), entropy, [p.grad for p in policy.parameters() if p.grad is not None]

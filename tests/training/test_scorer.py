@@ -15,18 +15,19 @@ from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
+from rlvid.training.batch import Group
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import BradleyTerry, Regression
-from rlvid.training.packing import Group, Responses, normalise, pack
+from rlvid.training.packing import normalise, pack
 from rlvid.training.scorer import HEAD_FILE, PackedScorer
-from tests.prompts import prompt_of
+from rlvid.types import Prompt
+from tests.prompts import group_of, prompt_of
 
 RUBRIC = Rubric("regression", ("a", "b", "c"), 1, 4, "question", {})
 
 
-def prompts_alone(family, shapes=((4, 56, 56), (8, 56, 84), (4, 84, 56)), **fields) -> list[Group]:  # type: ignore[no-untyped-def]
-    responses = Responses(token_ids=(), weights=np.full(1, 1 / len(shapes), np.float32), **fields)
-    return [Group(prompt_of(family, shape, seed=i), responses) for i, shape in enumerate(shapes)]
+def prompts_alone(family, shapes=((4, 56, 56), (8, 56, 84), (4, 84, 56))) -> list[Group[Prompt]]:  # type: ignore[no-untyped-def]
+    return [group_of(prompt_of(family, shape, seed=i)) for i, shape in enumerate(shapes)]
 
 
 def random_scorer(folder: Path, rubric: Rubric = RUBRIC) -> PackedScorer:
@@ -58,12 +59,11 @@ def test_pair_shares_its_prompt_and_scores_as_two_sequences_do(tiny_model: Path)
     scorer, family = random_scorer(tiny_model, replace(RUBRIC, dims=("reward",))), load_family(tiny_model)
     prompt = prompt_of(family, (4, 56, 56))
     answers = tuple(family.encode_answer(word) for word in ("a red square", "two"))
-    nothing = np.zeros(1, np.float32)
-    pair = scorer(pack([Group(prompt, Responses(token_ids=answers, weights=nothing))]))[0]
-    each = [scorer(pack([Group(prompt, Responses(token_ids=(a,), weights=nothing))]))[0] for a in answers]
+    pair = scorer(pack([group_of(prompt, *answers)]))[0]
+    each = [scorer(pack([group_of(prompt, a)]))[0] for a in answers]
     assert torch.allclose(pair, torch.cat(each), atol=1e-5)
     # The same last token after a longer prompt: the response is part of the prompt's sequence.
-    mixed = scorer(pack([*prompts_alone(family), Group(prompt, Responses(token_ids=answers, weights=nothing))]))[0]
+    mixed = scorer(pack([*prompts_alone(family), group_of(prompt, *answers)]))[0]
     assert torch.allclose(mixed[3:], pair, atol=1e-5)
     assert torch.allclose(mixed[:3], scorer(pack(prompts_alone(family)))[0], atol=1e-5)
 
@@ -86,11 +86,11 @@ def test_head_begins_at_the_middle_of_the_scale(tiny_model: Path) -> None:
 def test_regression_by_hand(tiny_model: Path) -> None:
     family = load_family(tiny_model)
     groups = [
-        replace(g, responses=replace(g.responses, targets=np.array(t, np.float32)))
+        replace(g, targets={"labels": np.array(t, np.float32)})
         for g, t in zip(prompts_alone(family, ((4, 56, 56), (4, 56, 56))), ([1, 2, 3], [4, 4, 4]), strict=True)
     ]
     scores = torch.tensor([[2.0, 2.0, 3.0], [4.0, 1.0, 4.0]], requires_grad=True)
-    loss, stats = Regression()(scores, groups)
+    loss, stats = Regression(2)(scores, groups)
     assert loss.item() == pytest.approx((1 / 3 + 9 / 3) / 2)
     assert stats["error"].item() == pytest.approx(1 / 3 + 3 / 3) and stats["tokens"].item() == 2
     loss.backward()
@@ -98,9 +98,9 @@ def test_regression_by_hand(tiny_model: Path) -> None:
 
 
 def test_bradley_terry_by_hand(tiny_model: Path) -> None:
-    pair = Responses(token_ids=(np.ones(2, np.int32),) * 2, weights=np.full(1, 0.5, np.float32), together=2)
-    groups = [Group(prompt_of(load_family(tiny_model), (4, 56, 56)), pair)] * 2
-    loss, stats = BradleyTerry()(torch.tensor([[1.0], [0.0], [0.0], [2.0]]), groups)
+    prompt = prompt_of(load_family(tiny_model), (4, 56, 56))
+    groups = [Group(prompt, prompt.cost, (np.ones(2, np.int32),) * 2, unit_size=2)] * 2
+    loss, stats = BradleyTerry(2)(torch.tensor([[1.0], [0.0], [0.0], [2.0]]), groups)
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2)
     assert stats["pair/accuracy"].item() == 1 and stats["pair/margin"].item() == pytest.approx(-1.0)
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize, totals
 from actors.clip_store import Encoded
-from actors.trainer import GroupRef, balance, balance_indices
+from actors.trainer import balance, balance_indices
 from rlvid.config import GrpoConfig, RewardPartConfig
 from rlvid.errors import UserError
-from rlvid.training.packing import Responses
+from rlvid.training.batch import Group
+from rlvid.training.grpo_batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize, totals
 from rlvid.types import Reward, Rollout, WeightSpan
 from tests.prompts import sample_of
 
@@ -24,7 +24,7 @@ def rollout(n: int, logprob: float = -0.5, reason: str = "stop") -> Rollout:
     return Rollout("s", ids, np.full(n, logprob, np.float32), "text", reason, (WeightSpan(3, 0, n),))
 
 
-def mark(form: float, right: float) -> Reward:
+def reward(form: float, right: float) -> Reward:
     return Reward({"format": form, "right": right}, form + 2 * right)
 
 
@@ -33,53 +33,48 @@ def prompts(n: int) -> list[Encoded]:
 
 
 GROUPS = [[rollout(2, -1.0), rollout(3, -2.0)], [rollout(1), rollout(4, reason="length")]]
-MARKS = [[mark(1, 1), mark(1, 0)], [mark(0, 1), Reward.invalid("judge is down")]]
+REWARDS = [[reward(1, 1), reward(1, 0)], [reward(0, 1), Reward.invalid("judge is down")]]
 
 
 def test_an_invalid_reward_is_no_number_and_has_no_advantage() -> None:
-    assert np.array_equal(totals(MARKS), [[3, 1], [2, math.nan]], equal_nan=True)
+    assert np.array_equal(totals(REWARDS), [[3, 1], [2, math.nan]], equal_nan=True)
     # group 1: mean 2, sample std sqrt(2); group 2 has one valid reward
     expected = 1 / (math.sqrt(2) + 1e-4)
-    assert np.allclose(advantages_of(MARKS, GrpoConfig()), [[expected, -expected], [0, 0]])
+    assert np.allclose(advantages_of(REWARDS, GrpoConfig()), [[expected, -expected], [0, 0]])
 
 
 def test_minibatch_weights_are_those_of_all_its_tokens() -> None:
     advantages = np.array([[1, -1], [0.5, -0.5]], np.float32)
-    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig())
-    assert [g.responses.weights.tolist() for g in batch] == [pytest.approx([0.1] * 5), pytest.approx([0.1] * 5)]
-    assert batch[0].responses.advantages is not None and batch[0].responses.advantages.tolist() == [1, 1, -1, -1, -1]
-    assert batch[0].responses.old_logprobs is not None and batch[0].responses.old_logprobs.tolist() == [
-        -1,
-        -1,
-        -2,
-        -2,
-        -2,
-    ]
-    by_sequence = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(loss_average="sequence"))
-    assert by_sequence[0].responses.weights.tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12])
+    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(), 0.7)
+    assert [g.tokens["weights"].tolist() for g in batch] == [pytest.approx([0.1] * 5), pytest.approx([0.1] * 5)]
+    assert batch[0].tokens["advantages"].tolist() == [1, 1, -1, -1, -1]
+    assert batch[0].tokens["old_logprobs"].tolist() == [-1, -1, -2, -2, -2]
+    assert [g.temperature for g in batch] == [0.7, 0.7]  # the trainer's log-probs are tempered alike
+    by_sequence = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(loss_average="sequence"), 0.7)
+    assert by_sequence[0].tokens["weights"].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12])
 
 
 def test_a_group_that_trains_nothing_is_left_out_but_counts_in_the_average() -> None:
     advantages = np.array([[1, -1], [0, 0]], np.float32)
-    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig())
+    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(), 0.7)
     assert [g.prompt for g in batch] == ["ref-0"]
-    assert batch[0].responses.weights.tolist() == pytest.approx([0.1] * 5)  # of 10 tokens, not of 5
+    assert batch[0].tokens["weights"].tolist() == pytest.approx([0.1] * 5)  # of 10 tokens, not of 5
 
 
 def test_a_kl_term_trains_every_group() -> None:
     advantages = np.array([[1, -1], [0, 0]], np.float32)
     reference = [np.zeros(5, np.float32), np.ones(5, np.float32)]
-    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(kl_coef=0.1), reference=reference)
-    assert len(batch) == 2 and batch[1].responses.ref_logprobs is reference[1]
+    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(kl_coef=0.1), 0.7, reference=reference)
+    assert len(batch) == 2 and batch[1].tokens["ref_logprobs"] is reference[1]
 
 
 def test_every_rank_keeps_something_to_do() -> None:
-    batch = make_minibatch(prompts(2), GROUPS, np.zeros((2, 2), np.float32), GrpoConfig(), keep=2)
+    batch = make_minibatch(prompts(2), GROUPS, np.zeros((2, 2), np.float32), GrpoConfig(), 0.7, keep=2)
     assert len(batch) == 2
 
 
 def test_summary_counts_invalid_rewards_apart() -> None:
-    metrics = summarize(GROUPS, MARKS, PARTS)
+    metrics = summarize(GROUPS, REWARDS, PARTS)
     assert metrics == {
         "reward/mean": 2.0,  # of 3, 1 and 2
         "groups/invalid_rewards": 1.0,
@@ -93,7 +88,7 @@ def test_summary_counts_invalid_rewards_apart() -> None:
     }
 
 
-def test_accuracy_is_the_first_part_that_marks_answers() -> None:
+def test_accuracy_is_the_first_part_that_measures_accuracy() -> None:
     assert accuracy_part(PARTS) == "right"
     assert accuracy_part([RewardPartConfig(kind="length")]) is None
 
@@ -101,7 +96,7 @@ def test_accuracy_is_the_first_part_that_marks_answers() -> None:
 def test_rows_hold_all_that_the_report_shows() -> None:
     from rlvid.reporting.rollout_tables import SCHEMA
 
-    rows: list[dict[str, Any]] = rollout_rows(7, prompts(2), GROUPS, MARKS, np.array([[1, -1], [0, 0]], np.float32))
+    rows: list[dict[str, Any]] = rollout_rows(7, prompts(2), GROUPS, REWARDS, np.array([[1, -1], [0, 0]], np.float32))
     assert all(set(row) == set(SCHEMA.names) for row in rows)
     assert [(r["sample_id"], r["group_index"], r["reward_total"]) for r in rows] == [
         ("0", 0, 3),
@@ -122,6 +117,6 @@ def test_ranks_get_shares_of_about_equal_cost() -> None:
 
 
 def test_too_few_groups_for_the_ranks_is_an_error() -> None:
-    group = GroupRef("ref", 1, Responses(token_ids=(np.zeros(1, np.int32),), weights=np.zeros(1, np.float32)))  # type: ignore[arg-type]
+    group = Group("ref", 1, (np.zeros(1, np.int32),))
     with pytest.raises(UserError, match="2 trainer ranks"):
         balance([group], 2)

@@ -1,0 +1,100 @@
+"""What a step trains on: groups of responses to one prompt, with named arrays.
+
+An objective names the arrays that it needs (`Objective.needs`); nothing here knows any of the names. A prompt may be a
+reference to one (Ray's, for example): only `pack` looks inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+P = TypeVar("P")
+Q = TypeVar("Q")
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Group(Generic[P]):
+    """One prompt, the G responses to it, and the arrays of the objective.
+
+    Raises:
+        ValueError: an array of `tokens` has not one value per response token.
+    """
+
+    prompt: P
+    prompt_cost: int  # Prompt.cost
+    responses: tuple[npt.NDArray[np.int32], ...] = ()  # G arrays [R_g]; none where the prompt itself is scored
+    tokens: Mapping[str, Array] = field(default_factory=dict)  # name -> [sum R_g], responses one after another
+    targets: Mapping[str, Array] = field(default_factory=dict)  # name -> values of the prompt, any shape
+    temperature: float | None = None  # responses were sampled at it, with the family's bans; None: they were given
+    unit_size: int = 1  # this many neighbours are never separated: 2 for a chosen and a rejected response
+
+    def __post_init__(self) -> None:
+        for name, values in self.tokens.items():
+            if values.shape != (self.n_tokens,):
+                raise ValueError(f"{name} has shape {values.shape}; the responses have {self.n_tokens} tokens")
+
+    @property
+    def n_tokens(self) -> int:
+        """Response tokens."""
+        return sum(len(ids) for ids in self.responses)
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the group's forward."""
+        return self.prompt_cost + self.n_tokens
+
+    def with_prompt(self, prompt: Q) -> Group[Q]:
+        """The same group with its prompt in another form."""
+        return Group(
+            prompt, self.prompt_cost, self.responses, self.tokens, self.targets, self.temperature, self.unit_size
+        )
+
+    def with_tokens(self, **arrays: Array) -> Group[P]:
+        """The same group with more arrays per response token."""
+        return replace(self, tokens={**self.tokens, **arrays})
+
+    def cut(self, budget: int) -> list[Group[P]]:
+        """The same work in parts of at most `budget` tokens, each with its own prompt and at least one response.
+
+        A budget of 0 shares nothing: one part per `unit_size` responses.
+        """
+        if not self.responses:
+            return [self]
+        parts, first, room = [], 0, budget - self.prompt_cost
+        lengths = [len(ids) for ids in self.responses]
+        for last in range(self.unit_size, len(lengths) + 1, self.unit_size):
+            if last == len(lengths) or sum(lengths[first : last + self.unit_size]) > room:
+                parts.append(self._part(first, last))
+                first = last
+        return parts
+
+    def _part(self, first: int, last: int) -> Group[P]:
+        """Responses [first, last)."""
+        begin = sum(len(ids) for ids in self.responses[:first])
+        end = begin + sum(len(ids) for ids in self.responses[first:last])
+        tokens = {name: values[begin:end] for name, values in self.tokens.items()}
+        return replace(self, responses=self.responses[first:last], tokens=tokens)
+
+
+def check_arrays(groups: Sequence[Group[Any]], needs: Collection[str], objective: str) -> None:
+    """
+    Raises:
+        ValueError: a group lacks an array that the objective needs.
+    """
+    for group in groups:
+        if missing := sorted(set(needs) - group.tokens.keys() - group.targets.keys()):
+            raise ValueError(f"{objective} needs {', '.join(missing)}, which the batch does not have")
+
+
+def flat(groups: Sequence[Group[Any]], name: str, like: Tensor) -> Tensor:
+    """The groups' arrays of one name, one after another, on the device of `like`."""
+    arrays = [group.tokens[name] if name in group.tokens else group.targets[name] for group in groups]
+    return torch.from_numpy(np.concatenate(arrays)).to(like.device)

@@ -1,0 +1,147 @@
+"""From rollouts and rewards to the batch of a GRPO step, and to the step's metrics. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rlvid.algorithms.advantages import group_advantages, zero_variance_share
+from rlvid.algorithms.policy_loss import token_weights
+from rlvid.config import GrpoConfig, RewardPartConfig
+from rlvid.training.batch import Group
+from rlvid.types import Reward, Rollout, Sample
+
+ACCURACY_KINDS = ("exact", "choice", "number")
+
+Rollouts = Sequence[Sequence[Rollout]]  # [n, G]
+Rewards = Sequence[Sequence[Reward]]  # [n, G]
+
+
+class EncodedPrompt(Protocol):
+    """A sample and its prompt, or a reference to it."""
+
+    @property
+    def sample(self) -> Sample: ...
+
+    @property
+    def prompt(self) -> Any: ...
+
+    @property
+    def cost(self) -> int: ...
+
+
+def advantages_of(rewards: Rewards, cfg: GrpoConfig) -> npt.NDArray[np.float32]:
+    """Advantages [n, G]; that of an invalid reward is 0, and it is left out of its group's mean and std."""
+    return group_advantages(totals(rewards), cfg.normalise_std)
+
+
+def totals(rewards: Rewards) -> npt.NDArray[np.float64]:
+    """Total rewards [n, G], nan where invalid."""
+    return np.array([[r.total if r.is_valid else np.nan for r in group] for group in rewards])
+
+
+def sampled_group(prompt: EncodedPrompt, rollouts: Sequence[Rollout], temperature: float) -> Group[Any]:
+    """The rollouts of one prompt as a group without arrays: enough to compute log-probs."""
+    ids = tuple(r.token_ids for r in rollouts)
+    return Group(prompt.prompt, prompt.cost, ids, temperature=temperature)
+
+
+def make_minibatch(
+    prompts: Sequence[EncodedPrompt],
+    rollouts: Rollouts,
+    advantages: npt.NDArray[np.float32],
+    cfg: GrpoConfig,
+    temperature: float,
+    old: Sequence[npt.NDArray[np.float32]] | None = None,
+    reference: Sequence[npt.NDArray[np.float32]] | None = None,
+    keep: int = 1,
+) -> list[Group[Any]]:
+    """The groups of one optimizer step.
+
+    A group without advantages and without a KL term has no gradient. It is left out, while its tokens still count in
+    the average, so the step is exactly the same.
+
+    Args:
+        advantages: [n, G].
+        temperature: that the rollouts were sampled at.
+        old: [sum R] per group, log-probs the ratio is taken to; by default the rollouts' own.
+        reference: [sum R] per group.
+        keep: leave at least this many groups (one per trainer rank).
+    """
+    lengths = [[len(r.token_ids) for r in group] for group in rollouts]
+    weights = iter(token_weights([n for group in lengths for n in group], cfg.loss_average).tolist())
+    batch: list[Group[Any]] = []
+    left_out: list[Group[Any]] = []
+    for i, (prompt, own, counts) in enumerate(zip(prompts, rollouts, lengths, strict=True)):
+        tokens = {
+            "weights": np.repeat([next(weights) for _ in counts], counts).astype(np.float32),
+            "advantages": np.repeat(advantages[i], counts).astype(np.float32),
+            "old_logprobs": np.concatenate([r.logprobs for r in own]) if old is None else old[i],
+        }
+        if reference is not None:
+            tokens["ref_logprobs"] = reference[i]
+        has_gradient = advantages[i].any() or cfg.kl_coef > 0
+        (batch if has_gradient else left_out).append(sampled_group(prompt, own, temperature).with_tokens(**tokens))
+    return batch + left_out[: max(0, keep - len(batch))]
+
+
+def accuracy_part(parts: Sequence[RewardPartConfig]) -> str | None:
+    """Name of the first reward part that says whether the answer is right."""
+    return next((p.name or p.kind for p in parts if p.kind in ACCURACY_KINDS), None)
+
+
+def summarize(rollouts: Rollouts, rewards: Rewards, parts: Sequence[RewardPartConfig]) -> dict[str, float]:
+    """The rollouts' side of a step's metrics: means over valid rewards, response lengths, groups without gradient."""
+    flat = [r for group in rewards for r in group]
+    valid = [r for r in flat if r.is_valid]
+    responses = [r for group in rollouts for r in group]
+    total = totals(rewards)
+    metrics = {
+        "reward/mean": float(np.nanmean(total)) if valid else float("nan"),
+        "groups/invalid_rewards": float(len(flat) - len(valid)),
+        "response/length": float(np.mean([len(r.token_ids) for r in responses])),
+        "response/cut_off": float(np.mean([r.finish_reason == "length" for r in responses])),
+        # -log p of sampled tokens is an unbiased estimate of the entropy, over all groups, those without gradient too
+        "policy/entropy": float(-np.concatenate([r.logprobs for r in responses]).mean()),
+        "groups/zero_variance": zero_variance_share(total),
+    }
+    for part in parts:
+        name = part.name or part.kind
+        metrics[f"reward/{name}"] = float(np.mean([r.parts[name] for r in valid])) if valid else float("nan")
+    if (right := accuracy_part(parts)) is not None:
+        metrics["train/accuracy"] = float(np.mean([r.parts[right] == 1.0 for r in valid])) if valid else float("nan")
+    return metrics
+
+
+def rollout_rows(
+    step: int,
+    prompts: Sequence[EncodedPrompt],
+    rollouts: Rollouts,
+    rewards: Rewards,
+    advantages: npt.NDArray[np.float32],
+) -> list[dict[str, Any]]:
+    """Rows of the rollout table (columns: rlvid/reporting/rollout_tables.py)."""
+    return [
+        {
+            "step": step,
+            "sample_id": prompt.sample.id,
+            "group_index": j,
+            "question": prompt.sample.question,
+            "answer": prompt.sample.answer,
+            "response": rollout.text,
+            "reward_total": reward.total if reward.is_valid else None,
+            "reward_parts": json.dumps(dict(reward.parts)),
+            "invalid_reason": reward.invalid_reason,
+            "advantage": float(advantages[i, j]),
+            "n_tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+            "weight_versions": json.dumps([[v.version, v.start, v.end] for v in rollout.versions]),
+            "logprob_mean": float(rollout.logprobs.mean()),
+        }
+        for i, (prompt, group, group_rewards) in enumerate(zip(prompts, rollouts, rewards, strict=True))
+        for j, (rollout, reward) in enumerate(zip(group, group_rewards, strict=True))
+    ]

@@ -1,0 +1,49 @@
+"""Groups: what they check, and how they are cut (test_micro_batches.py has whole batches)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlvid.config import DpoConfig, GrpoConfig
+from rlvid.training.batch import Group, check_arrays
+from rlvid.training.objectives import BradleyTerry, Grpo, Preferred, Regression, Supervised
+
+IDS = (np.zeros(2, np.int32), np.zeros(3, np.int32))
+
+
+def zeros(*names: str) -> dict[str, np.ndarray]:
+    return dict.fromkeys(names, np.zeros(5, np.float32))
+
+
+def test_an_array_has_a_value_per_response_token() -> None:
+    with pytest.raises(ValueError, match="values has shape .4,.; the responses have 5 tokens"):
+        Group("prompt", 1, IDS, {"values": np.zeros(4, np.float32)})
+
+
+def test_any_array_is_cut_with_its_responses() -> None:
+    group = Group("prompt", 1, IDS, {"values": np.arange(5.0), "returns": np.arange(5)}, temperature=0.7)
+    first, second = group.cut(0)
+    assert first.tokens["values"].tolist() == [0, 1] and second.tokens["returns"].tolist() == [2, 3, 4]
+    assert (first.temperature, second.cost) == (0.7, 4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "names", "missing"),
+    [
+        (Supervised(), (), "weights"),
+        (Grpo(GrpoConfig()), ("weights", "advantages"), "old_logprobs"),
+        (Grpo(GrpoConfig(kl_coef=0.1)), ("weights", "advantages", "old_logprobs"), "ref_logprobs"),
+        (Preferred(DpoConfig(), 1), ("weights",), "ref_logprobs"),
+        (Regression(1), (), "labels"),
+    ],
+)
+def test_an_objective_says_which_array_a_batch_lacks(objective, names: tuple[str, ...], missing: str) -> None:  # type: ignore[no-untyped-def]
+    group = Group("prompt", 1, IDS, zeros(*names))
+    with pytest.raises(ValueError, match=f"{type(objective).__name__} needs {missing}, which"):
+        check_arrays([group], objective.needs, type(objective).__name__)
+
+
+def test_what_an_objective_does_not_need_may_be_absent() -> None:
+    check_arrays([Group("prompt", 1, IDS, zeros("weights"))], Preferred(DpoConfig(loss="simpo"), 1).needs, "Preferred")
+    check_arrays([Group("prompt", 1, IDS)], BradleyTerry(1).needs, "BradleyTerry")
