@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -28,6 +30,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from actors.actor_process import start_ray
 from jobs.cli import job_main
 from jobs.inputs import texts_of
+from jobs.run import Interrupted
 from jobs.specs import JOBS
 from rlvid.config import JobConfig, SpaceConfig, TuneJobConfig
 from rlvid.config.load import dump_config, load_config
@@ -60,7 +63,7 @@ class Plan:
 
 
 class Trial(tune.Trainable):
-    """One job; a step of Tune ends with the next value of the metric."""
+    """One job, in a process. A step of Tune ends with the next value of the metric."""
 
     def setup(self, config: Mapping[str, Any], plan: Plan) -> None:
         self._plan, self._values = plan, dict(config)
@@ -74,18 +77,21 @@ class Trial(tune.Trainable):
             self._process = self._start()
         while True:
             has_ended = self._process.poll() is not None
-            rows = [row for row in read_lines(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
+            rows = self._judged_rows()
             if len(rows) > self._n_seen:
                 row = rows[self._n_seen]
                 self._n_seen += 1
                 value = row[self._plan.metric]
-                numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-                is_lost = value is None or not math.isfinite(value)  # nothing comes of it any more
-                self._last = numbers | {"step": int(row["step"]), tune.result.DONE: is_lost}
+                has_diverged = value is None or not math.isfinite(value)
+                self._last = _numbers(row) | {tune.result.DONE: has_diverged}
                 return self._last
             if has_ended:
                 return self._end(self._process.returncode)
             time.sleep(POLL_S)
+
+    def _judged_rows(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl that hold the metric."""
+        return [row for row in read_lines(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
 
     def _end(self, code: int) -> dict[str, Any]:
         if code:
@@ -136,7 +142,7 @@ class Trial(tune.Trainable):
         shutil.copytree(self.run_dir, copy, ignore=shutil.ignore_patterns("*.tmp", "wandb", ".lock", "ray_train"))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Take over a run folder, with the values of this trial."""
+        """Continue a run folder of another trial, with the values of this one."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.copytree(Path(checkpoint_dir) / "run", self.run_dir)
         file = self.run_dir / "config.yaml"
@@ -148,16 +154,29 @@ class Trial(tune.Trainable):
                 section = section[int(part) if isinstance(section, list) else part]
             section[name] = value
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        self._n_seen = sum(self._plan.metric in row for row in read_lines(self.run_dir / "metrics.jsonl"))
+        rows = self._judged_rows()
+        self._n_seen = len(rows)
+        if rows:  # a run that was taken over at its last step ends without another value
+            self._last = _numbers(rows[-1])
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What Tune is told of a row of metrics."""
+    return {k: v for k, v in row.items() if isinstance(v, int | float)} | {"step": int(row["step"])}
 
 
 def _end_with_parent() -> None:
-    """In the new process: the kernel ends it when the trial's actor dies, by kill -9 too (Linux)."""
+    """In the new process: the kernel ends it when the trial's actor ends, by kill -9 too (Linux)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run(cfg: TuneJobConfig) -> dict[str, Any]:
-    """Run or take up the sweep; returns what the last line of stdout says."""
+    """Run or resume the sweep.
+
+    Raises:
+        Interrupted: Ctrl-C.
+        UserError: no trial came to its end.
+    """
     job = JOBS[cfg.job]
     folder = cfg.dir.resolve()
     base = _load_base(cfg)
@@ -168,14 +187,15 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
     plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.last_step)
     start_ray()
     try:
-        with console:
+        with console, _stopping_tune(console, folder):
             results = _tuner(cfg, plan, console).fit()
         rows = [_row(plan, result) for result in results]
     finally:
         ray.shutdown()
-    finished = [row for row in rows if row.value is not None]
+    finished = [row for row in rows if row.value is not None and row.error is None]
     if not finished:
-        raise UserError(f"no trial reached {cfg.metric}: {next((r.error for r in rows if r.error), 'see the logs')}")
+        first = next((row.error for row in rows if row.error), f"metrics.jsonl has no {cfg.metric}")
+        raise UserError(f"none of the {len(rows)} trials came to its end: {first}; see {folder / 'trials'}")
     best = (max if cfg.mode == "max" else min)(finished, key=lambda row: row.value or 0.0)
     best_file = folder / "best.yaml"
     _write_best(best_file, plan, best, base)
@@ -192,8 +212,35 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _stopping_tune(console: Console, folder: Path) -> Iterator[None]:
+    """The first Ctrl-C stops Tune as it stops itself, with its state saved; a second one stops at once.
+
+    Raises:
+        Interrupted: when Tune has stopped.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return as if all trials were over
+    is_stopping = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            raise KeyboardInterrupt
+        is_stopping = True
+        console.message("stopping the trials, which write checkpoints; press Ctrl-C again to stop at once")
+        os.kill(os.getpid(), signal.SIGUSR1)  # Tune stops cleanly at this signal
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if is_stopping:
+        raise Interrupted(f"resumes the sweep in {folder}")
+
+
 def _load_base(cfg: TuneJobConfig) -> JobConfig:
-    """The job's config without the searched values; each key of the space has to be one of its keys.
+    """The job's config without the searched values; each key of the space must be one of its keys.
 
     Raises:
         UserError: the job would refuse it, or does not know a key.
@@ -255,7 +302,7 @@ def _tuner(cfg: TuneJobConfig, plan: Plan, console: Console) -> tune.Tuner:
     trainable = tune.with_resources(tune.with_parameters(Trial, plan=plan), {"CPU": 0.01})
     path = plan.folder / TUNE_DIR / "sweep"
     if tune.Tuner.can_restore(str(path)):
-        console.message(f"going on with the sweep in {plan.folder}")
+        console.message(f"resuming the sweep in {plan.folder}")
         return tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, restart_errored=True)
     space = {key: _domain(s) for key, s in cfg.space.items()}
     return tune.Tuner(
@@ -268,6 +315,7 @@ def _tuner(cfg: TuneJobConfig, plan: Plan, console: Console) -> tune.Tuner:
             max_concurrent_trials=cfg.parallel if cfg.search == "random" else None,
             search_alg=_searcher(cfg),
             scheduler=_scheduler(cfg, plan, space),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
             name="sweep", storage_path=str(plan.folder / TUNE_DIR), verbose=0, callbacks=[_Progress(cfg, console)]
@@ -299,7 +347,7 @@ def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> Tria
     from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
     if cfg.scheduler == "asha":
-        # One step beyond the last: at the last one the job still has its policy to write.
+        # One step beyond the last: at the last one the job still has to write its policy.
         return ASHAScheduler(
             time_attr="step",
             max_t=max(plan.steps, cfg.grace_steps) + 1,
@@ -317,16 +365,20 @@ def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> Tria
 
 
 class _Progress(tune.Callback):
-    """A line when a trial begins, is judged or ends."""
+    """A line when a trial begins, reports a value or fails."""
 
     def __init__(self, cfg: TuneJobConfig, console: Console):
         self._metric, self._console = cfg.metric, console
+        self._shown: dict[str, int] = {}  # trial -> step of its last line
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         values = ", ".join(f"{key}={_short(value)}" for key, value in trial.config.items())
         self._console.message(f"trial {trial.trial_id}: {values}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if self._shown.get(trial.trial_id) == result["step"]:  # the end of a trial repeats its last result
+            return
+        self._shown[trial.trial_id] = result["step"]
         self._console.message(
             f"trial {trial.trial_id}: {self._metric} {_short(result[self._metric])} at step {result['step']}"
         )
@@ -334,8 +386,8 @@ class _Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._console.message(f"trial {trial.trial_id} failed; see {trial.trial_id}.log")
 
-    def __getstate__(self) -> dict[str, Any]:  # Tune keeps its callbacks; a console is no such thing
-        return {"_metric": self._metric}
+    def __getstate__(self) -> dict[str, Any]:  # Tune pickles its callbacks; a console cannot be pickled
+        return {"_metric": self._metric, "_shown": self._shown}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -347,13 +399,13 @@ def _short(value: Any) -> str:
 
 
 def _row(plan: Plan, result: Any) -> TrialRow:
-    """A trial's end and curve, from its run folder, as far as Tune let it come.
+    """A trial's end and curve, from its run folder, up to the step at which Tune stopped it.
 
-    Its job may have gone on for the seconds that it took to stop it.
+    Its job may have done more steps in the seconds that it took to stop.
     """
     metrics = result.metrics or {}
     end = int(metrics.get("step", plan.steps))
-    trial_id = metrics.get("trial_id") or Path(result.path).name
+    trial_id = Path(result.path).name
     rows = [r for r in read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl") if r["step"] <= end]
     curve = tuple(
         (int(row["step"]), float(row[plan.metric]))

@@ -1,4 +1,4 @@
-"""A sweep over real DPO runs: killed, taken up again, with its page and its best config."""
+"""A sweep over real DPO runs: interrupted, killed, resumed, with its page and its best config."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from jobs import tune as tune_job
 from jobs.cli import main
 from jobs.tune import Plan, Trial, _row
+from rlvid.config import TuneJobConfig
+from rlvid.config.load import load_config
+from rlvid.errors import UserError
 from rlvid.reporting.report.sweep import TrialRow
 from tests.jobs.test_dpo import CONFIG
 from tests.jobs.test_grpo import ROOT, finish, wait_for
@@ -49,12 +53,16 @@ def start(sweep: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_sweep_goes_on_and_says_what_was_best(sweep: Path) -> None:
+def test_an_interrupted_and_a_killed_sweep_resume_and_say_what_was_best(sweep: Path) -> None:
     folder = sweep.parent / "sweep"
-    process = start(sweep)
-    wait_for(lambda: any(folder.glob("trials/*/checkpoints/step_*")), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        before = len(list(folder.glob("trials/*/checkpoints/step_*")))
+        process = start(sweep)
+        wait_for(lambda n=before: len(list(folder.glob("trials/*/checkpoints/step_*"))) > n, process)  # type: ignore[misc]
+        process.send_signal(how)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == code and not (folder / "best.yaml").exists()
+        assert how != signal.SIGINT or "resumes the sweep" in err
 
     result = finish(start(sweep))
     assert (result["trials"], result["failed"]) == (2, 0)
@@ -98,6 +106,42 @@ def test_a_trial_takes_over_a_run_with_its_own_values(tmp_path: Path) -> None:
     changed = yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())
     assert changed["rewards"] == [{"kind": "exact", "weight": 0.3}] and changed["grpo"] == {"kl_coef": 0.1}
     assert changed["run"]["dir"] == str(tmp_path / "mine") and trial._n_seen == 1
+    ended = trial._end(0)  # it was taken over at its last step, and has nothing left to do
+    assert (ended["eval/accuracy"], ended["step"], ended["done"]) == (0.5, 5, True)
+
+
+def test_failed_trials_are_not_best_and_a_sweep_of_failures_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG.format(tmp=tmp_path))
+    cfg = load_config_of(tmp_path)
+    error = RuntimeError("the job ended with 1: no room")
+    (tmp_path / "sweep" / "trials" / "t1").mkdir(parents=True)
+    (tmp_path / "sweep" / "trials" / "t1" / "metrics.jsonl").write_text('{"step": 2, "eval/accuracy": 0.9}\n')
+    failed = SimpleNamespace(metrics={"step": 2}, config={}, error=error, path=str(tmp_path / "ray" / "t1"))
+    tuner = SimpleNamespace(fit=lambda: [failed])
+    monkeypatch.setattr(tune_job, "_tuner", lambda *_: tuner)
+    monkeypatch.setattr(tune_job, "_shared", lambda *_: ())
+    monkeypatch.setattr(tune_job, "start_ray", lambda: None)
+    with pytest.raises(UserError, match="none of the 1 trials came to its end: the job ended with 1: no room"):
+        tune_job.run(cfg)
+    assert not (tmp_path / "sweep" / "best.yaml").exists()
+
+
+def load_config_of(folder: Path) -> TuneJobConfig:
+    (folder / "sweep.yaml").write_text(SWEEP.format(tmp=folder))
+    return load_config(TuneJobConfig, folder / "sweep.yaml", [])
+
+
+def test_dry_run_of_a_sweep_finds_an_unknown_key_and_a_missing_config(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", str(sweep), "--dry-run"]) == 0
+    assert "2 trials of rlvid dpo" in capsys.readouterr().out
+    assert main(["tune", str(sweep), "--dry-run", "space={train.stesp: {choice: [1]}}"]) == 2
+    assert "train.stesp" in capsys.readouterr().err
+    assert main(["tune", str(sweep), "--dry-run", "config=missing.yaml"]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
