@@ -161,9 +161,15 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("videos", type=Path, nargs="+", metavar="VIDEO")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="what the videos were generated from")
     command.add_argument(
-        "--response", action="append", default=[], metavar="TEXT", help="an answer to score (Bradley-Terry models)"
+        "--response",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a response to score (Bradley-Terry models); may be given several times",
     )
     command.add_argument("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
+    cache = Path("~/.cache/rlvid/frames")
+    command.add_argument("--cache-dir", type=Path, default=cache, metavar="DIR", help=f"decoded frames ({cache})")
 
 
 def _version() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlvid.errors import BadClip, UserError
-from rlvid.reporting import safe_json
 from rlvid.reporting.console import Console
 from rlvid.rewards.videoscore import mean_score
 
@@ -18,7 +19,7 @@ CACHE_BYTES = 2**30
 def score(
     model: Path, videos: Sequence[Path], prompt: str, responses: Sequence[str], cache_dir: Path
 ) -> list[dict[str, Any]]:
-    """One row per video (and response), best first; those without a score last, with the reason.
+    """One row per video (and response), best first; those without a score come last, with the reason.
 
     Raises:
         UserError: `model` is no reward model, or it scores responses and there are none.
@@ -39,18 +40,17 @@ def score(
     rows: list[dict[str, Any]] = []
     prompts, read = [], []
     for video in videos:
+        path = str(video.absolute())
         try:
-            clip, _ = reader.read(str(video.absolute()))
+            clip, _ = reader.read(path)
         except BadClip as e:
             rows.append({"video": str(video), "reason": e.reason})
             continue
-        prompts.append(judge.family.encode(ask(rubric, str(video), [str(video)], prompt), [clip]))
+        prompts.append(judge.family.encode(ask(rubric, str(video), [path], prompt), [clip]))
         read.append(video)
     for video, scored in zip(read, judge(prompts, [responses] * len(prompts) if responses else ()), strict=True):
         for one, response in zip(scored, responses or (None,), strict=True):
-            row: dict[str, Any] = {"video": str(video)}
-            if response is not None:
-                row["response"] = response
+            row: dict[str, Any] = {"video": str(video)} | ({} if response is None else {"response": response})
             if one.scores is None:
                 rows.append({**row, "reason": one.reason})
                 continue
@@ -62,23 +62,42 @@ def score(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print the ranking, write it to a file, and give the best as the last line."""
-    cache = Path("~/.cache/rlvid/frames").expanduser()
-    rows = score(arguments.model, arguments.videos, arguments.prompt, arguments.response, cache)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        "".join(safe_json.dumps({"prompt": arguments.prompt, **row}) + "\n" for row in rows), encoding="utf-8"
-    )
+    """Write the ranking to a file and print it; the best is the last line.
+
+    Raises:
+        UserError: nothing can be written, or some videos have no score, which the file names with the reason.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would bury the table
+    out: Path = arguments.out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a", encoding="utf-8").close()  # before the model is loaded
+        rows = score(arguments.model, arguments.videos, arguments.prompt, arguments.response, arguments.cache_dir)
+        lines = [json.dumps({"prompt": arguments.prompt, **row}) for row in rows]
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}") from e
     console = Console()
     names = list(next((row["scores"] for row in rows if "scores" in row), {}))
-    table = []
-    for row in rows:
-        numbers = [f"{row['scores'][n]:.3f}" for n in names] if "scores" in row else [row["reason"], *[""] * len(names)]
-        mean = [f"{row['mean']:.3f}"] if "mean" in row else []
-        cells = [str(row["rank"] or "-"), row["video"], *([row["response"]] if "response" in row else [])]
-        table.append([*cells, *mean, *numbers][: 3 + len(names) + bool(arguments.response)])
-    console.table(["rank", "video", *(["response"] if arguments.response else []), "mean", *names], table)
-    best = rows[0] if "mean" in rows[0] else {}
-    if not best:
-        raise UserError(f"none of the {len(rows)} videos has a score; the reasons stand in {arguments.out}")
-    console.result({"best": best["video"], "mean": best["mean"], "n": len(rows), "scores": str(arguments.out)})
+    has_responses = bool(arguments.response)
+    console.table(
+        ["rank", "video", *(["response"] if has_responses else []), "mean", *names],
+        [_cells(row, names, has_responses) for row in rows],
+    )
+    scored = [row for row in rows if "mean" in row]
+    if scored:
+        best = {"best": scored[0]["video"]} | ({"response": scored[0]["response"]} if has_responses else {})
+        console.result({**best, "mean": scored[0]["mean"], "n": len(scored), "scores": str(out)})
+    if len(scored) < len(rows):
+        missing = next(row for row in rows if "mean" not in row)
+        raise UserError(
+            f"{len(rows) - len(scored)} of {len(rows)} rows have no score, see {out}; the first: {missing['video']}: "
+            f"{missing['reason']}"
+        )
+
+
+def _cells(row: dict[str, Any], names: Sequence[str], has_responses: bool) -> list[str]:
+    response = [row.get("response", "")] if has_responses else []
+    if "scores" not in row:
+        return ["-", row["video"], *response, row["reason"], *[""] * len(names)]
+    return [str(row["rank"]), row["video"], *response, *(f"{x:.3f}" for x in (row["mean"], *row["scores"].values()))]

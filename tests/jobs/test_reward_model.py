@@ -77,9 +77,11 @@ def test_regression_learns_by_name_and_its_model_ranks_videos(tmp_path: Path) ->
 
     videos = [tmp_path / f"e{i}.mp4" for i in (0, 3, 2)] + [tmp_path / "none.mp4"]
     out = tmp_path / "scores.jsonl"
-    best = result(rlvid("score", tmp_path / "run", *videos, "--prompt", "a grey wall", "--out", out))
+    done = rlvid("score", tmp_path / "run", *videos, "--prompt", "a grey wall", "--out", out, code=2)
+    assert "1 of 4 rows have no score" in done.stderr and "none.mp4: there is no such file" in done.stderr
+    best = result(done)
     scored = {Path(row["video"]).name: row for row in rows_of(out)}
-    assert best["n"] == 4 and [row["rank"] for row in rows_of(out)] == [1, 2, 3, None]
+    assert best["n"] == 3 and [row["rank"] for row in rows_of(out)] == [1, 2, 3, None]
     light, dark = ([scored[f"e{i}.mp4"]["scores"][dim] for i in (0, 2, 3)] for dim in ("light", "dark"))
     assert light[0] < min(light[1:]) - 1 and dark[0] > max(dark[1:]) + 1  # a model this small may see 3 and 4 alike
     assert scored["none.mp4"]["reason"] == "there is no such file"
@@ -106,17 +108,9 @@ def test_pairs_teach_a_scorer_of_answers(tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     video = next((tmp_path / "clips").glob("eval*"))
     question = rows_of(tmp_path / "eval.jsonl")[0]["question"]
-    rlvid(
-        "score",
-        tmp_path / "run",
-        video,
-        "--prompt",
-        question,
-        "--response",
-        "no idea",
-        "--response",
-        "red",
-        "--out",
-        out,
-    )
+    answers = ("--response", "no idea", "--response", "red")
+    best = result(rlvid("score", tmp_path / "run", video, "--prompt", question, *answers, "--out", out))
+    assert best["response"] == "red" and best["n"] == 2
+    no_folder = tmp_path / "run" / "config.yaml" / "scores.jsonl"
+    assert "--out" in rlvid("score", tmp_path / "run", video, "--prompt", "x", "--out", no_folder, code=2).stderr
     assert [row["response"] for row in rows_of(out)] == ["red", "no idea"]
