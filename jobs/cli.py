@@ -165,7 +165,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a response to score (Bradley-Terry models); may be given several times",
+        help="to score (Bradley-Terry models); repeatable",
     )
     command.add_argument("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
     cache = Path("~/.cache/rlvid/frames")
