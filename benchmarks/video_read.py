@@ -46,7 +46,7 @@ from benchmarks.harness import cpu_in_turns, finish, machine, median_ratio, medi
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
 from rlvid.video import pyav_reader
-from rlvid.video.container_length import missing_bytes
+from rlvid.video.container_check import missing_bytes
 from rlvid.video.sizes import target_size
 
 Frames = npt.NDArray[np.uint8]

@@ -13,6 +13,7 @@ processes is refused.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -27,6 +28,7 @@ from rlvid.errors import UserError
 from rlvid.types import Clip
 
 KEEP_FRACTION = 0.9  # eviction goes on to here, or a full cache would be searched at every put
+SHA256_LENGTH = 64  # hexadecimal digits
 STALE_PART_S = 3600.0  # a half-written file this old belongs to a process that died
 MAX_DEATHS = 2  # one death can be somebody else's: a stopped run, a lost machine
 DEATHS_COUNT_S = 3600.0  # so long after the last
@@ -95,6 +97,26 @@ class FrameCache:
             except OSError as error:
                 raise self._unwritable(error) from error
             return clip, False
+
+    def content_sha256(self, path: str, size: int, mtime_ns: int, compute: Callable[[], str]) -> str:
+        """What `compute` returned for this path, size and time of modification: a cached clip's file is not read again.
+
+        Raises:
+            UserError: The folder cannot be written.
+            Exception: Whatever `compute` raises; nothing is remembered then.
+        """
+        key = hashlib.sha256(f"{size} {mtime_ns} {path}".encode(errors="surrogateescape")).hexdigest()
+        record = self.dir / f"{key}.sha256"
+        with suppress(FileNotFoundError):
+            known = record.read_text()
+            if len(known) == SHA256_LENGTH:  # a process may have died while it wrote
+                return known
+        known = compute()
+        try:
+            record.write_text(known)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return known
 
     def size_bytes(self) -> int:
         """Size of all entries, looked up on disk."""

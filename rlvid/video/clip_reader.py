@@ -11,14 +11,14 @@ from typing import Literal, Protocol
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Clip
+from rlvid.video import pyav_reader
 from rlvid.video.cache import FrameCache, MakerDied
-from rlvid.video.container_length import missing_bytes
-from rlvid.video.decoded import Decoded
+from rlvid.video.container_check import missing_bytes
+from rlvid.video.pyav_reader import DecodedFrames
 from rlvid.video.sampling import sampling_spec
 from rlvid.video.sizes import size_spec, target_size
 
-IDENTITY_VERSION = 1  # raise when the same configuration starts to give other pixels
-ROTATION_RULE = "as displayed"
+IDENTITY_VERSION = 2  # raise when the same configuration starts to give other pixels
 
 
 class _Reader(Protocol):
@@ -26,7 +26,7 @@ class _Reader(Protocol):
 
     NAME: str
 
-    def read_frames(self, path: str, video: VideoConfig, multiple: int) -> Decoded: ...
+    def read_frames(self, path: str, video: VideoConfig, multiple: int) -> DecodedFrames: ...
 
 
 class ClipReader:
@@ -46,7 +46,6 @@ class ClipReader:
         self.video = video
         self.multiple = multiple
         self.cache = cache
-        self._sha256: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> content
 
     def read(self, path: str) -> tuple[Clip, bool]:
         """The clip of one file with read-only frames, and whether it came from the cache.
@@ -55,7 +54,7 @@ class ClipReader:
             BadClip: The file is missing, no file, empty, cut short, damaged, no video, or kills its reader.
             UserError: The cache cannot be written, or the reader is not installed.
         """
-        content_sha256 = self._hash(path)
+        content_sha256 = self._content_sha256(path)
         reader = _load_reader(self.video.reader)
         clip_id = self.clip_id(content_sha256, reader.NAME)
 
@@ -90,22 +89,22 @@ class ClipReader:
             "sampling": sampling_spec(self.video),
             "size": size_spec(self.video, self.multiple),
             "reader": reader_name,
-            "rotation": ROTATION_RULE,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    def _hash(self, path: str) -> str:
+    def _content_sha256(self, path: str) -> str:
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
                 raise BadClip(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
             if status.st_size == 0:
                 raise BadClip(path, "is empty (0 bytes)")
-            key = (path, status.st_size, status.st_mtime_ns)
-            if key not in self._sha256:
+
+            def compute() -> str:
                 with open(path, "rb") as file:
-                    self._sha256[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            return self._sha256[key]
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+
+            return self.cache.content_sha256(path, status.st_size, status.st_mtime_ns, compute)
         except FileNotFoundError:
             raise BadClip(path, "there is no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -114,13 +113,10 @@ class ClipReader:
 
 
 def _load_reader(name: Literal["pyav", "decord"]) -> _Reader:
-    """Imported when used: a run with one reader does not load the other's native library."""
     if name == "pyav":
-        from rlvid.video import pyav_reader
-
         return pyav_reader
     try:
-        from rlvid.video import decord_reader
+        from rlvid.video import decord_reader  # its native library is not loaded where it is not used
     except ImportError as error:
         raise UserError(f"video.reader=decord cannot be loaded ({error}): install decord, or use pyav") from error
     return decord_reader

@@ -13,8 +13,7 @@ import numpy as np
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
-from rlvid.video.decoded import Decoded, average_fps
-from rlvid.video.pyav_reader import check_format
+from rlvid.video.pyav_reader import DecodedFrames, average_fps, inspect
 from rlvid.video.sampling import sample_indices
 from rlvid.video.sizes import target_size
 
@@ -25,7 +24,7 @@ _SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # "[06:02:43] /src/v
 decord.logging.set_level(decord.logging.QUIET)
 
 
-def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
+def read_frames(path: str, video: VideoConfig, multiple: int) -> DecodedFrames:
     """Read the sampled frames of one file at model resolution; see `pyav_reader.read_frames`.
 
     `video.timeout_s` is not looked at: decord cannot be interrupted.
@@ -34,15 +33,18 @@ def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
         BadClip: The file cannot be opened or decoded.
         UserError: The configured size does not fit `multiple`.
     """
-    check_format(path)
+    display, container, n_shown = inspect(path, video)
+    # Measured: decord 0.6 gives other frames of a transport stream, and none of these as a player shows them.
+    if display.is_mirrored or display.is_hdr or container == "mpegts":
+        kind = "mirrored" if display.is_mirrored else "HDR" if display.is_hdr else "an MPEG transport stream"
+        raise BadClip(path, f"is {kind}, which decord does not show right: set video.reader=pyav")
+    height, width = target_size(display.height, display.width, video, multiple)
     try:
         # One thread: several abort more often and cost up to half more CPU per clip.
         probe = decord.VideoReader(path, num_threads=1)
         n_frames = len(probe)
-        if n_frames == 0:
-            raise BadClip(path, "has no frames")
-        full_height, full_width, _ = probe[0].shape
-        height, width = target_size(full_height, full_width, video, multiple)
+        if n_frames != n_shown:  # an edit list hides some
+            raise BadClip(path, f"shows {n_shown} frames and decord finds {n_frames}: set video.reader=pyav")
         starts_s = probe.get_frame_timestamp(np.arange(n_frames))[:, 0].astype(np.float64)
         declared = float(probe.get_avg_fps())
         del probe
@@ -55,4 +57,4 @@ def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         reason = _SOURCE_LINE.sub("", str(error)).strip().partition("\n")[0]
         raise BadClip(path, f"cannot be decoded: {reason}") from error
-    return Decoded(frames, pts_s[indices], indices, n_frames, average_fps(pts_s, declared))
+    return DecodedFrames(frames, pts_s[indices], indices, n_frames, average_fps(pts_s, declared))

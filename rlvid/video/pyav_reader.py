@@ -14,8 +14,9 @@ import ctypes
 import time
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -27,12 +28,13 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
-from rlvid.video.decoded import Decoded, average_fps
+from rlvid.video.container_check import is_joined
+from rlvid.video.display import Display
 from rlvid.video.sampling import sample_indices
 from rlvid.video.sizes import target_size
 
@@ -61,16 +63,30 @@ class _FrameNotFound(Exception):
     """A frame does not appear with the time that its packet announces."""
 
 
-class _Deadline:
-    """Ends a slow read between two packets. A decoder that hangs inside one is up to the caller's process."""
+@dataclass(frozen=True)
+class DecodedFrames:
+    """The sampled frames of one file, as a reader returns them."""
 
-    def __init__(self, timeout_s: float):
-        self._timeout_s = timeout_s
-        self._end = time.monotonic() + timeout_s
+    frames: npt.NDArray[np.uint8]  # [T, H, W, 3] RGB as displayed
+    pts_s: npt.NDArray[np.float64]  # [T] seconds from the first frame of the file
+    indices: npt.NDArray[np.int64]  # [T] in presentation order
+    n_frames: int  # in the file
+    fps: float  # average frame rate of the file
 
-    def check(self) -> None:
-        if time.monotonic() > self._end:
-            raise _Unreadable(f"reading took longer than video.timeout_s={self._timeout_s:g} s")
+
+@dataclass(frozen=True)
+class _Read:
+    """What is wanted of a file, and until when."""
+
+    path: str
+    video: VideoConfig
+    multiple: int
+    deadline: float  # of time.monotonic()
+
+    def check_deadline(self) -> None:
+        """Called between two packets. A decoder that hangs inside one is up to the caller's process."""
+        if time.monotonic() > self.deadline:
+            raise _Unreadable(f"reading took longer than video.timeout_s={self.video.timeout_s:g} s")
 
 
 @dataclass(frozen=True)
@@ -81,8 +97,8 @@ class _Index:
     key_pts: list[int]  # rising
 
 
-def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
-    """Read the sampled frames of one file at model resolution.
+def read_frames(path: str, video: VideoConfig, multiple: int) -> DecodedFrames:
+    """Read the sampled frames of one file at model resolution, as a player shows them.
 
     Args:
         path: Absolute path of a video file or GIF.
@@ -94,59 +110,77 @@ def read_frames(path: str, video: VideoConfig, multiple: int) -> Decoded:
         UserError: The configured size does not fit `multiple`.
     """
     _trim_memory()
-    deadline = _Deadline(video.timeout_s)
+    read = _Read(path, video, multiple, time.monotonic() + video.timeout_s)
+    with _as_bad_clip(path):
+        decoded = _read_by_seeking(read)
+        return decoded if decoded is not None else _read_in_order(read)
+
+
+def inspect(path: str, video: VideoConfig) -> tuple[Display, str, int]:
+    """How the first frame is displayed, name of the container format, and number of frames that are shown.
+
+    For another reader, which would follow a playlist to other files, or show other frames without an error.
+
+    Raises:
+        BadClip: As `read_frames`.
+    """
+    read = _Read(path, video, 1, time.monotonic() + video.timeout_s)
+    with _as_bad_clip(path), _open(path) as container:
+        stream = _video_stream(container)
+        n_frames = sum(not packet.is_discard for packet in _demux(container, stream, read))
+        container.seek(0)
+        frame = next(_decode(container, stream, read), None)
+        if frame is None:
+            raise _Unreadable("no frame could be decoded")
+        return Display.of(frame, stream.sample_aspect_ratio), container.format.name, n_frames
+
+
+def average_fps(pts_s: npt.NDArray[np.float64], declared: float | None) -> float:
+    """Frames per second from the times [n] themselves, or for a single frame the header's rate (1.0 if it has none)."""
+    span = float(pts_s[-1] - pts_s[0])
+    return (len(pts_s) - 1) / span if span > 0 else declared or 1.0
+
+
+@contextmanager
+def _as_bad_clip(path: str) -> Iterator[None]:
     try:
-        decoded = _read_by_seeking(path, video, multiple, deadline)
-        return decoded if decoded is not None else _read_in_order(path, video, multiple, deadline)
+        yield
     except _Unreadable as error:
         raise BadClip(path, str(error)) from None
     except av.FFmpegError as error:
         raise BadClip(path, f"cannot be decoded: {error.strerror}") from error
-    except (LookupError, ValueError) as error:  # unknown codec, no such stream
-        raise BadClip(path, f"cannot be decoded: {type(error).__name__}: {error}") from error
+    except (LookupError, ValueError) as error:  # unknown codec, no such stream, a display matrix that is not supported
+        raise BadClip(path, f"cannot be decoded: {error}") from error
 
 
-def check_format(path: str) -> None:
-    """Open the file and close it again: for readers that would follow a playlist to other files.
-
-    Raises:
-        BadClip: The file cannot be opened, is not of a format on the list, or holds no video.
-    """
-    try:
-        with _open(path) as container:
-            _video_stream(container)
-    except _Unreadable as error:
-        raise BadClip(path, str(error)) from None
-
-
-def _read_by_seeking(path: str, video: VideoConfig, multiple: int, deadline: _Deadline) -> Decoded | None:
+def _read_by_seeking(read: _Read) -> DecodedFrames | None:
     """Decode from the keyframe before each wanted frame; None where that cannot be trusted."""
-    with _open(path) as container:
+    with _open(read.path) as container:
         stream = _video_stream(container)
         # AVI came out off by one this way, and MPEG-TS loses the leading frames of an open GOP. VP8 has packets that
         # show nothing but have a time.
         if not _SEEKABLE_FORMATS & set(container.format.name.split(",")) or stream.codec_context.name == "vp8":
             return None
-        index = _read_index(container, stream, deadline)
+        index = _read_index(container, stream, read)
         if index is None:
             return None
         pts_s = _seconds(index.pts, stream)
-        indices = sample_indices(video, pts_s)
+        indices = sample_indices(read.video, pts_s)
         # The first frame is always decoded: when it does not appear, the file starts with an open GOP or a cut, and
         # every index is off.
         positions = sorted({0, *indices.tolist()})
         try:
-            frames = _pick(_seek_frames(container, stream, index, positions, deadline), indices, video, multiple)
+            frames = _pick(_seek_frames(container, stream, index, positions, read), stream, indices, read)
         except (_FrameNotFound, _Damaged, av.FFmpegError):
             return None
-        return Decoded(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, _declared_fps(stream)))
+        return DecodedFrames(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, _declared_fps(stream)))
 
 
-def _read_in_order(path: str, video: VideoConfig, multiple: int, deadline: _Deadline) -> Decoded:
+def _read_in_order(read: _Read) -> DecodedFrames:
     """Decode everything twice, to count and then to pick: little memory, and right for whatever decodes at all."""
-    with _open(path) as container:
+    with _open(read.path) as container:
         stream = _video_stream(container)
-        pts = [frame.pts for frame in _decode(container, stream, deadline)]
+        pts = [frame.pts for frame in _decode(container, stream, read)]
         declared = _declared_fps(stream)
         if not pts:
             raise _Unreadable("no frame could be decoded")
@@ -155,11 +189,11 @@ def _read_in_order(path: str, video: VideoConfig, multiple: int, deadline: _Dead
             pts_s = _seconds(known, stream)
         else:  # the file has no usable times
             pts_s = np.arange(len(pts)) / (declared or 1.0)
-    indices = sample_indices(video, pts_s)
-    with _open(path) as container:
-        numbered = enumerate(_decode(container, _video_stream(container), deadline))
-        frames = _pick(numbered, indices, video, multiple)
-    return Decoded(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, declared))
+    indices = sample_indices(read.video, pts_s)
+    with _open(read.path) as container:
+        stream = _video_stream(container)
+        frames = _pick(enumerate(_decode(container, stream, read)), stream, indices, read)
+    return DecodedFrames(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, declared))
 
 
 def _open(path: str) -> InputContainer:
@@ -181,11 +215,11 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _read_index(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index | None:
+def _read_index(container: InputContainer, stream: VideoStream, read: _Read) -> _Index | None:
     """Read all packets without decoding; None when their times do not identify frames."""
     pts: list[int] = []
     key_pts: list[int] = []
-    for packet in _demux(container, stream, deadline):
+    for packet in _demux(container, stream, read):
         if packet.pts is None:
             return None
         if packet.is_keyframe:
@@ -200,7 +234,7 @@ def _read_index(container: InputContainer, stream: VideoStream, deadline: _Deadl
 
 
 def _seek_frames(
-    container: InputContainer, stream: VideoStream, index: _Index, positions: list[int], deadline: _Deadline
+    container: InputContainer, stream: VideoStream, index: _Index, positions: list[int], read: _Read
 ) -> Iterator[tuple[int, VideoFrame]]:
     """The frames at rising `positions` of the index.
 
@@ -216,7 +250,7 @@ def _seek_frames(
         by_key.setdefault(index.key_pts[before - 1], {})[wanted] = position
     for key, group in by_key.items():
         container.seek(key, stream=stream, backward=True)
-        found = (f for f in _decode_only(container, stream, group.keys(), deadline) if f.pts in group)
+        found = (f for f in _decode_only(container, stream, group.keys(), read) if f.pts in group)
         for wanted, position in group.items():
             frame = next(found, None)
             if frame is None or frame.pts != wanted or (frame.interlaced_frame and _is_progressive(stream)):
@@ -225,7 +259,7 @@ def _seek_frames(
 
 
 def _decode_only(
-    container: InputContainer, stream: VideoStream, wanted: Collection[int], deadline: _Deadline
+    container: InputContainer, stream: VideoStream, wanted: Collection[int], read: _Read
 ) -> Iterator[VideoFrame]:
     """Decode from where the container stands until all times `wanted` are there, and of the rest only what they need.
 
@@ -236,7 +270,7 @@ def _decode_only(
     skip: Literal["NONREF", "DEFAULT"] = "NONREF" if _tells_unreferenced(stream) else "DEFAULT"
     # The two fields of an interlaced picture may be two packets: half a picture must not be forced out.
     is_progressive = _is_progressive(stream)
-    for packet in _demux(container, stream, deadline):
+    for packet in _demux(container, stream, read):
         decoder.skip_frame = "DEFAULT" if packet.pts in wanted or not is_progressive else skip
         yield from _intact(decoder.decode(packet))
         missing.discard(cast(int, packet.pts))
@@ -261,17 +295,21 @@ def _tells_unreferenced(stream: VideoStream) -> bool:
     return stream.codec_context.name == "hevc" and len(box) > 22 and box[0] == 1 and box[21] >> 3 & 7 == 1
 
 
-def _decode(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> Iterator[VideoFrame]:
-    for packet in _demux(container, stream, deadline):
+def _decode(container: InputContainer, stream: VideoStream, read: _Read) -> Iterator[VideoFrame]:
+    for packet in _demux(container, stream, read):
         yield from _intact(stream.codec_context.decode(packet))
     yield from _intact(stream.codec_context.decode(None))
 
 
-def _demux(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> Iterator[Packet[VideoStream]]:
+def _demux(container: InputContainer, stream: VideoStream, read: _Read) -> Iterator[Packet[VideoStream]]:
+    is_trusted = False
     for packet in container.demux(stream):
-        deadline.check()
-        if packet.is_corrupt:
-            raise _Damaged("is damaged or cut short (a packet is incomplete)")
+        read.check_deadline()
+        # FFmpeg flags the last packets before a joint of a transport stream, although they are whole.
+        if packet.is_corrupt and not is_trusted:
+            is_trusted = container.format.name == "mpegts" and is_joined(read.path, stream.id)
+            if not is_trusted:
+                raise _Damaged("is damaged or cut short (a packet is incomplete)")
         if packet.size:  # the last one is empty
             yield packet
 
@@ -284,33 +322,47 @@ def _intact(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
 
 
 def _pick(
-    frames: Iterator[tuple[int, VideoFrame]], indices: npt.NDArray[np.int64], video: VideoConfig, multiple: int
+    frames: Iterator[tuple[int, VideoFrame]], stream: VideoStream, indices: npt.NDArray[np.int64], read: _Read
 ) -> npt.NDArray[np.uint8]:
-    """Convert the frames at `indices` [T] to RGB [T, H, W, 3] at model resolution.
+    """Convert the frames at `indices` [T] to RGB [T, H, W, 3] at model resolution, as displayed.
 
-    `frames` gives (index, frame) in rising order, the first frame of the file first: it decides size and rotation.
+    `frames` gives (index, frame) in rising order, the first frame of the file first: it decides size and orientation.
     """
     wanted, place = np.unique(indices, return_inverse=True)
     rgb: npt.NDArray[np.uint8] | None = None
+    display: Display | None = None
     reformatter = VideoReformatter()
-    height = width = quarter_turns = found = 0
+    found = 0
     for position, frame in frames:
-        if rgb is None:
-            quarter_turns = round(frame.rotation / 90) % 4
-            shown = (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
-            height, width = target_size(*shown, video, multiple)
-            rgb = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
+        if rgb is None or display is None:
+            display = Display.of(frame, stream.sample_aspect_ratio)
+            size = target_size(display.height, display.width, read.video, read.multiple)
+            rgb = np.empty((len(wanted), *size, 3), dtype=np.uint8)
+            height, width = display.stored(*size)
         if position != wanted[found]:
             continue
-        stored_width, stored_height = (height, width) if quarter_turns % 2 else (width, height)
-        small = reformatter.reformat(
-            frame, stored_width, stored_height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
-        )
-        rgb[found] = np.rot90(small.to_ndarray(), quarter_turns)  # counterclockwise, as FFmpeg gives the angle
+        pixel_format = "rgb48le" if display.is_hdr else "rgb24"
+        small = reformatter.reformat(frame, width, height, pixel_format, interpolation=Interpolation.BICUBIC, threads=1)
+        if display.is_hdr:
+            small = _to_sdr(small)
+        rgb[found] = display.show(cast(npt.NDArray[np.uint8], small.to_ndarray()))
         found += 1
         if found == len(wanted):
             return rgb if found == len(indices) else rgb[place]
     raise _Unreadable("is damaged (it did not decode twice alike)")
+
+
+def _to_sdr(frame: VideoFrame) -> VideoFrame:
+    """Tone-map HLG or PQ: reference white (203 nits, ITU-R BT.2408) becomes white, brighter light is clipped."""
+    mapper = _sdr_mapper(frame.width, frame.height, int(frame.color_trc), int(frame.color_primaries))
+    to = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+    return mapper.reformat(frame, format="rgb24", threads=1, **to)
+
+
+@lru_cache(maxsize=16)
+def _sdr_mapper(width: int, height: int, transfer: int, primaries: int) -> VideoReformatter:
+    """One per kind of frame: FFmpeg computes its table of colours in 3.5 s at the first frame, then maps in 1 ms."""
+    return VideoReformatter()
 
 
 def _seconds(pts: list[int], stream: VideoStream) -> npt.NDArray[np.float64]:

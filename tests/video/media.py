@@ -21,6 +21,7 @@ Frames = npt.NDArray[np.uint8]
 BITS = 8
 WIDTH, HEIGHT = 160, 96
 DATA = Path(__file__).parents[2] / "../shared/data"
+TRIAL = DATA.parent / "trials/media"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real clips (shared/data) is not there")
 
 
@@ -57,6 +58,7 @@ def write_video(
     skip_packets: int = 0,
     start: int = 0,
     size: tuple[int, int] = (WIDTH, HEIGHT),
+    pixel_aspect: Fraction = Fraction(1),
     options: dict[str, str] | None = None,
     mux: dict[str, str] | None = None,
 ) -> Path:
@@ -64,13 +66,14 @@ def write_video(
 
     Args:
         times_ms: Presentation times, for a variable frame rate.
-        skip_packets: Leave out so many packets at the start, as a cut without re-encoding does.
+        skip_packets: Number of packets to leave out at the start, as a cut without re-encoding does.
         start: Time of the first frame in frames; a negative one is hidden by an edit list in MP4.
     """
     with av.open(str(path), "w", options=mux or {}) as container:
         stream = cast(VideoStream, container.add_stream(codec, rate=rate, options={"threads": "1"} | (options or {})))
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
+        stream.codec_context.sample_aspect_ratio = pixel_aspect
         if times_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         packets: list[Packet[Any]] = []
@@ -85,14 +88,16 @@ def write_video(
     return path
 
 
-def rotate(path: Path, degrees: int) -> Path:
-    """Set the display matrix of an MP4's track: players turn the picture clockwise by `degrees`."""
-    one, zero = (1 << 16).to_bytes(4, "big"), bytes(4)
-    minus = (-(1 << 16)).to_bytes(4, "big", signed=True)
-    a, b, c, d = {90: (zero, one, minus, zero), 180: (minus, zero, zero, minus), 270: (zero, minus, one, zero)}[degrees]
+Matrix = tuple[int, int, int, int]
+TURNS: dict[int, Matrix] = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # degrees clockwise
+
+
+def set_matrix(path: Path, matrix: Matrix) -> Path:
+    """Set a, b, c, d of an MP4 track's display matrix: players show the pixel (x, y) at (a x + c y, b x + d y)."""
+    a, b, c, d = ((value << 16).to_bytes(4, "big", signed=True) for value in matrix)
     data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40  # version 0 (ISO 14496-12, 8.3.2)
-    data[matrix : matrix + 36] = a + b + zero + c + d + zero + bytes(8) + (1 << 30).to_bytes(4, "big")
+    start = data.index(b"tkhd") + 4 + 40  # version 0 (ISO 14496-12, 8.3.2)
+    data[start : start + 36] = a + b + bytes(4) + c + d + bytes(12) + (1 << 30).to_bytes(4, "big")
     path.write_bytes(data)
     return path
 

@@ -88,11 +88,27 @@ def test_keys_that_do_not_matter_do_not_change_the_id(tmp_path: Path) -> None:
     assert len(ids) == 1
 
 
-def test_hash_is_taken_once_per_file(tmp_path: Path, reader: ClipReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(write_video(tmp_path / "a.mp4"))
-    reader.read(path)
+def test_cached_clip_costs_no_read_of_its_file_in_any_process(
+    tmp_path: Path, reader: ClipReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    clip, _ = reader.read(str(path))
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))  # what is in it now plays no part
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     monkeypatch.setattr("hashlib.file_digest", None)
-    assert reader.read(path)[1] is True
+    again, from_cache = make_reader(tmp_path).read(str(path))  # as another process has it
+    assert from_cache and again.content_sha256 == clip.content_sha256
+
+
+@pytest.mark.parametrize("damage", ["", "ab", "x" * 63])
+def test_half_written_hash_is_computed_again(tmp_path: Path, reader: ClipReader, damage: str) -> None:
+    path = str(write_video(tmp_path / "a.mp4"))
+    clip, _ = reader.read(path)
+    (record,) = reader.cache.dir.glob("*.sha256")
+    record.write_text(damage)
+    assert reader.read(path)[0].clip_id == clip.clip_id
+    assert record.read_text() == clip.content_sha256
 
 
 def test_wrong_size_is_refused_before_any_clip_is_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rlvid.errors import BadClip
 from rlvid.video import pyav_reader
-from tests.video.media import read_numbers, rotate, video_config, write_sound, write_video
+from tests.video.media import TURNS, read_numbers, set_matrix, video_config, write_sound, write_video
 
 decord_reader = pytest.importorskip("rlvid.video.decord_reader", reason="decord is not installed", exc_type=ImportError)
 
@@ -27,7 +27,7 @@ def test_agrees_with_the_default_reader_on_plain_files(tmp_path: Path, name: str
 
 
 def test_rotation_is_applied(tmp_path: Path) -> None:
-    path = str(rotate(write_video(tmp_path / "a.mp4"), 90))
+    path = str(set_matrix(write_video(tmp_path / "a.mp4"), TURNS[90]))
     video = video_config(height=None, width=None)
     ours, theirs = pyav_reader.read_frames(path, video, 28), decord_reader.read_frames(path, video, 28)
     assert theirs.frames.shape == ours.frames.shape

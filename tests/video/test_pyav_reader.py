@@ -12,15 +12,15 @@ from av.video.frame import VideoFrame
 
 from rlvid.errors import BadClip
 from rlvid.video import pyav_reader
-from rlvid.video.decoded import Decoded
-from tests.video.media import painted, read_numbers, rotate, video_config, write_sound, write_video
+from rlvid.video.pyav_reader import DecodedFrames
+from tests.video.media import TURNS, painted, read_numbers, set_matrix, video_config, write_sound, write_video
 
 B_FRAMES = {"g": "12", "bf": "2"}
 OPEN_GOP = {"g": "12", "bf": "3", "x264-params": "open-gop=1:b-adapt=0:scenecut=0"}
 EVENLY = [0, 4, 8, 12, 16, 20, 24, 29]  # 8 of 30
 
 
-def read(path: Path, **keys: Any) -> Decoded:
+def read(path: Path, **keys: Any) -> DecodedFrames:
     return pyav_reader.read_frames(str(path), video_config(**keys), 28)
 
 
@@ -30,9 +30,9 @@ def in_order_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     read_in_order = pyav_reader._read_in_order
 
-    def record(path: str, *args: Any) -> Decoded:
-        paths.append(path)
-        return read_in_order(path, *args)
+    def record(wanted: Any) -> DecodedFrames:
+        paths.append(wanted.path)
+        return read_in_order(wanted)
 
     monkeypatch.setattr(pyav_reader, "_read_in_order", record)
     return paths
@@ -178,7 +178,7 @@ def test_variable_frame_rate_is_read_and_sampled_by_time(tmp_path: Path, name: s
 
 @pytest.mark.parametrize(("degrees", "turns_back"), [(90, 1), (180, 2), (270, 3)])
 def test_rotation_is_applied(tmp_path: Path, degrees: int, turns_back: int) -> None:
-    path = rotate(write_video(tmp_path / "a.mp4"), degrees)
+    path = set_matrix(write_video(tmp_path / "a.mp4"), TURNS[degrees])
     upright = read(write_video(tmp_path / "upright.mp4"), height=None, width=None)
     turned = read(path, height=None, width=None)
     shape = (8, 168, 84, 3) if degrees % 180 else (8, 84, 168, 3)
@@ -189,7 +189,7 @@ def test_rotation_is_applied(tmp_path: Path, degrees: int, turns_back: int) -> N
 
 
 def test_rotation_with_a_fixed_size_gives_that_size(tmp_path: Path) -> None:
-    path = rotate(write_video(tmp_path / "a.mp4"), 90)
+    path = set_matrix(write_video(tmp_path / "a.mp4"), TURNS[90])
     assert read(path, height=140, width=84).frames.shape == (8, 140, 84, 3)
 
 
