@@ -25,7 +25,7 @@ from actors.generator_fleet import GeneratorFleet
 from actors.roles import Roles
 from rlvid.config import IsrtJobConfig, JudgeConfig
 from rlvid.errors import UserError
-from rlvid.reporting.row_file import RowFile
+from rlvid.files import RowFile
 from rlvid.rewards.judge_prompts import (
     TIMED_OUT,
     Answer,

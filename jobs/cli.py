@@ -11,6 +11,7 @@ Heavy modules are imported by the command that needs them: `rlvid --help` must n
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import os
 import sys
@@ -25,6 +26,8 @@ from rlvid.errors import UserError
 
 if TYPE_CHECKING:
     from rlvid.config import SyntheticConfig
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _OVERRIDES_HELP = """\
 overrides:
@@ -67,6 +70,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 130
     except BrokenPipeError:  # `rlvid ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            _report_fault(error, run_dir)
+            return 1
+        print(f"rlvid: error: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
     except Exception as error:
         _report_fault(error, run_dir)
         return 1

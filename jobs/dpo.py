@@ -19,6 +19,7 @@ from jobs.inputs import Inputs, open_job
 from jobs.run import Run, how_to_resume
 from jobs.specs import JOBS
 from rlvid.config import DpoJobConfig
+from rlvid.files import write_atomic
 from rlvid.types import Preference
 
 METRICS_FILE = "training.json"  # beside the exported policy: what `train_preferences` returned
@@ -126,9 +127,7 @@ def train_preferences(
             elif kind == "note":
                 run.console.message(content)
     run.end_if_interrupted(how_to_resume(plan.folder))
-    part = metrics_file.with_suffix(".part")
-    part.write_text(json.dumps(last))
-    part.replace(metrics_file)
+    write_atomic(metrics_file, json.dumps(last))
     return last
 
 

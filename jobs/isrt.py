@@ -29,7 +29,7 @@ from rlvid.config import IsrtJobConfig
 from rlvid.data.order import batch_indices
 from rlvid.data.preferences import pair_row, write_preferences
 from rlvid.errors import UserError
-from rlvid.reporting.row_file import RowFile
+from rlvid.files import RowFile
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling

@@ -18,6 +18,7 @@ import ray
 from actors.actor_process import start_ray
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
+from rlvid.files import naming_write_errors
 from rlvid.reporting.checkpoints import Checkpoint, Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.report.page import write_report
@@ -168,9 +169,14 @@ class Run:
         self._checkpoint(step, trainer, self._state_of_parts())
 
     def _checkpoint(self, step: int, trainer: TrainerGroup, parts: Mapping[str, Any]) -> None:
-        with self.stage("checkpoint"), self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints) as folder:
+        state = {**self.state, **parts, "trainer_workers": self.cfg.placement.trainer_workers}
+        naming = naming_write_errors(
+            f"the checkpoint of step {step} in {self.folder.checkpoints.dir}",
+            "free some space; the earlier checkpoints are whole, and the same command resumes from the newest",
+        )
+        writing = self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
+        with self.stage("checkpoint"), naming, writing as folder:
             trainer.save(folder.resolve())
-            state = {**self.state, **parts, "trainer_workers": self.cfg.placement.trainer_workers}
             (folder / STATE_FILE).write_text(json.dumps(state))
         self._saved_step = step
         write_report(self.folder)

@@ -35,10 +35,10 @@ from jobs.specs import JOBS
 from rlvid.config import JobConfig, SpaceConfig, TuneJobConfig
 from rlvid.config.load import dump_config, load_config
 from rlvid.errors import UserError
+from rlvid.files import read_rows, write_atomic
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.report.sweep import TrialRow, write_sweep
-from rlvid.reporting.run_folder import read_lines
 from rlvid.synthetic.moving_shapes import make_synthetic
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Trial(tune.Trainable):
 
     def _judged_rows(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl that hold the metric."""
-        return [row for row in read_lines(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
+        return [row for row in read_rows(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
 
     def _end(self, code: int) -> dict[str, Any]:
         if code:
@@ -406,7 +406,7 @@ def _row(plan: Plan, result: Any) -> TrialRow:
     metrics = result.metrics or {}
     end = int(metrics.get("step", plan.steps))
     trial_id = Path(result.path).name
-    rows = [r for r in read_lines(plan.folder / "trials" / trial_id / "metrics.jsonl") if r["step"] <= end]
+    rows = [r for r in read_rows(plan.folder / "trials" / trial_id / "metrics.jsonl") if r["step"] <= end]
     curve = tuple(
         (int(row["step"]), float(row[plan.metric]))
         for row in rows
@@ -428,9 +428,7 @@ def _write_best(file: Path, plan: Plan, best: TrialRow, base: JobConfig) -> None
     """The best trial's whole config, with the run folder of the job's own config."""
     config = yaml.safe_load((plan.folder / "trials" / best.trial_id / "config.yaml").read_text(encoding="utf-8"))
     config["run"]["dir"] = str(base.run.dir)
-    part = file.with_suffix(".part")
-    part.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    part.replace(file)
+    write_atomic(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 if __name__ == "__main__":

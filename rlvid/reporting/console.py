@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rlvid.reporting import safe_json
+from rlvid.files import dumps
 
 _LINES_PER_HEADING = 20
 _PIPE_WIDTH = 10_000  # a line in a file is never wrapped
@@ -175,7 +175,7 @@ class Console:
     def result(self, result: Mapping[str, Any]) -> None:
         """The result of the job as one line of JSON, the last line of stdout."""
         self._stop_progress()
-        self._stream.write(safe_json.dumps(result) + "\n")  # not through rich: it would wrap it on a terminal
+        self._stream.write(dumps(result) + "\n")  # not through rich: it would wrap it on a terminal
         self._stream.flush()
 
     def close(self) -> None:

@@ -35,7 +35,8 @@ from pydantic import BaseModel, ValidationError
 
 from rlvid.config.load import dump_config
 from rlvid.errors import BadClip, UserError
-from rlvid.reporting import rollout_tables, safe_json
+from rlvid.files import append_row, cut_torn_line, dumps, read_rows, write_atomic
+from rlvid.reporting import rollout_tables
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.provenance import git_commit, versions
 
@@ -204,7 +205,7 @@ class RunFolder:
                 )
             if new is not None:
                 manifest[kind] = {**old, **new}
-        self._write_atomic(self.manifest_file, safe_json.dumps({**manifest, **more}, indent=2) + "\n")
+        write_atomic(self.manifest_file, dumps({**manifest, **more}, indent=2) + "\n")
 
     def manifest(self) -> dict[str, Any]:
         """Content of `run.json`; empty if there is none."""
@@ -229,10 +230,10 @@ class RunFolder:
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        _append_line(self.metrics_file, row)
+        append_row(self.metrics_file, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.metrics_file)
+        return read_rows(self.metrics_file)
 
     def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> bool:
         """Note a clip that cannot be read. False if its path is noted already, by this or an interrupted process."""
@@ -240,18 +241,18 @@ class RunFolder:
             self._bad_paths = {row["path"] for row in self.read_bad_clips()}
         if clip.path in self._bad_paths:
             return False
-        _append_line(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
+        append_row(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
         self._bad_paths.add(clip.path)
         return True
 
     def append_refused(self, sample_id: str, reason: str) -> None:
         """Note a manifest row that a reward model cannot learn from; once, also when the run is taken up again."""
         row = {"id": sample_id, "reason": reason}
-        if row not in read_lines(self.refused_file):
-            _append_line(self.refused_file, row)
+        if row not in read_rows(self.refused_file):
+            append_row(self.refused_file, row)
 
     def read_bad_clips(self) -> list[dict[str, Any]]:
-        return read_lines(self.bad_clips_file)
+        return read_rows(self.bad_clips_file)
 
     def write_rollouts(
         self,
@@ -288,7 +289,7 @@ class RunFolder:
         rows = self.read_metrics()
         kept = [row for row in rows if is_kept(row)]
         if len(kept) < len(rows):
-            self._write_atomic(self.metrics_file, "".join(safe_json.dumps(row) + "\n" for row in kept))
+            write_atomic(self.metrics_file, "".join(dumps(row) + "\n" for row in kept))
         last = step if step is not None and phase == _PHASES[-1] else None
         rollout_tables.remove_after(self.dir, -1 if last is None else last)
 
@@ -358,8 +359,8 @@ class RunFolder:
         }
         self.logs_dir.mkdir(exist_ok=True)
         self.bad_clips_file.unlink(missing_ok=True)
-        self._write_atomic(self.manifest_file, safe_json.dumps(manifest, indent=2) + "\n")
-        self._write_atomic(self.config_file, dump_config(cfg))  # last: from now on this is a run folder
+        write_atomic(self.manifest_file, dumps(manifest, indent=2) + "\n")
+        write_atomic(self.config_file, dump_config(cfg))  # last: from now on this is a run folder
 
     def _take_up(self, cfg: BaseModel) -> None:
         self.checkpoints.remove_unfinished()
@@ -369,8 +370,8 @@ class RunFolder:
         manifest = self.manifest()
         again = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
         manifest["resumed"] = [*manifest.get("resumed", []), again]
-        self._write_atomic(self.manifest_file, safe_json.dumps(manifest, indent=2) + "\n")
-        self._write_atomic(self.config_file, dump_config(cfg))
+        write_atomic(self.manifest_file, dumps(manifest, indent=2) + "\n")
+        write_atomic(self.config_file, dump_config(cfg))
 
     def _abandon(self) -> None:
         """Undo `_write_new`. Logs stay: they may hold the reason."""
@@ -388,49 +389,9 @@ class RunFolder:
             for path in (self.config_file, self.manifest_file, self.report_file):
                 path.unlink(missing_ok=True)
 
-    def _write_atomic(self, path: Path, text: str) -> None:
-        write_atomic(path, text.encode("utf-8"))
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that a reader sees the old content or the new one, never half of it."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
-
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _append_line(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:  # one write of one line, on disk when the block ends
-        file.write(safe_json.dumps(row) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; none if there is no file. A last line without its end was being written: left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
-        rows.append(row)
-    return rows
-
-
-def cut_torn_line(path: Path) -> None:
-    """A process killed while it wrote leaves a line without an end; the next row must not be glued to it."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            write_atomic(path, content[:whole])
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -450,6 +411,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, st
         sections = [key[:end] for end, letter in enumerate(key) if letter == "."]
         if flat_old.get(key) == flat_new.get(key) or {key, *sections} & MAY_CHANGE_ON_RESUME.keys():
             continue
-        old_text, new_text = (safe_json.dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
+        old_text, new_text = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
         found.append((key, old_text, new_text))
     return found

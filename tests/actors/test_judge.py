@@ -16,7 +16,7 @@ from actors.clip_store import Encoded
 from actors.judge import Comparison, EndpointBackend, FleetBackend, Judge
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
-from rlvid.reporting.row_file import RowFile
+from rlvid.files import RowFile
 from rlvid.rewards.judge_prompts import MATCH, PAIR_WITH_CONTEXT, PairVerdict
 from rlvid.types import Message, Sample, VideoRef
 

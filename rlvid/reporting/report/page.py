@@ -19,9 +19,10 @@ import jinja2
 from markupsafe import Markup
 
 from rlvid.errors import UserError
+from rlvid.files import write_atomic
 from rlvid.reporting.report import charts
 from rlvid.reporting.report.charts import Format, Series
-from rlvid.reporting.run_folder import RunFolder, write_atomic
+from rlvid.reporting.run_folder import RunFolder
 
 _MAX_GROUPS = 24
 _OPEN_GROUPS = 6

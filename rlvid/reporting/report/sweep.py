@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlvid.files import write_atomic
 from rlvid.reporting.report import charts
 from rlvid.reporting.report.page import template
 from rlvid.reporting.report.parallel_coordinates import Dimension, parallel_coordinates
-from rlvid.reporting.run_folder import write_atomic
 
 MAX_CURVES = 6  # as many as there are colours; of the best trials
 
