@@ -181,9 +181,9 @@ class ClipStore:
 
     def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
         """One call, waited for in a thread of the pool; after a process that hangs or dies it is tried on a new one."""
-        # Where a sample has several videos it is not known which one was being read: the sample is set aside, not they.
-        name = " + ".join(sample.videos)
-        if name in self.bad or any(path in self.bad for path in sample.videos):
+        # With several videos it is not known which one was being read: the sample is set aside, not the videos.
+        name = " + ".join(medium.name for medium in sample.media)
+        if name in self.bad or any(medium.name in self.bad for medium in sample.media):
             return None
         reason = ""
         for _ in range(TRIES):

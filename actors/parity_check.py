@@ -127,10 +127,10 @@ def _changes(logprobs: Sequence[npt.NDArray[np.float32]]) -> list[float]:
 
 def _probes(clips: ClipStore, samples: Sequence[Sample]) -> list[_Probe]:
     """The first two samples whose clips can be read: one as it is, one cut tall. Without any video: the first two."""
-    if not any(s.videos for s in samples):
+    if not any(s.media for s in samples):
         return [_Probe(e, None, e.sample.id) for e in clips.encode(samples[:2])]
     probes: list[_Probe] = []
-    for sample in (s for s in samples if s.videos):
+    for sample in (s for s in samples if s.media):
         variants = ("as_is", "altered") if not probes else ("tall", "tall_altered")
         encoded = [e for variant in variants for e in clips.encode([sample], variant)]  # type: ignore[arg-type]
         if len(encoded) == 2:

@@ -44,7 +44,7 @@ from rlvid.training.batch import Group
 from rlvid.training.micro_batches import score
 from rlvid.training.objectives import Preferred
 from rlvid.training.packing import PackedPolicy, pack
-from rlvid.types import Clip, Message, Preference, Sample, VideoRef
+from rlvid.types import Clip, Medium, Message, Preference, Sample
 
 N_PAIRS, LR, BETA, WARMUP = 4, 1e-5, 0.1, 1
 SETTINGS = ("text", "short", "long")  # frames of the last two: benchmarks.grpo_vs_trl.SETTINGS
@@ -53,8 +53,8 @@ SETTINGS = ("text", "short", "long")  # frames of the last two: benchmarks.grpo_
 def pair_of(setting: str, index: int) -> Preference:
     """Pair `index`: two responses of about 30 tokens."""
     n_frames = 0 if setting == "text" else len(frames_of(setting, index))
-    parts = (*(VideoRef(i) for i in range(n_frames)), QUESTION)
-    sample = Sample(f"{setting}-{index}", tuple(f"{i}.mp4" for i in range(n_frames)), (Message("user", parts),), "")
+    media = tuple(Medium(f"{i}.mp4") for i in range(n_frames))
+    sample = Sample(f"{setting}-{index}", media, (Message.about(media, QUESTION),), "")
     rng = np.random.default_rng([index, 1])
     words = " ".join(TEXTS).split()
     chosen, rejected = (" ".join(rng.choice(words, 16)) for _ in range(2))

@@ -53,7 +53,7 @@ from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of
 from rlvid.training.objectives import Grpo
 from rlvid.training.packing import PackedPolicy, pack
-from rlvid.types import Clip, Message, Prompt, Reward, Rollout, Sample, VideoRef
+from rlvid.types import Clip, Medium, Message, Prompt, Reward, Rollout, Sample
 
 N_PROMPTS, GROUP, RESPONSE, LR = 4, 8, 32, 1e-5
 SETTINGS = {"short": (4, 56, 112), "long": (8, 308, 308)}  # frames, height, width
@@ -74,8 +74,8 @@ def reward_of(token_ids: Sequence[int]) -> float:
 def encode(family: QwenVL, setting: str, index: int) -> tuple[Sample, Prompt]:
     """The prompt with each frame as a clip of its own."""
     frames = frames_of(setting, index)
-    parts = (*(VideoRef(i) for i in range(len(frames))), QUESTION)
-    sample = Sample(f"{setting}-{index}", tuple(f"{i}.mp4" for i in range(len(frames))), (Message("user", parts),), "")
+    media = tuple(Medium(f"{i}.mp4") for i in range(len(frames)))
+    sample = Sample(f"{setting}-{index}", media, (Message.about(media, QUESTION),), "")
     clips = [
         Clip(f"{sample.id}-{i}", frame[None], np.zeros(1), np.zeros(1, np.int64), 1, 8.0, "random", "")
         for i, frame in enumerate(frames)

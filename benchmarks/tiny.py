@@ -10,7 +10,7 @@ import numpy as np
 from rlvid.config import TinyModelConfig
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.tiny import make_tiny
-from rlvid.types import Clip, Message, Prompt, Sample, VideoRef
+from rlvid.types import Clip, Medium, Message, Prompt, Sample
 
 TEXTS = [
     "What colour is the shape, and which way does it move? Answer with one word.",
@@ -29,8 +29,8 @@ def frames_of(n_tokens: int, seed: int) -> np.ndarray:
 
 
 def video_sample(index: int) -> Sample:
-    messages = (Message("user", (VideoRef(0), QUESTION)),)
-    return Sample(id=f"clip-{index}", videos=(f"clip-{index}.mp4",), messages=messages, answer="red")
+    media = (Medium(f"clip-{index}.mp4"),)
+    return Sample(id=f"clip-{index}", media=media, messages=(Message.about(media, QUESTION),), answer="red")
 
 
 def video_prompt(family: QwenVL, n_tokens: int, index: int = 0) -> Prompt:

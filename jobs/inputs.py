@@ -45,7 +45,7 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
     manifests = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
     rows = {key: spec.load(cfg).read(path, cfg.data) for key, path in manifests.items() if path}
     for key, loaded in rows.items():
-        n = sum(bool(s.videos) for s in loaded.samples)
+        n = sum(bool(s.media) for s in loaded.samples)
         refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
         lines.append(f"{key}: {len(loaded.samples)} samples, {n} with a video{refused}")
     if len(rows) == 2:
@@ -116,7 +116,7 @@ class Inputs:
         check_disjoint(self.warm_up, self.held_out)
         run.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
         if self.train:
-            n = sum(bool(s.videos) for s in self.train)
+            n = sum(bool(s.media) for s in self.train)
             run.console.message(f"{n} of {len(self.train)} training samples have a video")
         self._load_model()
 
@@ -139,7 +139,7 @@ class Inputs:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Clips can be read inside; needs Ray."""
-        n_clips = len({path for s in (*self.train, *self.held_out, *self.warm_up) for path in s.videos})
+        n_clips = len({medium for s in (*self.train, *self.held_out, *self.warm_up) for medium in s.media})
         self.clips = ClipStore(self.cfg, self.model, n_clips, self._set_aside)
         self.prompts = PromptStream(self.train, self.cfg.seed, self.clips)
         is_shared = self.warm_up is self.train
@@ -199,6 +199,8 @@ class Inputs:
                 run.console.message(f"making a tiny random {model.tiny.family}")
                 make_tiny(self.model, model.tiny, texts_of(self.warm_up or self.held_out, self.pairs), self.cfg.seed)
         self.family: ChatFamily = load_family(self.model)
+        for sample in (*self.train, *self.held_out, *self.warm_up):
+            self.family.check_media(sample)
         weights = sorted(self.model.glob("*.safetensors"))
         if not weights:
             raise UserError(f"model.path: {self.model} holds no *.safetensors weights")

@@ -34,7 +34,7 @@ from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_pr
 from rlvid.rewards.rules import RuleRewards, normalise
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.training.grpo_batch import ACCURACY_KINDS
-from rlvid.types import Preference, Rollout, Sample
+from rlvid.types import Medium, Preference, Rollout, Sample
 
 Row = Mapping[str, Any]
 MakeRows = Callable[[Sequence[Sample]], Sequence[Row]]
@@ -132,7 +132,7 @@ class Iteration:
         run.console.message(f"iteration {self.number}: {len(self.samples)} prompts")
         if cfg.isrt.context != "none":
             earlier = self._earlier_contexts()
-            videos = list({s.videos: s for s in reversed(self.samples) if s.videos}.values())[::-1]
+            videos = list({s.media: s for s in reversed(self.samples) if s.media}.values())[::-1]
             self._in_chunks(self.contexts, videos, lambda chunk: self._describe(roles, chunk, earlier), "contexts")
         contexts = self._contexts()
         self._in_chunks(self.responses, self.samples, lambda chunk: self._respond(roles, chunk, contexts), "responses")
@@ -154,11 +154,11 @@ class Iteration:
                 rows.append(make(todo[i * size : (i + 1) * size]))
         self.run.end_if_interrupted(f"resumes in iteration {self.number}, within the {stage}")
 
-    def _describe(self, roles: Roles, chunk: Sequence[Sample], earlier: Mapping[tuple[str, ...], str]) -> list[Row]:
+    def _describe(self, roles: Roles, chunk: Sequence[Sample], earlier: Mapping[tuple[Medium, ...], str]) -> list[Row]:
         """c_t from the video and c_(t-1)."""
         isrt = self.cfg.isrt
         ids = {f"{s.id}#context": s for s in chunk}
-        prompts = self.inputs.clips.encode([describe_prompt(s, earlier.get(s.videos, "")) for s in chunk])
+        prompts = self.inputs.clips.encode([describe_prompt(s, earlier.get(s.media, "")) for s in chunk])
         top_p = isrt.top_p if isrt.context_temperature else 1.0
         sampling = Sampling(1, isrt.context_temperature, isrt.context_tokens, top_p, self.seed("contexts"))
         return [
@@ -166,15 +166,15 @@ class Iteration:
                 "id": ids[p.sample.id].id,
                 "context": rollout.text.strip(),
                 "n_tokens": len(rollout.token_ids),
-                "prompt": (REFINE if ids[p.sample.id].videos in earlier else DESCRIBE).hash,
+                "prompt": (REFINE if ids[p.sample.id].media in earlier else DESCRIBE).hash,
             }
             for p, (rollout,) in zip(prompts, roles.fleet.generate(prompts, sampling), strict=True)
         ]
 
-    def _respond(self, roles: Roles, chunk: Sequence[Sample], contexts: Mapping[tuple[str, ...], str]) -> list[Row]:
+    def _respond(self, roles: Roles, chunk: Sequence[Sample], contexts: Mapping[tuple[Medium, ...], str]) -> list[Row]:
         """Two different responses to each prompt. They are drawn again until they differ, `isrt.tries` times."""
         shown = contexts if self.cfg.isrt.context == "judge_and_responses" else {}
-        prompts = self.inputs.clips.encode([with_context(s, shown.get(s.videos, "")) for s in chunk])
+        prompts = self.inputs.clips.encode([with_context(s, shown.get(s.media, "")) for s in chunk])
         kept: dict[str, list[Rollout]] = {p.sample.id: [] for p in prompts}
         tries = dict.fromkeys(kept, 0)
         rollout = self.cfg.rollout
@@ -197,12 +197,12 @@ class Iteration:
             for name, rollouts in kept.items()
         ]
 
-    def _judge(self, judge: Judge, chunk: Sequence[Sample], contexts: Mapping[tuple[str, ...], str]) -> list[Row]:
+    def _judge(self, judge: Judge, chunk: Sequence[Sample], contexts: Mapping[tuple[Medium, ...], str]) -> list[Row]:
         """Which of two responses is better, with c_t."""
         asked = []
         for sample in chunk:
             one, two = self.responses[sample.id]["responses"]
-            asked.append(Comparison(sample, (one, two), contexts.get(sample.videos) or None))
+            asked.append(Comparison(sample, (one, two), contexts.get(sample.media) or None))
         return [judgement_row(s.id, judged) for s, judged in zip(chunk, judge.compare(asked), strict=True)]
 
     def _pairs(self) -> list[Preference]:
@@ -217,14 +217,14 @@ class Iteration:
             pairs.append(Preference(sample, responses[winner], responses[1 - winner], meta))
         return pairs
 
-    def _contexts(self) -> dict[tuple[str, ...], str]:
+    def _contexts(self) -> dict[tuple[Medium, ...], str]:
         """c_t by videos; questions about the same video share it."""
-        videos = {s.id: s.videos for s in self.inputs.train}
+        videos = {s.id: s.media for s in self.inputs.train}
         return {videos[row["id"]]: row["context"] for row in self.contexts}
 
-    def _earlier_contexts(self) -> dict[tuple[str, ...], str]:
+    def _earlier_contexts(self) -> dict[tuple[Medium, ...], str]:
         """c_(t-1), or the last one of a video that the last iteration did not use."""
-        found: dict[tuple[str, ...], str] = {}
+        found: dict[tuple[Medium, ...], str] = {}
         for number in range(1, self.number):
             found |= Iteration(self.cfg, self.run, self.inputs, number)._contexts()
         return {videos: context for videos, context in found.items() if context}

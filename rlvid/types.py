@@ -6,39 +6,64 @@ copy. The way of one sample is Sample -> Clip -> Prompt -> Rollout -> Reward (do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 
 @dataclass(frozen=True)
-class VideoRef:
-    """Stands in a message for `Sample.videos[index]`."""
+class Medium:
+    """A video, a part of one, or an image, and how it is read where that differs from the run's `video` keys."""
+
+    path: str  # absolute
+    kind: Literal["video", "image"] = "video"
+    start_s: float | None = None  # seconds from the first frame of the file; None: from the start
+    end_s: float | None = None  # None: to the end
+    fps: float | None = None  # frames sampled a second
+    max_pixels: int | None = None  # of a frame, height * width
+
+    @property
+    def name(self) -> str:
+        """The path and, if it is a part of a video, which part: what the user is told."""
+        if self.start_s is None and self.end_s is None:
+            return self.path
+        end = "the end" if self.end_s is None else f"{self.end_s:g} s"
+        return f"{self.path} ({self.start_s or 0:g} s to {end})"
+
+
+@dataclass(frozen=True)
+class MediumRef:
+    """The place of `Sample.media[index]` in a message."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Message:
-    """One chat turn. `content` keeps the order of text and videos."""
+    """One chat turn. `content` keeps the order of text and media."""
 
     role: str  # "system" | "user" | "assistant"
-    content: tuple[str | VideoRef, ...]
+    content: tuple[str | MediumRef, ...]
 
     @property
     def text(self) -> str:
         return "".join(part for part in self.content if isinstance(part, str))
 
+    @classmethod
+    def about(cls, media: Sequence[Medium], text: str) -> Message:
+        """A user turn with all media of a sample, then `text`."""
+        return cls("user", (*(MediumRef(i) for i in range(len(media))), text))
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One manifest row: what is asked about which videos, and what the right answer is."""
+    """One manifest row: what is asked about which media, and what the right answer is."""
 
     id: str
-    videos: tuple[str, ...]  # absolute paths
+    media: tuple[Medium, ...]
     messages: tuple[Message, ...]  # ends with the turn that the policy has to answer
     answer: str
     choices: tuple[str, ...] | None = None

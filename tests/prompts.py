@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from rlvid.models.families.chat import ChatFamily
 from rlvid.training.batch import Group
-from rlvid.types import Clip, Message, Prompt, Sample, VideoRef
+from rlvid.types import Clip, Medium, Message, Prompt, Sample
 
 
 def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -21,9 +21,8 @@ def clip_of(frames: npt.NDArray[np.uint8], clip_id: str) -> Clip:
 
 
 def sample_of(n_videos: int = 1, question: str = "Which shape is moving?", sample_id: str = "s") -> Sample:
-    content = (*(VideoRef(i) for i in range(n_videos)), question)
-    videos = tuple(f"/clips/{i}.mp4" for i in range(n_videos))
-    return Sample(sample_id, videos, (Message("user", content),), "square")
+    media = tuple(Medium(f"/clips/{i}.mp4") for i in range(n_videos))
+    return Sample(sample_id, media, (Message.about(media, question),), "square")
 
 
 def prompt_of(

@@ -69,11 +69,11 @@ class SampleEncoder:
         """Read a sample's clips and make its prompt. A bad clip is a row, not an exception."""
         clips: list[Clip] = []
         hits = 0
-        for path in sample.videos:
+        for medium in sample.media:
             try:
-                clip, is_hit = self.reader.read(path)
+                clip, is_hit = self.reader.read(medium.path)
             except BadClip as e:
-                return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(path, e.reason))
+                return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(medium.name, e.reason))
             clips.append(probe(clip, variant, self.family.frame_multiple))
             hits += is_hit
         prompt = self.family.encode(sample, clips, self.source.max_prompt_tokens)
@@ -83,4 +83,4 @@ class SampleEncoder:
 
     def strip(self, sample: Sample) -> list[bytes]:
         """A few frames of a sample's clips as JPEG files, for the report."""
-        return [jpeg for path in sample.videos for jpeg in thumbnails(self.reader.read(path)[0].frames)]
+        return [jpeg for medium in sample.media for jpeg in thumbnails(self.reader.read(medium.path)[0].frames)]

@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 
 from rlvid.errors import UserError
 from rlvid.rewards.choices import MAX_CHOICES, bring_letters, choice_lines, choices_meant
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 
 ROLES = ("system", "user", "assistant")
 QUESTION_FIELDS = frozenset({"video", "question"})
 FIELDS = QUESTION_FIELDS | {"id", "messages", "answer", "choices", "problem_type"}
 
-_Content = tuple[str | VideoRef, ...]
+_Content = tuple[str | MediumRef, ...]
 
 
 def load_manifest(
@@ -80,7 +80,7 @@ class _Row:
         self.where = where
         self.folder = folder
         self.data_root = data_root
-        self.videos: list[str] = []
+        self.media: list[Medium] = []
         self.fields = self._parse(line)
 
     def fail(self, message: str) -> NoReturn:
@@ -118,7 +118,7 @@ class _Row:
             self.fail(f"problem_type must be a text, got a {_kind(problem_type)}")
         return Sample(
             id=sample_id,
-            videos=tuple(self.videos),
+            media=tuple(self.media),
             messages=tuple(messages),
             answer=answer,
             choices=choices,
@@ -203,7 +203,7 @@ class _Row:
             self.fail(f"{where}.content must be a text or a list of text and video parts, and not empty")
         return Message(role, tuple(self._part(part, f"{where}.content[{i}]", role) for i, part in enumerate(content)))
 
-    def _part(self, part: object, where: str, role: str) -> str | VideoRef:
+    def _part(self, part: object, where: str, role: str) -> str | MediumRef:
         match part:
             case {"type": "text", "text": str(text), **rest} if text.strip() and not rest:
                 return text
@@ -213,8 +213,8 @@ class _Row:
                 return self._video(video)
         self.fail(f'{where} must be {{"type": "text", "text": not empty}} or {{"type": "video", "video": a path}}')
 
-    def _video(self, video: object) -> VideoRef:
-        """Append the absolute path to `videos`. A path is untrusted: it must not lead out of the data root."""
+    def _video(self, video: object) -> MediumRef:
+        """Append the absolute path to `media`. A path is untrusted: it must not lead out of the data root."""
         if not isinstance(video, str) or not video.strip() or "\0" in video:
             self.fail(f"video must be a path or a list of paths, got {video!r:.80}")
         if os.path.isabs(video):
@@ -222,8 +222,8 @@ class _Row:
         absolute = Path(os.path.normpath(self.folder / video))
         if self.data_root not in absolute.parents:
             self.fail(f"video {video!r} is not under {self.data_root}; set data.root to a folder that holds all videos")
-        self.videos.append(str(absolute))
-        return VideoRef(len(self.videos) - 1)
+        self.media.append(Medium(str(absolute)))
+        return MediumRef(len(self.media) - 1)
 
 
 def _refuse_constant(name: str) -> NoReturn:

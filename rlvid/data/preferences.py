@@ -14,7 +14,7 @@ from typing import Any
 
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.types import Preference, Sample, VideoRef
+from rlvid.types import MediumRef, Preference, Sample
 
 SIDES = ("chosen", "rejected")
 
@@ -44,10 +44,10 @@ def pair_row(pair: Preference, folder: Path) -> dict[str, Any]:
     """The manifest row of a pair, for a manifest in `folder`: the question form, or messages where one turn of videos
     and a question would not say it all. Suffix and system prompt are in it already."""
     sample = pair.sample
-    videos = [os.path.relpath(path, folder) for path in sample.videos]
+    videos = [os.path.relpath(medium.path, folder) for medium in sample.media]
     *before, text = sample.messages[-1].content
     row: dict[str, Any] = {"id": sample.id}
-    if len(sample.messages) == 1 and isinstance(text, str) and before == [VideoRef(i) for i in range(len(videos))]:
+    if len(sample.messages) == 1 and isinstance(text, str) and before == [MediumRef(i) for i in range(len(videos))]:
         row |= ({"video": videos[0] if len(videos) == 1 else videos} if videos else {}) | {"question": text}
     else:
         row["messages"] = [
@@ -55,7 +55,7 @@ def pair_row(pair: Preference, folder: Path) -> dict[str, Any]:
                 "role": message.role,
                 "content": [
                     {"type": "video", "video": videos[part.index]}
-                    if isinstance(part, VideoRef)
+                    if isinstance(part, MediumRef)
                     else {"type": "text", "text": part}
                     for part in message.content
                 ],

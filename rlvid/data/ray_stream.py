@@ -102,7 +102,10 @@ class ClipStream:
         order = batch_indices(n, self._seed, epoch * n + offset, n - offset)
         if not order:
             return
-        references = [{"offset": offset + i, "videos": list(self._samples[s].videos)} for i, s in enumerate(order)]
+        references = [
+            {"offset": offset + i, "videos": [medium.path for medium in self._samples[s].media]}
+            for i, s in enumerate(order)
+        ]
         rows = _fill_gaps(self._run(references), references)
         try:
             for row, sample_index in zip(rows, order, strict=True):
@@ -190,7 +193,7 @@ class _RowEncoder:
         result = {"index": index, "prompt": b"", "user_error": "", "crash": ""}
         try:
             sample = self._samples[index]
-            with ends_process_after((1 + len(sample.videos)) * (2 * self._encoder.source.video.timeout_s + 10)):
+            with ends_process_after((1 + len(sample.media)) * (2 * self._encoder.source.video.timeout_s + 10)):
                 result["prompt"] = pickle.dumps(self._encoder.encode(sample), protocol=5)
         except UserError as error:
             result["user_error"] = str(error)

@@ -34,7 +34,7 @@ def check_disjoint(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
 
 
 def _asked(sample: Sample) -> tuple[object, ...]:
-    return (sample.videos, *(_turn(message) for message in sample.messages if message.role != "system"))
+    return (sample.media, *(_turn(message) for message in sample.messages if message.role != "system"))
 
 
 def _turn(message: Message) -> tuple[object, ...]:

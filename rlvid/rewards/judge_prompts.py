@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Message, Sample
 
 ZERO_WIDTH_SPACE = "\u200b"
 _TAG_START = re.compile(r"<(?=\s*/?\s*[A-Za-z_])")
@@ -185,9 +185,8 @@ def question_of(sample: Sample) -> str:
 
 
 def about_video(sample: Sample, sample_id: str, text: str) -> Sample:
-    """A new prompt on the videos of `sample`, videos first."""
-    videos = tuple(VideoRef(i) for i in range(len(sample.videos)))
-    return Sample(sample_id, sample.videos, (Message("user", (*videos, text)),), answer="")
+    """A new prompt about the media of `sample`, media first."""
+    return Sample(sample_id, sample.media, (Message.about(sample.media, text),), answer="")
 
 
 def pair_prompts(sample: Sample, responses: tuple[str, str], context: str | None) -> tuple[Template, list[Sample]]:

@@ -15,7 +15,7 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
-from rlvid.types import Message, Prompt, Rollout, Sample, VideoRef
+from rlvid.types import Medium, Message, Prompt, Rollout, Sample
 
 if TYPE_CHECKING:
     from rlvid.rollout.hf_engine import PlainEngine
@@ -35,8 +35,8 @@ class Scored:
 
 def ask(rubric: Rubric, name: str, videos: Sequence[str], caption: str) -> Sample:
     """The sample that a reward model of this rubric is asked about `videos`."""
-    refs = tuple(VideoRef(i) for i in range(len(videos)))
-    return Sample(name, tuple(videos), (Message("user", (*refs, rubric.question(caption))),), "")
+    media = tuple(map(Medium, videos))
+    return Sample(name, media, (Message.about(media, rubric.question(caption)),), "")
 
 
 def video_config(rubric: Rubric) -> VideoConfig:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rlvid.config import DIMS, DIMS2, RewardModelJobConfig
 from rlvid.errors import UserError
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Message, Sample
 
 ALIGNMENT = "text-to-video alignment"
 RUBRIC_FOLDER = "reward_model"  # in an exported checkpoint: rubric.json and, where there is a head, head.safetensors
@@ -125,9 +125,8 @@ class Rubric:
         caption = sample.extra.get("prompt")
         if not isinstance(caption, str) or not caption.strip():
             raise NoScore("prompt, the text that the video was generated from, is missing or empty")
-        videos = tuple(VideoRef(i) for i in range(len(sample.videos)))
         system = [m for m in sample.messages if m.role == "system"]
-        asked = Message("user", (*videos, self.question(caption)))
+        asked = Message.about(sample.media, self.question(caption))
         return replace(sample, messages=(*system, asked), choices=None)
 
     def scores(self, labels: Any) -> list[float]:

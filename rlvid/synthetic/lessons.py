@@ -22,7 +22,7 @@ import numpy as np
 
 from rlvid.rewards.judge_prompts import describe_prompt, pair_prompts, with_context
 from rlvid.synthetic.moving_shapes import possible_answers, wrong_answer
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, Message, Sample
 
 ANSWERED = 4  # the question is answered on one clip in so many
 CARELESS = 0.6  # share of these answers that are careless
@@ -45,7 +45,8 @@ def make_lessons(manifest: Path) -> Path:
 def _lessons_on(
     row: dict[str, Any], rows: list[dict[str, Any]], is_answered: bool, rng: np.random.Generator
 ) -> Iterator[dict[str, str]]:
-    sample = Sample(row["id"], (row["video"],), (Message("user", (VideoRef(0), row["question"])),), row["answer"])
+    media = (Medium(row["video"]),)
+    sample = Sample(row["id"], media, (Message.about(media, row["question"]),), row["answer"])
     other = rows[int(rng.integers(len(rows)))]["description"]
     for name, prompt in (("describe", describe_prompt(sample, "")), ("mend", describe_prompt(sample, other))):
         yield _lesson(row, name, prompt.question, row["description"])

@@ -17,7 +17,7 @@ from actors.clip_store import INLINE_BYTES, ClipStore, Encoder
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.types import Prompt, Sample
+from rlvid.types import Medium, Prompt, Sample
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -83,7 +83,7 @@ def test_bad_clips_are_left_out_and_told_once(make: Make, samples: list[Sample],
     (tmp_path / "text.mp4").write_text("no video")
     told: list[tuple[str, str]] = []
     bad = [
-        Sample(str(i), (str(path),), samples[0].messages, "x")
+        Sample(str(i), (Medium(str(path)),), samples[0].messages, "x")
         for i, path in enumerate((tmp_path / "text.mp4", tmp_path / "none.mp4"))
     ]
     clips = make(on_bad=lambda path, reason: told.append((Path(path).name, reason)))
@@ -94,7 +94,7 @@ def test_bad_clips_are_left_out_and_told_once(make: Make, samples: list[Sample],
 
 
 def test_too_many_bad_clips_stop_the_run(make: Make, samples: list[Sample], tmp_path: Path) -> None:
-    bad = [Sample(str(i), (str(tmp_path / f"none-{i}.mp4"),), samples[0].messages, "x") for i in range(3)]
+    bad = [Sample(str(i), (Medium(str(tmp_path / f"none-{i}.mp4")),), samples[0].messages, "x") for i in range(3)]
     clips = make(n_clips=20, data={"max_bad_fraction": 0.1})
     clips.encode(bad[:2])  # 2 of 20 are just allowed
     with pytest.raises(UserError, match=r"3 of 20 clips cannot be read.*max_bad_fraction=0.1(.|\n)*none-0.mp4"):
@@ -134,7 +134,7 @@ def test_a_reader_that_hangs_or_crashes_costs_one_clip(
     monkeypatch.setattr("actors.clip_store.ENCODER_START_S", 10.0)
     told: dict[str, str] = {}
     clips = make(on_bad=told.__setitem__, video={"timeout_s": 1.0})
-    doomed = [Sample(name, (f"/{name}.mp4",), samples[0].messages, "x") for name in ("hang", "crash")]
+    doomed = [Sample(name, (Medium(f"/{name}.mp4"),), samples[0].messages, "x") for name in ("hang", "crash")]
     encoded = clips.encode([*doomed, *samples])
     assert [e.sample.id for e in encoded] == [s.id for s in samples]
     assert told == {"/hang.mp4": "not read within 11 s", "/crash.mp4": "the process that read it crashed"}
@@ -148,7 +148,7 @@ def test_closing_waits_for_no_reader_and_leaves_no_thread(
     clips = make(on_bad=lambda path, reason: told.append(path), placement={"encoders": 1})
     clips.encode(samples[:1])
     (thread,) = clips._pool._threads
-    under_way, waiting = clips.submit([replace(samples[1], videos=("/hang.mp4",)), samples[2]])
+    under_way, waiting = clips.submit([replace(samples[1], media=(Medium("/hang.mp4"),)), samples[2]])
     while not under_way.running():
         time.sleep(0.01)
     begin = time.monotonic()

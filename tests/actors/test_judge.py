@@ -18,7 +18,7 @@ from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.files import RowFile
 from rlvid.rewards.judge_prompts import MATCH, PAIR_WITH_CONTEXT, PairVerdict
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 
 Reply = Callable[[dict[str, Any], int], "tuple[int, str] | None"]  # request, its number -> status and text
 
@@ -80,7 +80,9 @@ class Clips:
     """Encodes at once; videos named bad.mp4 cannot be read."""
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        return [Encoded(s, None, 0, 0, s.videos) for s in samples if "bad.mp4" not in s.videos]  # type: ignore[arg-type]
+        return [
+            Encoded(s, None, 0, 0, tuple(m.path for m in s.media)) for s in samples if Medium("bad.mp4") not in s.media
+        ]  # type: ignore[arg-type]
 
 
 def judge_at(url: str, cache: Path, invalid: float = 0.0, **settings: Any) -> Judge:
@@ -90,7 +92,7 @@ def judge_at(url: str, cache: Path, invalid: float = 0.0, **settings: Any) -> Ju
 
 
 def pair(name: str, one: str = "a dog runs", two: str = "a cat", video: str = "clip.mp4") -> Comparison:
-    sample = Sample(name, (video,), (Message("user", (VideoRef(0), "What moves?")),), "a dog")
+    sample = Sample(name, (Medium(video),), (Message("user", (MediumRef(0), "What moves?")),), "a dog")
     return Comparison(sample, (one, two), "A dog runs over a lawn.")
 
 

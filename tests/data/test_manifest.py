@@ -7,7 +7,7 @@ import pytest
 
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 
 ROW = {"id": "1", "video": "a.mp4", "question": "What moves?", "answer": "a ball"}
 
@@ -37,8 +37,8 @@ def test_question_form(tmp_path: Path) -> None:
     assert load(write(tmp_path, row)) == [
         Sample(
             id="1",
-            videos=(str(tmp_path / "clips/a.mp4"), str(tmp_path / "b.mp4")),
-            messages=(Message("user", (VideoRef(0), VideoRef(1), "What moves?")),),
+            media=(Medium(str(tmp_path / "clips/a.mp4")), Medium(str(tmp_path / "b.mp4"))),
+            messages=(Message("user", (MediumRef(0), MediumRef(1), "What moves?")),),
             answer="a ball",
             problem_type="motion",
             extra={"source": "made", "difficulty": 3},
@@ -51,7 +51,7 @@ def test_choices_and_suffix_stand_below_the_question(tmp_path: Path) -> None:
     [sample] = load(path, suffix="Answer with a letter.", system_prompt="Look closely.")
     assert sample.messages == (
         Message("system", ("Look closely.",)),
-        Message("user", (VideoRef(0), "What moves?\nA. a ball\nB. a box\nAnswer with a letter.")),
+        Message("user", (MediumRef(0), "What moves?\nA. a ball\nB. a box\nAnswer with a letter.")),
     )
     assert (sample.choices, sample.answer) == (("a ball", "a box"), "B")
 
@@ -59,12 +59,12 @@ def test_choices_and_suffix_stand_below_the_question(tmp_path: Path) -> None:
 def test_text_only_rows_have_no_video(tmp_path: Path) -> None:
     for row in (changed(video=None), changed(video=[])):
         [sample] = load(write(tmp_path, row))
-        assert sample.videos == () and sample.messages[0].content == ("What moves?",)
+        assert sample.media == () and sample.messages[0].content == ("What moves?",)
 
 
 def test_literal_video_tag_stays_text(tmp_path: Path) -> None:
     [sample] = load(write(tmp_path, changed(question="<video>What is <video>?")))
-    assert sample.messages[0].content == (VideoRef(0), "<video>What is <video>?")
+    assert sample.messages[0].content == (MediumRef(0), "<video>What is <video>?")
 
 
 def test_messages_form_keeps_the_order_of_text_and_videos(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_messages_form_keeps_the_order_of_text_and_videos(tmp_path: Path) -> Non
         answer="right",
     )
     [sample] = load(write(tmp_path, row), system_prompt="not used", suffix="One word.")
-    assert sample.videos == (str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))
+    assert sample.media == (Medium(str(tmp_path / "a.mp4")), Medium(str(tmp_path / "b.mp4")))
     assert sample.messages == (
         Message("system", ("Be brief.",)),
-        Message("user", ("First", VideoRef(0))),
+        Message("user", ("First", MediumRef(0))),
         Message("assistant", ("I see.",)),
-        Message("user", (VideoRef(1), "and now?\nOne word.")),
+        Message("user", (MediumRef(1), "and now?\nOne word.")),
     )
     assert sample.choices == ("left", "right") and sample.question == "and now?\nOne word."
 
@@ -90,7 +90,7 @@ def test_messages_form_keeps_the_order_of_text_and_videos(tmp_path: Path) -> Non
 def test_suffix_follows_a_video_that_ends_the_last_turn(tmp_path: Path) -> None:
     row = turns(("user", [{"type": "text", "text": "Describe"}, {"type": "video", "video": "a.mp4"}]))
     [sample] = load(write(tmp_path, row), suffix="Briefly.", system_prompt="Hello.")
-    assert sample.messages == (Message("system", ("Hello.",)), Message("user", ("Describe", VideoRef(0), "Briefly.")))
+    assert sample.messages == (Message("system", ("Hello.",)), Message("user", ("Describe", MediumRef(0), "Briefly.")))
 
 
 def test_numbers_are_taken_as_id_and_answer(tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_videos_may_leave_the_manifests_folder_when_the_root_says_so(tmp_path: P
     with pytest.raises(UserError, match=r"'\.\./clips/a\.mp4' is not under .*lists; set data\.root"):
         load(path)
     [sample] = load(path, root=tmp_path)
-    assert sample.videos == (str(tmp_path / "clips/a.mp4"),)
+    assert sample.media == (Medium(str(tmp_path / "clips/a.mp4")),)
 
 
 def test_relative_manifest_and_root_give_absolute_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, ROW)
     monkeypatch.chdir(tmp_path)
     [sample] = load(Path("train.jsonl"), root=Path("."))
-    assert sample.videos == (os.path.join(os.getcwd(), "a.mp4"),)
+    assert sample.media == (Medium(os.path.join(os.getcwd(), "a.mp4")),)
 
 
 @pytest.mark.parametrize("video", ["..", ".", "x/../..", "../lists_too/a.mp4", "a/../../a.mp4"])

@@ -6,7 +6,7 @@ import pytest
 
 from rlvid.data.preferences import load_preferences, pair_row, write_preferences
 from rlvid.errors import UserError
-from rlvid.types import Message, Preference, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Preference, Sample
 
 ROW = {"id": "a", "video": "a.mp4", "question": "What moves?", "chosen": "A circle.", "rejected": "A square."}
 
@@ -20,7 +20,7 @@ def load(tmp_path: Path, *rows: dict[str, object]):  # type: ignore[no-untyped-d
 def test_a_row_is_a_prompt_and_two_responses(tmp_path: Path) -> None:
     (pair,) = load(tmp_path, {**ROW, "judge": "self", "iteration": 2})
     assert (pair.chosen, pair.rejected) == ("A circle.", "A square.")
-    assert pair.sample.videos == (str(tmp_path / "a.mp4"),)
+    assert pair.sample.media == (Medium(str(tmp_path / "a.mp4")),)
     assert pair.sample.answer == ""
     assert pair.meta == {"judge": "self", "iteration": 2}
 
@@ -49,19 +49,19 @@ def test_a_bad_pair_is_named(tmp_path: Path, change: dict[str, object], message:
 
 
 def test_a_pair_written_as_a_row_is_read_as_the_same_pair(tmp_path: Path) -> None:
-    video = str(tmp_path / "clips" / "a.mp4")
+    video = Medium(str(tmp_path / "clips" / "a.mp4"))
     turns = (
         Message("system", ("Be brief.",)),
-        Message("user", (VideoRef(0), "What?")),
+        Message("user", (MediumRef(0), "What?")),
         Message("assistant", ("A dog.",)),
         Message("user", ("Where?",)),
     )
     samples = [
-        Sample("a", (video,), (Message("user", (VideoRef(0), "What?\nA. x")),), "x", problem_type="kind"),
+        Sample("a", (video,), (Message("user", (MediumRef(0), "What?\nA. x")),), "x", problem_type="kind"),
         Sample("b", (), (Message("user", ("What?",)),), ""),
-        Sample("c", (video, video), (Message("user", (VideoRef(0), VideoRef(1), "Which?")),), ""),
+        Sample("c", (video, video), (Message("user", (MediumRef(0), MediumRef(1), "Which?")),), ""),
         Sample("d", (video,), turns, "lawn"),
-        Sample("e", (video,), (Message("user", ("Look: ", VideoRef(0), "What?")),), ""),
+        Sample("e", (video,), (Message("user", ("Look: ", MediumRef(0), "What?")),), ""),
     ]
     pairs = [Preference(s, "this one", "that one", {"judge": "me", "iteration": 1}) for s in samples]
     folder = tmp_path / "iterations" / "01"

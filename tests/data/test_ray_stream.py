@@ -14,7 +14,7 @@ import ray
 from rlvid.data import ray_stream
 from rlvid.data.ray_stream import ClipStream, StreamRow, _fill_gaps
 from rlvid.errors import UserError
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, Message, Sample
 from rlvid.video.cache import FrameCache
 from rlvid.video.clip_reader import ClipReader
 from tests.video.media import read_numbers, video_config, write_video
@@ -49,8 +49,8 @@ def samples(clips: Path) -> list[Sample]:
 
 
 def make_sample(sample_id: str, *paths: Path) -> Sample:
-    content: tuple[str | VideoRef, ...] = (*(VideoRef(i) for i in range(len(paths))), "What is seen?")
-    return Sample(sample_id, tuple(map(str, paths)), (Message("user", content),), answer="")
+    media = tuple(Medium(str(path)) for path in paths)
+    return Sample(sample_id, media, (Message.about(media, "What is seen?"),), answer="")
 
 
 def make_stream(samples: list[Sample], cache: Path, seed: int = 0, **keys: Any) -> ClipStream:
@@ -75,7 +75,7 @@ class TestWithRay:
             "missing": "there is no such file",
         }
         assert all(len(row.clip_ids) == (row.error is None) and row.n_cached == 0 for row in rows)
-        assert all(row.error.path == row.sample.videos[0] for row in rows if row.error)
+        assert all(row.error.path == row.sample.media[0].path for row in rows if row.error)
 
     def test_clips_are_opened_from_the_cache_by_id(self, samples: list[Sample], tmp_path: Path) -> None:
         cache = FrameCache(tmp_path, 10**9)
@@ -150,7 +150,7 @@ class TestWithRay:
             read_frames = pyav_reader.read_frames
 
             def read_or_die(path: str, *rest: Any) -> Any:
-                if path == killer.videos[0]:
+                if path == killer.media[0].path:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return read_frames(path, *rest)
 

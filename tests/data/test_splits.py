@@ -2,14 +2,14 @@ import pytest
 
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import UserError
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 
 
 def sample(id: str, video: str = "/data/a.mp4", question: str = "What moves?", system: str | None = None) -> Sample:
-    turns = [Message("user", (VideoRef(0), question))]
+    turns = [Message("user", (MediumRef(0), question))]
     if system:
         turns.insert(0, Message("system", (system,)))
-    return Sample(id=id, videos=(video,), messages=tuple(turns), answer="x")
+    return Sample(id=id, media=(Medium(video),), messages=tuple(turns), answer="x")
 
 
 def test_the_same_video_with_another_question_is_allowed() -> None:
@@ -30,7 +30,7 @@ def test_the_same_video_and_question_under_another_id_is_found() -> None:
 
 
 def test_the_same_text_only_question_is_found() -> None:
-    one, two = (Sample(id=id, videos=(), messages=(Message("user", ("2 + 2?",)),), answer="4") for id in "12")
+    one, two = (Sample(id=id, media=(), messages=(Message("user", ("2 + 2?",)),), answer="4") for id in "12")
     with pytest.raises(UserError, match="1 = 2"):
         check_disjoint([one], [two])
 
@@ -38,7 +38,7 @@ def test_the_same_text_only_question_is_found() -> None:
 def test_a_last_turn_alone_does_not_make_two_conversations_equal() -> None:
     def talk(id: str, first: str) -> Sample:
         turns = (Message("user", (first,)), Message("assistant", ("Yes.",)), Message("user", ("Why?",)))
-        return Sample(id=id, videos=(), messages=turns, answer="x")
+        return Sample(id=id, media=(), messages=turns, answer="x")
 
     check_disjoint([talk("1", "Does it rain?")], [talk("2", "Does it snow?")])
 

@@ -225,7 +225,7 @@ class SeededFleet:
 
 class InstantClips:
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        return [Encoded(s, None, 1, 1, s.videos) for s in samples]  # type: ignore[arg-type]
+        return [Encoded(s, None, 1, 1, tuple(m.path for m in s.media)) for s in samples]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("context", ["none", "judge", "judge_and_responses"])

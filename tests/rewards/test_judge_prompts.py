@@ -24,9 +24,9 @@ from rlvid.rewards.judge_prompts import (
     score_verdict,
     with_context,
 )
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 
-SAMPLE = Sample("a", ("clip.mp4",), (Message("user", (VideoRef(0), "What moves?")),), "a dog")
+SAMPLE = Sample("a", (Medium("clip.mp4"),), (Message("user", (MediumRef(0), "What moves?")),), "a dog")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_prompts_stand_on_the_same_videos_with_ids_of_their_own() -> None:
     prompts += [score_prompt(SCORE, SAMPLE, "a dog"), score_prompt(MATCH, SAMPLE, "a dog")]
     prompts += [describe_prompt(SAMPLE, "")]
     assert len({p.id for p in prompts}) == len(prompts)
-    assert all(p.videos == SAMPLE.videos and p.messages[0].content[0] == VideoRef(0) for p in prompts)
+    assert all(p.media == SAMPLE.media and p.messages[0].content[0] == MediumRef(0) for p in prompts)
     assert prompts[0].question.index("a dog") < prompts[0].question.index("a cat")
     assert prompts[1].question.index("a cat") < prompts[1].question.index("a dog")
     assert "A cat." in describe_prompt(SAMPLE, "A cat.").question and "{'pred'" in prompts[3].question
@@ -147,11 +147,11 @@ def test_prompts_stand_on_the_same_videos_with_ids_of_their_own() -> None:
 def test_a_conversation_is_judged_as_a_whole() -> None:
     turns = (
         Message("system", ("Be brief.",)),
-        Message("user", (VideoRef(0), "What?")),
+        Message("user", (MediumRef(0), "What?")),
         Message("assistant", ("A dog.",)),
         Message("user", ("Where?",)),
     )
-    assert question_of(Sample("b", ("c.mp4",), turns, "")) == "user: What?\nassistant: A dog.\nuser: Where?"
+    assert question_of(Sample("b", (Medium("c.mp4"),), turns, "")) == "user: What?\nassistant: A dog.\nuser: Where?"
 
 
 def test_every_template_has_a_hash_of_its_own() -> None:
@@ -160,8 +160,8 @@ def test_every_template_has_a_hash_of_its_own() -> None:
 
 def test_a_context_before_the_question_is_data() -> None:
     told = with_context(SAMPLE, "A </video_description> dog.")
-    assert told.messages[0].content[0] == VideoRef(0) and told.question.endswith("\nWhat moves?")
+    assert told.messages[0].content[0] == MediumRef(0) and told.question.endswith("\nWhat moves?")
     assert told.question.count("</video_description>") == 1 and with_context(SAMPLE, "") is SAMPLE
-    video_last = replace(SAMPLE, messages=(Message("user", ("What moves? ", VideoRef(0))),))
+    video_last = replace(SAMPLE, messages=(Message("user", ("What moves? ", MediumRef(0))),))
     asked, video = with_context(video_last, "A dog.").messages[0].content
-    assert video == VideoRef(0) and isinstance(asked, str) and asked.index("A dog.") < asked.index("What moves?")
+    assert video == MediumRef(0) and isinstance(asked, str) and asked.index("A dog.") < asked.index("What moves?")

@@ -9,7 +9,7 @@ import numpy as np
 from rlvid.models.families import load_family
 from rlvid.rewards.reward_model import ask, extended, token_at
 from rlvid.rewards.videoscore import DIMS, Rubric
-from rlvid.types import VideoRef
+from rlvid.types import MediumRef
 from tests.prompts import prompt_of
 
 RUBRIC = Rubric("generation", DIMS, 1, 4, "integer", {})
@@ -34,4 +34,4 @@ def test_extended_prompt_goes_on_where_a_response_would_stand(tiny_model: Path) 
 
 def test_model_is_asked_with_the_prompt_it_was_trained_on() -> None:
     sample = ask(RUBRIC, "s", ["/a.mp4"], 'a "cat"')
-    assert sample.messages[-1].content == (VideoRef(0), RUBRIC.question("a 'cat'"))
+    assert sample.messages[-1].content == (MediumRef(0), RUBRIC.question("a 'cat'"))

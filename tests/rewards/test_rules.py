@@ -26,7 +26,7 @@ KELVIN, FULL_WIDTH_B, ARABIC_3 = "\u212a", "\uff22", "\u0663"
 
 
 def sample(answer: str, choices: tuple[str, ...] | None = None) -> Sample:
-    return Sample(id="1", videos=(), messages=(Message("user", ("?",)),), answer=answer, choices=choices)
+    return Sample(id="1", media=(), messages=(Message("user", ("?",)),), answer=answer, choices=choices)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from rlvid.rewards.videoscore import (
     mean_score,
     soft_score,
 )
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 
 ITEMS = Path(__file__).parents[3] / "shared" / "data" / "videoscore" / "mantis_classification" / "train.json"
 FIVE = Rubric("generation", DIMS, 1, 4, "integer", {})
@@ -140,10 +140,14 @@ def test_soft_score_is_the_chosen_integer_times_its_share() -> None:
 
 def test_graded_sample_has_the_rubrics_prompt_and_answer() -> None:
     sample = Sample(
-        "s", ("/a.mp4",), (Message("user", (VideoRef(0), "old")),), "", extra={"prompt": "a cat", "labels": LABELS}
+        "s",
+        (Medium("/a.mp4"),),
+        (Message("user", (MediumRef(0), "old")),),
+        "",
+        extra={"prompt": "a cat", "labels": LABELS},
     )
     graded = FIVE.graded(sample)
-    assert graded.messages[-1].content == (VideoRef(0), five_scores_question("a cat")) and graded.answer == TEXT
+    assert graded.messages[-1].content == (MediumRef(0), five_scores_question("a cat")) and graded.answer == TEXT
     with pytest.raises(NoScore, match="prompt"):
         FIVE.graded(Sample("s", (), sample.messages, "", extra={"labels": LABELS}))
 

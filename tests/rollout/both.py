@@ -96,7 +96,7 @@ class LocalClips:
             side = self.family.frame_multiple
             clips = [
                 probe(clip_of(noise(8, 4 * side, 4 * side, seed=int(sample.id)), f"noise-{sample.id}"), variant, side)
-                for _ in sample.videos
+                for _ in sample.media
             ]
             prompt = self.family.encode(sample, clips)
             encoded.append(Encoded(sample, prompt, prompt.length, prompt.cost))  # type: ignore[arg-type]

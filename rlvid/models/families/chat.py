@@ -49,6 +49,7 @@ class ChatFamily(ABC):
     vllm_module: str | None = None  # where vLLM keeps the class called `architecture`; None: it does not serve it
     default_template = CHAT_TEMPLATE  # where the checkpoint brings none
     banned_tokens: tuple[int, ...]  # a response may not hold these
+    media_kinds: frozenset[str] = frozenset()  # of `Medium.kind`: what it takes
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
     def __init__(self, folder: Path):
@@ -71,12 +72,27 @@ class ChatFamily(ABC):
         """Make the prompt of `sample` from its decoded clips; never cut.
 
         Args:
-            clips: one per `sample.videos`, frames [T, H, W, 3] with H and W multiples of `frame_multiple`.
+            clips: one per `sample.media`, frames [T, H, W, 3] with H and W multiples of `frame_multiple`.
             max_tokens: longest prompt that fits the context beside a response.
 
         Raises:
             UserError: the prompt is longer than `max_tokens`, or its messages do not use each video exactly once.
         """
+
+    def check_media(self, sample: Sample) -> None:
+        """
+        Raises:
+            UserError: the family does not take a medium of `sample`.
+        """
+        for medium in sample.media:
+            if medium.kind in self.media_kinds:
+                continue
+            if medium.kind == "image":
+                raise UserError(f"sample {sample.id!r}: {medium.path}: images are not read yet; leave the row out")
+            raise UserError(
+                f"sample {sample.id!r} has a {medium.kind}, but {self.architecture} in {self.folder} takes text alone; "
+                f"give a video-language model, or a manifest without videos"
+            )
 
     @abstractmethod
     def engine_input(self, prompt: Prompt) -> MultiModalInput | dict[str, Any]:

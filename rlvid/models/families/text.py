@@ -37,11 +37,7 @@ class TextModel(ChatFamily):
         return token
 
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
-        if sample.videos:
-            raise UserError(
-                f"sample {sample.id!r} has {len(sample.videos)} videos, but {self.architecture} in {self.folder} takes "
-                f"text alone; give a video-language model, or a manifest without videos"
-            )
+        self.check_media(sample)
         # Templates of text models take a message's content as one string.
         turns = [{"role": m.role, "content": self.escape(m.text)} for m in sample.messages]
         named = {name: token for name, token in self._named.items() if token is not None}

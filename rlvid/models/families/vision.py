@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily, read_json
-from rlvid.types import Clip, Prompt, Sample, Span, VideoRef
+from rlvid.types import Clip, MediumRef, Prompt, Sample, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ class VisionFamily(ChatFamily):
 
     placeholder: str  # the token that takes an embedding of the tower
     vision_tokens: tuple[str, ...]  # a sampled one would ask for features that are not there
+    media_kinds = frozenset({"video"})
     part_type = "video"  # what the chat template calls a video
     default_patch_size = 14  # where config.json leaves out what transformers has as default
     merge_size = 1  # patches that become one token lie in squares of this side
@@ -60,7 +61,8 @@ class VisionFamily(ChatFamily):
         self.banned_tokens = tuple(i for i in ids if i is not None)
 
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
-        seen = [part.index for m in sample.messages for part in m.content if isinstance(part, VideoRef)]
+        self.check_media(sample)
+        seen = [part.index for m in sample.messages for part in m.content if isinstance(part, MediumRef)]
         if seen != list(range(len(clips))):
             raise UserError(
                 f"sample {sample.id!r}: its messages use videos {seen}, but it has {len(clips)}; use each once, "
@@ -143,7 +145,7 @@ class VisionFamily(ChatFamily):
             )
         return pieces
 
-    def _part(self, part: str | VideoRef) -> dict[str, str]:
-        if isinstance(part, VideoRef):
+    def _part(self, part: str | MediumRef) -> dict[str, str]:
+        if isinstance(part, MediumRef):
             return {"type": self.part_type}
         return {"type": "text", "text": self.escape(part)}

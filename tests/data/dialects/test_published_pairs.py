@@ -65,10 +65,10 @@ def test_hounds_frame_folder_becomes_one_clip_for_all_its_questions(videos: Path
     assert not refused
     first, second, third = pairs
     assert (first.chosen, first.rejected, first.sample.messages[0].text) == ("A dog.", "A cat.", "What is it?")
-    assert first.sample.videos == second.sample.videos and second.meta["chosen_score"] == 5
-    for i, frame in enumerate(frames_of(first.sample.videos[0])):
+    assert first.sample.media == second.sample.media and second.meta["chosen_score"] == 5
+    for i, frame in enumerate(frames_of(first.sample.media[0].path)):
         assert (frame == np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).all()
-    assert Path(third.sample.videos[0]).read_bytes() == (videos / "v_mp4.mp4").read_bytes()
+    assert Path(third.sample.media[0].path).read_bytes() == (videos / "v_mp4.mp4").read_bytes()
     assert not list((videos.parent / "out" / "clips").glob("*.part"))
 
 
@@ -78,13 +78,13 @@ def test_rlaifs_preference_names_the_better_output(videos: Path) -> None:
         ("7", "A dog.", "A cat."),
         ("8", "A cat.", "A dog."),
     ]
-    assert len(frames_of(pairs[0].sample.videos[0])) == 3
-    assert pairs[0].sample.videos == pairs[1].sample.videos
+    assert len(frames_of(pairs[0].sample.media[0].path)) == 3
+    assert pairs[0].sample.media == pairs[1].sample.media
 
 
 def test_frames_of_one_folder_may_be_those_of_several_videos(videos: Path) -> None:
     pairs, _ = converted(videos, [RLAIF, {**RLAIF, "id": 8, "images": RLAIF["images"][1:]}], "rlaif")  # type: ignore[index]
-    assert [len(frames_of(pair.sample.videos[0])) for pair in pairs] == [3, 2]
+    assert [len(frames_of(pair.sample.media[0].path)) for pair in pairs] == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rlvid.models.loading import load_model
 from rlvid.models.lora import add_adapters
 from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.training.packing import normalise
-from rlvid.types import Message, Sample, VideoRef
+from rlvid.types import Medium, MediumRef, Message, Sample
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 
 
@@ -33,7 +33,9 @@ def test_idefics2s_prompt_equals_the_processors(idefics2: Idefics2) -> None:
     from transformers import AutoProcessor
 
     clips = [clip_of(noise(3, 56, 84), "a"), clip_of(noise(2, 84, 56, seed=1), "b")]
-    sample = Sample("s", ("a", "b"), (Message("user", (VideoRef(0), "First.", VideoRef(1), "Which moves?")),), "")
+    sample = Sample(
+        "s", (Medium("a"), Medium("b")), (Message("user", (MediumRef(0), "First.", MediumRef(1), "Which moves?")),), ""
+    )
     processor = AutoProcessor.from_pretrained(idefics2.folder)
     image, text = {"type": "image"}, [{"type": "text", "text": t} for t in ("First.", "Which moves?")]
     turns = [{"role": "user", "content": [image, text[0], image, text[1]]}]

@@ -14,7 +14,7 @@ from rlvid.models import torchvision_ops
 from rlvid.models.families import load_family
 from rlvid.models.families.qwen_vl import Qwen3VL, QwenVL
 from rlvid.models.families.rotary import rotary_positions
-from rlvid.types import Clip, Message, Sample, Span, VideoRef
+from rlvid.types import Clip, Medium, MediumRef, Message, Sample, Span
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 
 
@@ -164,7 +164,7 @@ def test_prompt_is_never_cut(family: QwenVL) -> None:
 
 
 def test_each_video_is_used_once(family: QwenVL) -> None:
-    twice = Sample("s", ("/a.mp4",), (Message("user", (VideoRef(0), VideoRef(0), "?")),), "a")
+    twice = Sample("s", (Medium("/a.mp4"),), (Message("user", (MediumRef(0), MediumRef(0), "?")),), "a")
     with pytest.raises(UserError, match="use each once"):
         family.encode(twice, [clip_of(noise(2, 28, 28), "c")])
 
@@ -173,6 +173,12 @@ def test_text_only_prompt(family: QwenVL) -> None:
     prompt = family.encode(sample_of(n_videos=0), [])
     assert prompt.spans == () and len(prompt.patches) == 0
     assert prompt.positions[0].tolist() == list(range(prompt.length))
+
+
+def test_images_are_refused_until_they_are_read(family: QwenVL) -> None:
+    media = (Medium("/a.png", "image"),)
+    with pytest.raises(UserError, match=r"'s': /a\.png: images are not read yet"):
+        family.check_media(Sample("s", media, (Message.about(media, "?"),), "a"))
 
 
 def test_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
