@@ -1,13 +1,13 @@
 """Decoded frames on disk: a clip is decoded once per machine, then mapped into memory (40 to 700 times cheaper).
 
-An entry is two files, `<clip_id>.npy` (frames, as any numpy reads them) and `<clip_id>.json` (the rest of the clip).
-The JSON is written last and says that the entry is whole; its modification time is that of the last use. Files appear
-by rename only. Processes share a folder: a lock per clip makes one of them decode while the others wait, and the total
-size is kept in one locked file, so that putting a clip does not look through the folder.
+An entry is one file, `<clip_id>.npy`: the frames, as any numpy reads them, followed by the rest of the clip as JSON.
+It appears by rename only, and its modification time is that of the last use. Processes share a folder: locks make one
+of them decode a clip while the others wait, and the total size is kept in one locked file, so that adding a clip does
+not search the folder. `<key>.sha256` holds the hash of a video file that has been read before.
 
 Native decoders crash, and what runs a worker may start it again without end (Ray Data 2.60 retries a task whose worker
-died for ever). So `<clip_id>.tries` outlives a process that dies while it makes the clip, and a clip that has cost two
-processes is refused.
+crashed for ever). So `<clip_id>.crashes` remains when a process ends while it makes the clip, and a clip that has
+crashed two processes is refused.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rlvid.errors import UserError
 from rlvid.types import Clip
 
-KEEP_FRACTION = 0.9  # eviction goes on to here, or a full cache would be searched at every put
+KEEP_FRACTION = 0.9  # eviction continues to here, or a full cache would be searched at every put
+STALE_PART_S = 3600.0  # a half-written file this old belongs to a process that crashed
+MAX_CRASHES = 2  # one may have another cause: a stopped run, a lost machine
+CRASHES_COUNT_S = 3600.0  # after the last one
 SHA256_LENGTH = 64  # hexadecimal digits
-STALE_PART_S = 3600.0  # a half-written file this old belongs to a process that died
-MAX_DEATHS = 2  # one death can be somebody else's: a stopped run, a lost machine
-DEATHS_COUNT_S = 3600.0  # so long after the last
 
 
-class MakerDied(Exception):
-    """Making this clip has killed `MAX_DEATHS` processes. `record` is the file that says so."""
+class MakerCrashed(Exception):
+    """Making this clip has ended `MAX_CRASHES` processes. `record` is the file that says so."""
 
     def __init__(self, record: Path):
         super().__init__(record)
@@ -56,46 +55,29 @@ class FrameCache:
     def __init__(self, dir: Path, limit_bytes: int):
         self.dir = dir.expanduser()
         self.limit_bytes = limit_bytes
-        try:
+        with self._writing():
             self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def get(self, clip_id: str) -> Clip | None:
-        """The clip with read-only frames mapped from disk, or None. An entry that is not whole is removed."""
-        clip = self._load(clip_id)
-        if clip is None and any(path.exists() for path in self._paths(clip_id)):
-            with self._locked(self._lock_path(clip_id)):
-                clip = self._load(clip_id)  # another process may just have been writing it
-                if clip is None:
-                    self._remove(clip_id)
-        return clip
 
     def get_or_make(self, clip_id: str, make: Callable[[], Clip]) -> tuple[Clip, bool]:
-        """The clip, and whether it was there. Of all processes that ask at the same time one calls `make`.
+        """The clip with read-only frames, and whether it was there. Of all processes that ask at once one calls `make`.
 
         Raises:
             UserError: The folder cannot be written.
-            MakerDied: Several processes died in `make` of this clip within the last hour.
+            MakerCrashed: Several processes ended in `make` of this clip within the last hour.
             Exception: Whatever `make` raises; nothing is kept then.
         """
-        clip = self._load(clip_id)
-        if clip is not None:
+        if clip := self._load(clip_id):
             return clip, True
-        with self._locked(self._lock_path(clip_id)):
-            clip = self._load(clip_id)
-            if clip is not None:
+        with self._locked(clip_id[:3]):  # at most 4096 lock files, and rarely two clips under one
+            if clip := self._load(clip_id):
                 return clip, True
-            self._remove(clip_id)
             with self._recorded(clip_id):
                 clip = make()
             if clip.clip_id != clip_id:
                 raise ValueError(f"asked for clip {clip_id}, made {clip.clip_id}")
             clip.frames.flags.writeable = False  # as when it is read from disk
-            try:
+            with self._writing():
                 self._put(clip)
-            except OSError as error:
-                raise self._unwritable(error) from error
             return clip, False
 
     def content_sha256(self, path: str, size: int, mtime_ns: int, compute: Callable[[], str]) -> str:
@@ -109,96 +91,70 @@ class FrameCache:
         record = self.dir / f"{key}.sha256"
         with suppress(FileNotFoundError):
             known = record.read_text()
-            if len(known) == SHA256_LENGTH:  # a process may have died while it wrote
+            if len(known) == SHA256_LENGTH:  # a process may have crashed while it wrote
                 return known
         known = compute()
-        try:
+        with self._writing():
             record.write_text(known)
-        except OSError as error:
-            raise self._unwritable(error) from error
         return known
-
-    def size_bytes(self) -> int:
-        """Size of all entries, looked up on disk."""
-        return sum(size for _, size, _ in self._scan())
 
     @contextmanager
     def _recorded(self, clip_id: str) -> Iterator[None]:
-        """Leave a record behind if this process dies inside."""
-        record = self.dir / f"{clip_id}.tries"
-        try:
+        """Leave a record behind if this process ends inside."""
+        record = self.dir / f"{clip_id}.crashes"
+        crashes = 0
+        with suppress(FileNotFoundError):
             found = record.stat()
-            deaths = found.st_size if time.time() - found.st_mtime < DEATHS_COUNT_S else 0
-        except FileNotFoundError:
-            deaths = 0
-        if deaths >= MAX_DEATHS:
-            raise MakerDied(record)
-        try:
-            record.write_bytes(b"x" * (deaths + 1))
-        except OSError as error:
-            raise self._unwritable(error) from error
+            crashes = found.st_size if time.time() - found.st_mtime < CRASHES_COUNT_S else 0
+        if crashes >= MAX_CRASHES:
+            raise MakerCrashed(record)
+        with self._writing():
+            record.write_bytes(b"x" * (crashes + 1))
         try:
             yield
         finally:
             record.unlink(missing_ok=True)
 
     def _put(self, clip: Clip) -> None:
-        frames_path, meta_path = self._paths(clip.clip_id)
-        meta = {
-            "shape": clip.frames.shape,
-            "pts_s": clip.pts_s.tolist(),
-            "indices": clip.indices.tolist(),
-            "n_frames": clip.n_frames,
-            "fps": clip.fps,
-            "reader": clip.reader,
-            "content_sha256": clip.content_sha256,
-        }
-        text = json.dumps(meta).encode()
+        others = vars(clip) | {"frames": None, "pts_s": clip.pts_s.tolist(), "indices": clip.indices.tolist()}
+        text = json.dumps(others).encode()
         size = clip.frames.nbytes + len(text)
         if size > self.limit_bytes:
             return
         # Room is made before writing: a folder on a disk of just the limit's size must not overflow.
         self._account(size)
-        frames_part, meta_part = frames_path.with_suffix(".npy.part"), meta_path.with_suffix(".json.part")
+        part = self.dir / f"{clip.clip_id}.part"
         try:
-            with open(frames_part, "wb") as file:
+            with open(part, "wb") as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(clip.frames), allow_pickle=False)
-            meta_part.write_bytes(text)
-            frames_part.replace(frames_path)
-            meta_part.replace(meta_path)
+                file.write(text)
+            part.replace(self._path(clip.clip_id))
         except OSError:
-            frames_part.unlink(missing_ok=True)
-            meta_part.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
     def _load(self, clip_id: str) -> Clip | None:
-        frames_path, meta_path = self._paths(clip_id)
+        """The clip with its frames mapped from disk; None if it is absent, evicted meanwhile, cut short or garbled."""
+        path = self._path(clip_id)
         try:
-            meta: dict[str, Any] = json.loads(meta_path.read_bytes())
+            mapped: np.memmap[tuple[int, ...], np.dtype[np.uint8]] = np.load(path, mmap_mode="r", allow_pickle=False)
+            with open(path, "rb") as file:
+                file.seek(mapped.offset + mapped.nbytes)
+                others = json.load(file)
+            others["pts_s"] = np.array(others["pts_s"], dtype=np.float64)
+            others["indices"] = np.array(others["indices"], dtype=np.int64)
             # A plain view: np.memmap would follow the array through every slice and pickle.
-            frames = np.asarray(np.load(frames_path, mmap_mode="r", allow_pickle=False))
-            if list(frames.shape) != meta["shape"] or frames.dtype != np.uint8:
-                return None
-            clip = Clip(
-                clip_id=clip_id,
-                frames=frames,
-                pts_s=np.array(meta["pts_s"], dtype=np.float64),
-                indices=np.array(meta["indices"], dtype=np.int64),
-                n_frames=meta["n_frames"],
-                fps=meta["fps"],
-                reader=meta["reader"],
-                content_sha256=meta["content_sha256"],
-            )
-        except (OSError, ValueError, EOFError, KeyError, TypeError):  # absent, evicted meanwhile, cut short, garbled
+            clip = Clip(**others | {"frames": np.asarray(mapped)})
+        except (OSError, ValueError, EOFError, KeyError, TypeError):
             return None
         with suppress(OSError):  # evicted meanwhile: the mapping stays good; or somebody else's file
-            os.utime(meta_path)
+            os.utime(path)
         return clip
 
     def _account(self, added: int) -> None:
-        """Add to the total size, and evict when it comes above the limit."""
+        """Add to the total size, and evict when it exceeds the limit."""
         total_path = self.dir / "total_bytes"
-        with self._locked(self.dir / "total_bytes.lock"):
+        with self._locked("total_bytes"):
             try:
                 total = int(total_path.read_text())
             except (OSError, ValueError):
@@ -206,7 +162,7 @@ class FrameCache:
             total += added
             if total > self.limit_bytes:
                 total = self._evict(int(self.limit_bytes * KEEP_FRACTION) - added) + added
-            part = total_path.with_suffix(".part")
+            part = total_path.with_suffix(".new")
             part.write_text(str(total))
             part.replace(total_path)
 
@@ -214,67 +170,44 @@ class FrameCache:
         """Remove entries, least recently used first, until `goal` bytes are left; return what is left."""
         entries = sorted(self._scan())
         total = sum(size for _, size, _ in entries)
-        for _, size, clip_id in entries:
+        for _, size, path in entries:
             if total <= goal:
                 break
-            self._remove(clip_id)  # whoever has it mapped keeps it: the data lives as long as the mapping
+            Path(path).unlink(missing_ok=True)  # whoever has it mapped keeps it: the data remains while it is mapped
             total -= size
         return total
 
     def _scan(self) -> list[tuple[int, int, str]]:
-        """(time of last use in ns, bytes, clip id) of every entry, whole or not."""
-        found: dict[str, list[int]] = {}
+        """(time of last use in ns, bytes, path) of every entry and of half-written files that nobody finishes."""
+        found = []
         with os.scandir(self.dir) as files:
             for file in files:
-                clip_id, _, kind = file.name.partition(".")
-                if kind not in ("npy", "json", "npy.part", "json.part"):
-                    continue
-                try:
+                with suppress(FileNotFoundError):
                     stat = file.stat()
-                except FileNotFoundError:
-                    continue
-                if kind.endswith(".part") and time.time() - stat.st_mtime < STALE_PART_S:
-                    continue
-                entry = found.setdefault(clip_id, [0, 0])
-                entry[0] = max(entry[0], stat.st_mtime_ns)
-                entry[1] += stat.st_size
-        return [(used, size, clip_id) for clip_id, (used, size) in found.items()]
+                    is_stale = time.time() - stat.st_mtime > STALE_PART_S
+                    # Earlier versions wrote a .json beside each entry.
+                    if file.name.endswith((".npy", ".json")) or (file.name.endswith(".part") and is_stale):
+                        found.append((stat.st_mtime_ns, stat.st_size, file.path))
+        return found
 
-    def _remove(self, clip_id: str) -> None:
-        frames_path, meta_path = self._paths(clip_id)
-        for path in (meta_path, frames_path):
-            path.unlink(missing_ok=True)
-            path.with_suffix(f"{path.suffix}.part").unlink(missing_ok=True)
-
-    def _paths(self, clip_id: str) -> tuple[Path, Path]:
-        return self.dir / f"{clip_id}.npy", self.dir / f"{clip_id}.json"
-
-    def _lock_path(self, clip_id: str) -> Path:
-        return self.dir / f"{clip_id}.lock"
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the frame cache {self.dir}: {error.strerror}. "
-            "Free some space, or set data.cache_dir or a lower data.cache_gib"
-        )
+    def _path(self, clip_id: str) -> Path:
+        return self.dir / f"{clip_id}.npy"
 
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """Hold an exclusive lock between processes and threads; the system frees it when its holder dies."""
-        while True:
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise self._unwritable(error) from error
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            try:
-                if os.fstat(fd).st_ino == os.stat(path).st_ino:
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(fd)  # its holder has removed the file meanwhile: this lock excludes nobody
+    def _writing(self) -> Iterator[None]:
         try:
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(fd)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the frame cache {self.dir}: {error.strerror}. "
+                "Free some space, or set data.cache_dir or a lower data.cache_gib"
+            ) from error
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold an exclusive lock between processes and threads; the system frees it when its holder ends."""
+        with self._writing():
+            file = open(self.dir / f"{name}.lock", "ab")  # noqa: SIM115
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -12,7 +12,7 @@ from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Clip
 from rlvid.video import pyav_reader
-from rlvid.video.cache import FrameCache, MakerDied
+from rlvid.video.cache import FrameCache, MakerCrashed
 from rlvid.video.container_check import missing_bytes
 from rlvid.video.pyav_reader import DecodedFrames
 from rlvid.video.sampling import sampling_spec
@@ -75,9 +75,9 @@ class ClipReader:
 
         try:
             return self.cache.get_or_make(clip_id, decode)
-        except MakerDied as error:
+        except MakerCrashed as error:
             reason = (
-                f"reading it has killed several processes (crash, hang or memory); to try again remove {error.record}"
+                f"reading it has crashed several processes (crash, hang or memory); to try again remove {error.record}"
             )
             raise BadClip(path, reason) from None
 

@@ -161,7 +161,7 @@ class TestWithRay:
         rows = list(make_stream(samples, tmp_path).epoch(0))
         assert sorted(ids(rows)) == sorted(sample.id for sample in samples)
         (bad,) = [row for row in rows if row.sample.id == killer.id]
-        assert bad.error is not None and "killed several processes" in bad.error.reason
+        assert bad.error is not None and "crashed several processes" in bad.error.reason
         assert sum(row.error is None for row in rows) == N_GOOD - 1
 
 
