@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make .venv` owns: it is made where it is absent, brought up to date where pyproject.toml
-# or the lock has changed, and left alone where it is current. Needs Python >= 3.11, g++ and nothing else.
+# or the lock has changed, and left alone where it is current. Needs Python >= 3.11 and nothing else.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

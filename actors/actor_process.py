@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -65,14 +64,3 @@ def set_threads(threads: int | None) -> None:
     import torch
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-
-
-def require_compiler() -> None:
-    """DeepSpeed compiles its communication op at its first start on CPU, with g++ and the ninja of this environment.
-
-    Raises:
-        UserError: no C++ compiler.
-    """
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("no C++ compiler (g++): DeepSpeed compiles one operator on CPU; install g++, or set CXX")
-    os.environ["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from actors.actor_process import require_compiler
 from actors.frozen_model import Reference
 from actors.generator_fleet import GeneratorFleet
 from actors.placement import Placement, plan
@@ -35,8 +34,6 @@ class Roles:
     """
 
     def __init__(self, model: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
-        if "trainer" in roles and not cfg.placement.gpus:
-            require_compiler()
         slots = plan(cfg, tuple(roles))
         model, logs = model.resolve(), logs.resolve()
         self._trainer: TrainerGroup | None = None

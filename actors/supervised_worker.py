@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.numpy import load_file, save_file
 
-from actors.actor_process import enter_process, require_compiler
+from actors.actor_process import enter_process
 from actors.supervised_plan import Event, PreferencePlan, Shards, TrainingRun
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.ray_stream import open_prompt
@@ -49,8 +49,6 @@ class PreferenceTraining:
     """The driver's side of one training. `events` yields what happens, until the end."""
 
     def __init__(self, plan: PreferencePlan):
-        if not plan.cfg.placement.gpus:
-            require_compiler()
         self._plan = plan
         # Ray Train looks for checkpoints where it runs: on the machine of the run folder.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -151,7 +149,6 @@ class Worker:
         enter_process(plan.folder / "logs" / f"trainer-{self.rank}.log", self.cfg.placement.threads)
         if not self.cfg.placement.gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
-            require_compiler()
         from rlvid.models.families import load_family
         from rlvid.training.learner import Learner
 

@@ -17,7 +17,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.actor_process import enter_process, require_compiler
+from actors.actor_process import enter_process
 from actors.generator import SentBucket
 from actors.gpu_weight_sync import WeightSender, weight_backend
 from actors.placement import Placement, Slot
@@ -62,7 +62,6 @@ class TrainerRank:
     def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
         if not self._on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
-            require_compiler()
         import torch.distributed as dist
 
         from rlvid.models.families import load_family

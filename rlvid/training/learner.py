@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -28,12 +29,14 @@ from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter,
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
-from rlvid.training.comm_op import load_comm_op
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import PackedPolicy, pack
 from rlvid.training.scorer import HEAD_FILE, PackedScorer
 from rlvid.types import Prompt
+
+# DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: it is told that none can be compiled.
+deepspeed.ops.__compatible_ops__ = {}
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
 HEAD = "head."  # PackedScorer's before those of its head
@@ -95,7 +98,6 @@ class Learner:
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        load_comm_op()
         self.engine, *_ = deepspeed.initialize(model=self.policy, model_parameters=trained, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None

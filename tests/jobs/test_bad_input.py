@@ -71,10 +71,5 @@ def test_cluster_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyP
     assert "RAY_ADDRESS=127.0.0.1:9" in refused()
 
 
-def test_no_compiler(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "g++" in refused()
-
-
 def test_frame_size_that_does_not_fit_the_family(refused: Refused) -> None:
     assert "28" in refused("video.height=50", "video.width=56")

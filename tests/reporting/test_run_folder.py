@@ -338,6 +338,6 @@ def test_leftovers_of_a_start_that_came_to_nothing_are_no_obstacle(folder: RunFo
         for name in ("model", "data", "wandb"):
             (folder.dir / name).mkdir()
         folder.report_file.write_text("page")
-        raise UserError("no g++")
+        raise UserError("no room")
     assert not folder.config_file.exists() and not folder.report_file.exists()
     folder.start(config(seed=8), "grpo").close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,15 @@ from tests.prompts import group_of, prompt_of
 ROOT = Path(__file__).parents[2]
 
 
+COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "ninja")
+
+
 def run_ranks(world_size: int, stage: int, model: Path, folder: Path, program: str = "learner_rank") -> dict[str, Any]:
+    """Run the ranks of a program, which find no compiler; what rank 0 prints."""
+    bare = folder / "bin"
+    bare.mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    environment |= {"PATH": str(bare), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     ranks = [
         subprocess.Popen(
             [
@@ -33,6 +43,7 @@ def run_ranks(world_size: int, stage: int, model: Path, folder: Path, program: s
                 str(folder),
             ],
             cwd=ROOT,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=(folder / f"rank-{stage}-{world_size}-{rank}.log").open("w"),
             text=True,
@@ -76,11 +87,13 @@ def test_loss_of_the_first_step_is_the_mean_negative_logprob(alone: dict[str, An
     assert alone["losses"][0] == pytest.approx(float(torch.cat(nll).mean()), abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_under_zero_equal_one_process(
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_without_a_compiler_equal_one_process_under_every_zero_stage(
     stage: int, alone: dict[str, Any], tiny_model: Path, folder: Path
 ) -> None:
     two = run_ranks(2, stage, tiny_model, folder)
+    assert not any(shutil.which(name, path=folder / "bin") for name in COMPILERS)
+    assert not (folder / "extensions").exists()  # nothing was compiled
     assert two["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert two["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
     assert two["again"] == pytest.approx(two["losses"][3], abs=1e-6)
