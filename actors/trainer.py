@@ -72,8 +72,8 @@ class TrainerRank:
             "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
         )
         self._checkpoint, self._cfg = folder, cfg
-        rubric = Rubric.of(cfg) if isinstance(cfg, RewardModelJobConfig) else None
-        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, rubric)
+        head = Rubric.of(cfg).head if isinstance(cfg, RewardModelJobConfig) else None
+        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, head)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         return self._learner.step(fetch(groups), objective, lr)

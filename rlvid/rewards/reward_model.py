@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlvid.config import RolloutConfig, VideoConfig
+from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
@@ -60,8 +61,11 @@ class HeadModel:
         self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        scorer = PackedScorer(load_model(folder, "bfloat16" if on_gpu else "float32"), self.family, self.rubric)
-        scorer.load_head(folder, self.rubric)
+        head = self.rubric.head
+        if head is None:
+            raise UserError(f"{folder} is a {self.rubric.kind} model: its scores are text")
+        scorer = PackedScorer(load_model(folder, "bfloat16" if on_gpu else "float32"), self.family, head)
+        head.load(scorer.head, folder)
         self._scorer = scorer.eval().to(self._device)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:

@@ -16,11 +16,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlvid.config import DIMS, DIMS2, RewardModelJobConfig
 from rlvid.errors import UserError
 from rlvid.types import Message, Sample
+
+if TYPE_CHECKING:
+    from rlvid.models.heads import Head
 
 ALIGNMENT = "text-to-video alignment"
 RUBRIC_FOLDER = "reward_model"  # in an exported checkpoint: rubric.json and, where there is a head, head.safetensors
@@ -97,6 +100,15 @@ class Rubric:
     def has_head(self) -> bool:
         """Scores are numbers from a head on the last token, not text."""
         return self.kind in ("regression", "bradley_terry")
+
+    @property
+    def head(self) -> Head | None:
+        """The head, if scores are not text. It starts at the middle of the scale: the first loss is the labels'
+        spread around it."""
+        from rlvid.models.heads import Head  # imports torch
+
+        middle = 0.0 if self.kind == "bradley_terry" else (self.low + self.high) / 2
+        return Head(self.dims, middle) if self.has_head else None
 
     def question(self, caption: str) -> str:
         """The text beside the video. `question`: the caption is the whole question."""

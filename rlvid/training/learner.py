@@ -24,15 +24,15 @@ from torch import Tensor
 from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
+from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_tower, load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
-from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import PackedPolicy, pack
-from rlvid.training.scorer import HEAD_FILE, PackedScorer
+from rlvid.training.scorer import PackedScorer
 from rlvid.types import Prompt
 
 # DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: it is told that none can be compiled.
@@ -71,7 +71,7 @@ class Learner:
     Args:
         folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights stay as they are, and
             adapters beside them are trained.
-        rubric: of a reward model with a head. It has scores in the place of log-probs.
+        head: of a reward model; the outputs are its scores in place of log-probs. Read from `folder` if it is there.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Learner:
         family: ChatFamily,
         model: ModelConfig,
         cfg: TrainConfig,
-        rubric: Rubric | None = None,
+        head: Head | None = None,
     ):
         self.cfg = cfg
         network = load_model(folder, model.dtype)
@@ -90,10 +90,11 @@ class Learner:
             add_adapters(self.policy.network, self.lora)
         if model.freeze_vision:
             freeze_tower(network)
-        if rubric and rubric.has_head:
-            self.policy = PackedScorer(network, family, rubric)
-            if (folder / RUBRIC_FOLDER / HEAD_FILE).exists():
-                self.policy.load_head(folder, rubric)
+        self._head = head
+        if head:
+            self.policy = PackedScorer(network, family, head)
+            if (folder / HEAD_FILE).exists():
+                head.load(self.policy.head, folder)
         self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
@@ -272,9 +273,8 @@ class Learner:
         state = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors()}
         if dist.get_rank() == 0:
             head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
-            if head:
-                (folder / RUBRIC_FOLDER).mkdir(parents=True, exist_ok=True)
-                save_file(head, folder / RUBRIC_FOLDER / HEAD_FILE)
+            if self._head:
+                self._head.save(head, folder)
             network = self.engine.module.network
             if self.lora:
                 adapters = {file_name(name): t for name, t in state.items() if is_adapter(name)}

@@ -86,15 +86,15 @@ def test_scorer_gives_the_models_own_scores(tiny_model: Path, synthetic: Path, t
     import shutil
 
     import torch
-    from safetensors.torch import save_file
 
     from rlvid.data.manifest import load_manifest
+    from rlvid.models.heads import Head
 
     folder = tmp_path / "policy"
     shutil.copytree(tiny_model, folder)
     reward_model(folder)
     head = {"weight": torch.randn(1, 128, generator=torch.Generator().manual_seed(0)), "bias": torch.zeros(1)}
-    save_file(head, folder / RUBRIC_FOLDER / "head.safetensors")
+    Head(("reward",)).save(head, folder)
     scorer = Scorer.__new__(Scorer)  # without an actor's log file
     data = {"synthetic": {}, "cache_dir": str(tmp_path / "cache")}
     scorer.start(folder, GrpoJobConfig.model_validate({**BASE, "data": data}), on_gpu=False)

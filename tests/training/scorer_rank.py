@@ -29,7 +29,7 @@ def main(rank: int, world_size: int, stage: int, model: str, folder: str) -> Non
     family = load_family(Path(model))
     rubric = Rubric("regression", ("a", "b"), 1, 4, "question", {})
     cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, micro_batch_tokens=400)
-    learner = Learner(Path(model), family, ModelConfig(path=Path(model)), cfg, rubric)
+    learner = Learner(Path(model), family, ModelConfig(path=Path(model)), cfg, rubric.head)
     prompts = [prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i) for i in range(5)]
     labels = [np.array([1 + i % 4, 4 - i % 3], dtype=np.float32) for i in range(5)]
     groups = [Group(p, p.cost, targets={"labels": x}) for p, x in zip(prompts, labels, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,27 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from rlvid.errors import UserError
 from rlvid.models.families import load_family
+from rlvid.models.heads import Head
 from rlvid.models.loading import load_model
-from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 from rlvid.training.batch import Group
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import BradleyTerry, Regression
 from rlvid.training.packing import normalise, pack
-from rlvid.training.scorer import HEAD_FILE, PackedScorer
+from rlvid.training.scorer import PackedScorer
 from rlvid.types import Prompt
 from tests.prompts import group_of, prompt_of
 
-RUBRIC = Rubric("regression", ("a", "b", "c"), 1, 4, "question", {})
+HEAD = Head(("a", "b", "c"), 2.5)
 
 
 def prompts_alone(family, shapes=((4, 56, 56), (8, 56, 84), (4, 84, 56))) -> list[Group[Prompt]]:  # type: ignore[no-untyped-def]
     return [group_of(prompt_of(family, shape, seed=i)) for i, shape in enumerate(shapes)]
 
 
-def random_scorer(folder: Path, rubric: Rubric = RUBRIC) -> PackedScorer:
-    scorer = PackedScorer(load_model(folder, "float32"), load_family(folder), rubric).eval()
+def random_scorer(folder: Path, head: Head = HEAD) -> PackedScorer:
+    scorer = PackedScorer(load_model(folder, "float32"), load_family(folder), head).eval()
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
     return scorer
 
@@ -56,7 +54,7 @@ def test_scores_are_those_of_the_last_token_in_transformers_own_forward(tiny_mod
 
 @torch.no_grad()
 def test_pair_shares_its_prompt_and_scores_as_two_sequences_do(tiny_model: Path) -> None:
-    scorer, family = random_scorer(tiny_model, replace(RUBRIC, dims=("reward",))), load_family(tiny_model)
+    scorer, family = random_scorer(tiny_model, Head(("reward",))), load_family(tiny_model)
     prompt = prompt_of(family, (4, 56, 56))
     answers = tuple(family.encode_answer(word) for word in ("a red square", "two"))
     pair = scorer(pack([group_of(prompt, *answers)]))[0]
@@ -77,10 +75,10 @@ def test_prompts_alone_fill_rows_and_come_back_in_order(tiny_model: Path) -> Non
         assert np.allclose(np.stack(values), scorer(pack(groups))[0], atol=1e-5)
 
 
-def test_head_begins_at_the_middle_of_the_scale(tiny_model: Path) -> None:
+def test_head_starts_at_its_initial_bias(tiny_model: Path) -> None:
     network, family = load_model(tiny_model, "float32"), load_family(tiny_model)
     with torch.no_grad():
-        assert (PackedScorer(network, family, RUBRIC)(pack(prompts_alone(family)))[0] == 2.5).all()
+        assert (PackedScorer(network, family, HEAD)(pack(prompts_alone(family)))[0] == 2.5).all()
 
 
 def test_regression_by_hand(tiny_model: Path) -> None:
@@ -103,24 +101,3 @@ def test_bradley_terry_by_hand(tiny_model: Path) -> None:
     loss, stats = BradleyTerry(2)(torch.tensor([[1.0], [0.0], [0.0], [2.0]]), groups)
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2)
     assert stats["pair/accuracy"].item() == 1 and stats["pair/margin"].item() == pytest.approx(-1.0)
-
-
-def test_head_is_loaded_by_name_not_by_position(tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    stored = random_scorer(tiny_model)
-    RUBRIC.save(tmp_path / RUBRIC_FOLDER)
-    save_file(dict(stored.head.state_dict()), tmp_path / RUBRIC_FOLDER / HEAD_FILE)
-    other = random_scorer(tiny_model, replace(RUBRIC, dims=("c", "a")))
-    other.load_head(tmp_path, replace(RUBRIC, dims=("c", "a")))
-    assert torch.equal(other.head.weight, stored.head.weight[[2, 0]])
-    with pytest.raises(UserError, match="lacks z"):
-        other.load_head(tmp_path, replace(RUBRIC, dims=("z",)))
-    (tmp_path / RUBRIC_FOLDER / HEAD_FILE).unlink()
-    with pytest.raises(UserError, match="head"):
-        stored.load_head(tmp_path, RUBRIC)
-
-
-def test_rubric_file_is_plain_json(tmp_path: Path) -> None:
-    RUBRIC.save(tmp_path)
-    assert json.loads((tmp_path / "rubric.json").read_text())["dims"] == ["a", "b", "c"]

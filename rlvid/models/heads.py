@@ -1,0 +1,59 @@
+"""A linear head on a network's hidden states, and its file beside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlvid.errors import UserError
+
+HEAD_FILE = Path("reward_model") / "head.safetensors"  # in a checkpoint folder
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head computes: `Linear(hidden, outputs)` with bias.
+
+    It starts at `initial_bias` for every input.
+    """
+
+    outputs: tuple[str, ...]  # names, in the order of the rows
+    initial_bias: float = 0.0
+
+    def build(self, width: int, dtype: torch.dtype) -> nn.Linear:
+        """A new head on hidden states of `width`."""
+        layer = nn.Linear(width, len(self.outputs), dtype=dtype)
+        nn.init.zeros_(layer.weight)
+        nn.init.constant_(layer.bias, self.initial_bias)
+        return layer
+
+    def save(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the head's tensors and the names of its outputs into checkpoint `folder`."""
+        file = folder / HEAD_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(state), file, metadata={"outputs": json.dumps(self.outputs)})
+
+    def load(self, layer: nn.Linear, folder: Path) -> None:
+        """Read the head of checkpoint `folder` into `layer`, each output's row by its name.
+
+        Raises:
+            UserError: there is no head, or it lacks one of the outputs.
+        """
+        file = folder / HEAD_FILE
+        try:
+            with safe_open(file, "pt") as stored:
+                names = json.loads((stored.metadata() or {}).get("outputs", "[]"))
+                state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it has no __iter__
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file} cannot be read ({e}): a reward model with a head has it there") from e
+        if missing := [name for name in self.outputs if name not in names]:
+            raise UserError(f"{file} scores {', '.join(names) or 'nothing'}; it lacks {', '.join(missing)}")
+        rows = torch.tensor([names.index(name) for name in self.outputs])
+        layer.load_state_dict({name: tensor[rows] for name, tensor in state.items()})
