@@ -57,19 +57,28 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(dumps(row) + "\n")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, max_rows: int | None = None, always: bytes = b"\n") -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; none if there is no file. A last line without its end was being written: left out.
+
+    Args:
+        max_rows: of a longer file every n-th row is read, so that about this many are, and those that hold `always`,
+            and the last one.
 
     Raises:
         UserError: a line is no JSON object.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [parse_row(path, number, line) for number, line in enumerate(lines, start=1)]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    every = max(1, -(-len(lines) // (max_rows or len(lines) or 1)))
+    return [
+        parse_row(path, number, line)
+        for number, line in enumerate(lines, start=1)
+        if number % every == 0 or number == len(lines) or always in line
+    ]
 
 
-def parse_row(path: Path, number: int, line: str | bytes) -> dict[str, Any]:
+def parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """
     Raises:
         UserError: line `number` of `path` is no JSON object.
@@ -79,7 +88,7 @@ def parse_row(path: Path, number: int, line: str | bytes) -> dict[str, Any]:
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
+        raise UserError(f"{path}:{number}: not a JSON object: {line[:80].decode(errors='replace')!r}")
     return row
 
 

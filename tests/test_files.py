@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlvid.errors import UserError
-from rlvid.files import RowFile, dumps, naming_write_errors
+from rlvid.files import RowFile, dumps, naming_write_errors, read_rows
 
 
 def test_half_a_last_line_is_dropped_and_made_again(tmp_path: Path) -> None:
@@ -75,3 +75,12 @@ def test_a_full_disk_is_said_in_whatever_words_it_comes(error: Exception) -> Non
 def test_other_errors_are_left_alone() -> None:
     with pytest.raises(ValueError, match="shapes"), naming_write_errors("x", "y"):
         raise ValueError("shapes differ")
+
+
+def test_of_a_long_file_some_rows_are_read_and_all_evaluations(tmp_path: Path) -> None:
+    rows = [{"step": i} | ({"eval/accuracy": 0.5} if i in (7, 5001) else {}) for i in range(10_000)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_rows(path, max_rows=100, always=b'"eval/')
+    assert len(read) == 102 and read[-1] == {"step": 9999} and sum("eval/accuracy" in row for row in read) == 2
+    assert read_rows(path) == rows

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
@@ -20,16 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rlvid.files import dumps
+from rlvid.reporting.metric_names import COLUMNS, METRICS, Form
 
 _LINES_PER_HEADING = 20
 _PIPE_WIDTH = 10_000  # a line in a file is never wrapped
 _MIN_COLUMN = 6
-
-
-class _Column(NamedTuple):
-    heading: str
-    key: str
-    shown: Callable[[float], str]
 
 
 def _percent(value: float) -> str:
@@ -47,31 +42,12 @@ def _tenths(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2f}"
 
 
-_TRAIN_COLUMNS = (
-    _Column("reward", "reward/mean", _compact),
-    _Column("accuracy", "train/accuracy", _percent),
-    _Column("KL", "policy/kl", _compact),
-    _Column("length", "response/length", _tenths),
-    _Column("zero-var", "groups/zero_variance", _percent),
-    _Column("samples/s", "samples_per_s", _tenths),
-    _Column("s/step", "time/step", _tenths),
-)
-_SUPERVISED_COLUMNS = (
-    _Column("loss", "loss", _compact),
-    _Column("accuracy", "train/accuracy", _percent),
-    _Column("lr", "train/lr", _compact),
-    _Column("samples/s", "samples_per_s", _tenths),
-    _Column("s/step", "time/step", _tenths),
-)
-_PREFERENCE_COLUMNS = (
-    _Column("loss", "loss", _compact),
-    _Column("accuracy", "rewards/accuracies", _percent),
-    _Column("margin", "rewards/margins", _compact),
-    _Column("chosen", "rewards/chosen", _compact),
-    _Column("rejected", "rewards/rejected", _compact),
-    _Column("lr", "train/lr", _compact),
-    _Column("s/step", "time/step", _tenths),
-)
+FORMS: dict[Form, Callable[[float], str]] = {
+    "number": _compact,
+    "tenths": _tenths,
+    "percent": _percent,
+    "seconds": _tenths,
+}
 
 
 class Console:
@@ -82,7 +58,7 @@ class Console:
         self._is_terminal = self._stream.isatty()
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not stop a run
-        # All three are said: rich would otherwise colour a pipe where FORCE_COLOR or TTY_COMPATIBLE is set, as in CI.
+        # All three are given: rich would otherwise colour a pipe where FORCE_COLOR or TTY_COMPATIBLE is set, as in CI.
         self._console = RichConsole(
             file=self._stream,
             force_terminal=self._is_terminal,
@@ -94,7 +70,7 @@ class Console:
         )
         self._total: int | None = None
         self._stages: list[str] = []
-        self._columns: tuple[_Column, ...] = ()
+        self._columns: tuple[str, ...] = ()  # metrics
         self._lines_since_heading = 0
         self._progress: Progress | None = None
 
@@ -118,23 +94,22 @@ class Console:
             self._progress.start()
 
     def working(self, stage: str, done: int | None = None) -> None:
-        """Say beside the progress bar what the step is at, and how many are done. Shown on a terminal only."""
+        """Show the stage of the step beside the progress bar, and how many are done. On a terminal only."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=_printable(stage), completed=done)
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One line: step, the numbers of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
         metrics = {key.removeprefix("warm_start/"): value for key, value in metrics.items()}
-        base = _SUPERVISED_COLUMNS if "loss" in metrics else _TRAIN_COLUMNS
-        base = _PREFERENCE_COLUMNS if "rewards/margins" in metrics else base
+        base = next(columns for marker, columns in COLUMNS if not marker or marker in metrics)
         new_stages = [key for key in metrics if key.startswith("time/") and key not in ("time/step", *self._stages)]
         self._stages += new_stages
-        columns = base + tuple(_Column("s/" + key.removeprefix("time/"), key, _tenths) for key in self._stages)
+        columns = (*base, *(["train/skipped"] if metrics.get("train/skipped") else []), "time/step", *self._stages)
         if columns != self._columns or self._lines_since_heading >= _LINES_PER_HEADING:
             self._columns = columns
-            self._print(self._row("step", [column.heading for column in columns]), style="dim")
+            self._print(self._row("step", [_heading(key) for key in columns]), style="dim")
             self._lines_since_heading = 0
-        numbers = [_shown(metrics.get(column.key), column.shown) for column in columns]
+        numbers = [_shown(metrics.get(key), FORMS[METRICS[key].form] if key in METRICS else _tenths) for key in columns]
         self._print(self._row(f"{step}/{self._total}" if self._total else str(step), numbers))
         self._lines_since_heading += 1
         if self._progress is not None:
@@ -192,10 +167,10 @@ class Console:
     def _row(self, step: str, cells: list[str]) -> str:
         step_width = max(len("step"), 2 * len(str(self._total or 0)) + 1)
         line = step.rjust(step_width)
-        for column, cell in zip(self._columns, cells, strict=True):
-            width = max(len(column.heading), _MIN_COLUMN) + 2
+        for key, cell in zip(self._columns, cells, strict=True):
+            width = max(len(_heading(key)), _MIN_COLUMN) + 2
             if self._is_terminal and len(line) + width > self._console.width:
-                break  # the stages stand last: they are left out first where the window is narrow
+                break  # a narrow window leaves out the stages, which are last
             line += cell.rjust(width)
         return line
 
@@ -207,6 +182,10 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _heading(key: str) -> str:
+    return (METRICS[key].column if key in METRICS else "") or "s/" + key.removeprefix("time/")
 
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:

@@ -232,8 +232,9 @@ class RunFolder:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         append_row(self.metrics_file, row)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        return read_rows(self.metrics_file)
+    def read_metrics(self, max_rows: int | None = None) -> list[dict[str, Any]]:
+        """Rows in their order; of more than `max_rows` only every n-th, and all evaluations."""
+        return read_rows(self.metrics_file, max_rows, always=b'"eval/')
 
     def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> bool:
         """Note a clip that cannot be read. False if its path is noted already, by this or an interrupted process."""

@@ -73,7 +73,7 @@ def test_an_interrupted_and_a_killed_sweep_resume_and_say_what_was_best(sweep: P
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best["dpo"]["beta"] == result["best"]["dpo.beta"] and best["train"]["lr"] == result["best"]["train.lr"]
     page = (folder / "sweep.html").read_text()
-    assert all(p.name in page for p in trials) and "dpo.beta" in page and page.count("<svg") == 2
+    assert all(p.name in page for p in trials) and "dpo.beta" in page and page.count("<svg") == 3
 
 
 def test_a_trial_counts_as_far_as_tune_let_it_come(tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ class Series:
     is_noisy: bool = True  # drawn faintly when it is long, with its moving mean over it
 
 
+@dataclass(frozen=True)
+class Point:
+    """One dot of a scatter chart."""
+
+    x: object  # a number, or anything else by its text
+    y: float
+    name: str  # its tooltip
+    is_best: bool = False
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.3g} %" if abs(value) < 0.1 else f"{100 * value:.0f} %"
 
@@ -42,7 +52,7 @@ def percent_precise(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count; thousands with a thin space."""
+    """Three significant digits; thousands with a thin space."""
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
@@ -114,6 +124,33 @@ def stacked_chart(label: str, series: Sequence[Series], form: Format = seconds) 
     first, last = all_steps[0], all_steps[-1]
     inner = _scale(first, last, _LEFT + slot / 2, WIDTH - _RIGHT - slot / 2)
     return _svg(label, [*parts, _x_axis(first, last, inner), *hits])
+
+
+def scatter_chart(label: str, points: Sequence[Point], is_log: bool = False) -> Markup:
+    """A dot per point over a number, on a logarithmic axis if `is_log`, or over words in order of appearance."""
+    numbers = [p.x for p in points if isinstance(p.x, int | float) and not isinstance(p.x, bool)]
+    if len(numbers) < len(points):
+        words = list(dict.fromkeys(str(p.x) for p in points))
+        places = [float(words.index(str(p.x))) for p in points]
+        x = _scale(-0.5, len(words) - 0.5, _LEFT, WIDTH - _RIGHT)
+        ticks = [(float(i), word) for i, word in enumerate(words)]
+    else:
+        places = [math.log10(v) for v in numbers] if is_log else [float(v) for v in numbers]
+        low, high = min(places), max(places)
+        margin = 0.05 * (high - low) or 0.5
+        x = _scale(low - margin, high + margin, _LEFT, WIDTH - _RIGHT)
+        ticks = [(place, number(10**place if is_log else place)) for place in dict.fromkeys((low, high))]
+    axis = _Axis.linear([p.y for p in points], None)
+    parts = [_y_axis(axis, number)]
+    parts += [
+        Markup('<text x="{:.1f}" y="{}" class="x">{}</text>').format(x(place), HEIGHT - _BOTTOM + 16, text)
+        for place, text in ticks
+    ]
+    for place, p in sorted(zip(places, points, strict=True), key=lambda pair: pair[1].is_best):  # the best on top
+        dot = '<circle class="dot c{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
+        size = 6 if p.is_best else 4
+        parts.append(Markup(dot).format(0 if p.is_best else 1, x(place), axis.position(p.y), size, p.name))
+    return _svg(label, parts)
 
 
 def smoothing_window(series: Series) -> int:
@@ -192,15 +229,24 @@ def _path(
     return Markup('<path {} d="{}"/>').format(attributes, data)
 
 
+def _labels(ticks: Sequence[float], form: Format) -> list[str]:
+    """A text for each tick; with more digits where `form` would give two ticks the same."""
+    labels = [form(tick) for tick in ticks]
+    if len(set(labels)) == len(ticks):
+        return labels
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]))) + 1
+    return [f"{tick:.{digits}f}".replace("-", "−") for tick in ticks]
+
+
 def _y_axis(axis: _Axis, form: Format) -> Markup:
     lines = []
-    for tick in axis.ticks:
+    for tick, label in zip(axis.ticks, _labels(axis.ticks, form), strict=True):
         y = axis.position(tick)
         kind = "zero" if tick == 0 else "grid"
         lines.append(
             Markup(
                 '<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text x="{}" y="{:.1f}" class="y">{}</text>'
-            ).format(kind, _LEFT, WIDTH - _RIGHT, y, y, _LEFT - 7, y + 3.5, form(tick))
+            ).format(kind, _LEFT, WIDTH - _RIGHT, y, y, _LEFT - 7, y + 3.5, label)
         )
     return Markup("").join(lines)
 

@@ -2,7 +2,7 @@
 
 The page loads nothing: pictures are inline, curves are SVG, there is no script, and its content security policy would
 refuse one. Everything in it that comes from data or models is escaped. What is shown is decided here; how it looks, in
-`report.html.j2`; how a curve is drawn, in `charts.py`.
+`report.html.j2`; which curves there are, in `curves.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from markupsafe import Markup
 
 from rlvid.errors import UserError
 from rlvid.files import write_atomic
+from rlvid.reporting.metric_names import HEADLINE_TITLES, HEADLINES, METRICS
 from rlvid.reporting.report import charts
-from rlvid.reporting.report.charts import Format, Series
+from rlvid.reporting.report.curves import Rows, sections
 from rlvid.reporting.run_folder import RunFolder
 
 _MAX_GROUPS = 24
@@ -31,70 +31,16 @@ _MAX_BAD_CLIPS = 200
 _MAX_OTHER = 40
 _LONG_TEXT = 600  # characters of a response before the rest is folded away
 
-_JOB_NAMES = {"grpo": "GRPO", "sft": "Supervised fine-tuning", "eval": "Evaluation"}
-
-
-@dataclass(frozen=True)
-class _Chart:
-    title: str
-    keys: tuple[str, ...]  # in the order of the legend; "reward/*" takes the rest of that prefix
-    form: Format = charts.number
-    unit: str = ""
-    bounds: tuple[float, float] | None = None
-    is_stacked: bool = False
-    allow_log: bool = False
-    is_exact: bool = False  # no noise in it: not smoothed
-    note: str = ""
-
-
-_NOT_SHOWN = ("step", "phase", "time_s", "eval/n", "time/step")
-_SECTIONS: tuple[tuple[str, tuple[_Chart, ...]], ...] = (
-    (
-        "Learning",
-        (
-            _Chart("Reward", ("reward/mean", "reward/*")),
-            _Chart("Loss", ("loss",), unit="nats per token"),
-            _Chart("Accuracy", ("train/accuracy", "eval/accuracy"), charts.percent, bounds=(0.0, 1.0)),
-            _Chart("Accuracy by kind, held out", ("eval/accuracy/*",), charts.percent, bounds=(0.0, 1.0)),
-            _Chart("Response length", ("response/length",), unit="tokens"),
-            _Chart("Groups without variance", ("groups/zero_variance",), charts.percent, note="they teach nothing"),
-        ),
-    ),
-    (
-        "Policy",
-        (
-            _Chart("KL to the reference", ("policy/kl",)),
-            _Chart("Entropy", ("policy/entropy",), unit="nats per token"),
-            _Chart("Rollout–trainer gap", ("policy/logprob_gap",), unit="log-prob", allow_log=True),
-            _Chart("Clipped tokens", ("policy/clip_fraction",), charts.percent),
-            _Chart("KL to the rollout policy", ("policy/kl_to_old",)),
-            _Chart("Importance ratio", ("policy/ratio",)),
-            _Chart("Policy loss", ("train/loss",)),
-            _Chart("Gradient norm", ("train/grad_norm",), note="before clipping"),
-            _Chart("Learning rate", ("train/lr",), is_exact=True),
-        ),
-    ),
-    (
-        "Speed",
-        (
-            _Chart("Samples per second", ("samples_per_s",)),
-            _Chart("Beside the steps", ("time/evaluation", "time/checkpoint"), charts.seconds),
-            _Chart("Seconds per stage", ("time/*",), charts.seconds, is_stacked=True),
-            _Chart("Clips read", ("video/decodes", "video/cache_hits"), is_exact=True),
-        ),
-    ),
-)
-_WARM_START = (
-    _Chart("Warm start: loss", ("warm_start/loss", "warm_start/*"), unit="nats per token"),
-    _Chart("Warm start: accuracy", ("train/accuracy", "eval/accuracy"), charts.percent, bounds=(0.0, 1.0)),
-)
-_SERIES_NAMES = {
-    "reward/mean": "total",
-    "train/accuracy": "training",
-    "eval/accuracy": "held out, greedy",
-    "video/decodes": "decoded",
-    "video/cache_hits": "from cache",
+_JOB_NAMES = {
+    "grpo": "GRPO",
+    "sft": "Supervised fine-tuning",
+    "dpo": "Preference optimisation",
+    "isrt": "Self-judgement",
+    "reward-model": "Reward model",
+    "eval": "Evaluation",
 }
+PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}  # label, and the key that says how many; others count steps
+MAX_ROWS = 2000  # of metrics: a curve has 300 points, and a page of 100,000 rows took 9 s
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -132,7 +78,7 @@ def _printable(value: Any) -> Any:
 
 
 def _page(folder: RunFolder) -> dict[str, Any]:
-    rows = folder.read_metrics()
+    rows = folder.read_metrics(MAX_ROWS)
     warm = _by_step([row for row in rows if row.get("phase") == "warm_start"])
     train = _by_step([row for row in rows if row.get("phase") != "warm_start"])
     manifest, config = folder.manifest(), folder.config()
@@ -143,9 +89,9 @@ def _page(folder: RunFolder) -> dict[str, Any]:
         "job": _JOB_NAMES.get(manifest.get("job", ""), manifest.get("job", "run")),
         "manifest": manifest,
         "facts": _facts(manifest, config),
-        "tiles": _tiles(rows, train, config, len(bad_clips)),
-        "evaluation": _evaluation(train) or _evaluation(warm),
-        "sections": _sections(train, warm),
+        "tiles": _tiles(rows, train, manifest, config, len(bad_clips)),
+        "evaluation": _evaluation(train, manifest) or _evaluation(warm, manifest),
+        "sections": sections(train, warm),
         "has_rows": bool(rows),
         "rollouts": _rollouts(folder, steps[-1]) if steps else None,
         "bad_clips": bad_clips[:_MAX_BAD_CLIPS],
@@ -186,30 +132,30 @@ def _facts(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple
         ),
         ("seed", str(manifest.get("seed", ""))),
         ("started", str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC")),
-        ("taken up again", f"{n} ×" if (n := len(manifest.get("resumed") or [])) else ""),
+        ("resumed", f"{n} ×" if (n := len(manifest.get("resumed") or [])) else ""),
         ("commit", str(commit)[:10] + ("-dirty" if str(commit).endswith("-dirty") else "") if commit else ""),
     ]
     return [(label, value) for label, value in facts if value]
 
 
 def _tiles(
-    rows: Sequence[Mapping[str, Any]], train: Mapping[int, Mapping[str, float]], config: Mapping[str, Any], n_bad: int
+    rows: Sequence[Mapping[str, Any]], train: Rows, manifest: Mapping[str, Any], config: Mapping[str, Any], n_bad: int
 ) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the small numbers beside the accuracy."""
     tiles: list[tuple[str, str, str]] = []
     if train:
-        section = config.get("train")
-        planned = section.get("steps") if isinstance(section, dict) else None
-        tiles.append(("Steps", str(max(train)), f"of {planned} planned" if planned and planned > max(train) else ""))
+        label, section, key = PLANNED.get(manifest.get("job", ""), ("Steps", "train", "steps"))
+        planned = config[section].get(key) if isinstance(config.get(section), dict) else None
+        tiles.append((label, str(max(train)), f"of {planned} planned" if planned and planned > max(train) else ""))
     times = [float(row["time_s"]) for row in rows if isinstance(row.get("time_s"), int | float)]
     if times:
-        tiles.append(("Duration", _duration(max(times)), ""))
+        tiles.append(("Duration", duration(max(times)), ""))
     rewards = [row["reward/mean"] for row in train.values() if "reward/mean" in row]
     if rewards:
         around = max(1, len(rewards) // 10)
         first, last = sum(rewards[:around]) / around, sum(rewards[-around:]) / around
-        remark = f"from {first:.2f}; mean of {around} steps" if around > 1 else f"from {first:.2f}"
-        tiles.append(("Reward", f"{last:.2f}".replace("-", "−"), remark))
+        remark = f"from {charts.number(first)}" + (f"; mean of {around} steps" if around > 1 else "")
+        tiles.append(("Reward", charts.number(last), remark))
     speeds = [row["samples_per_s"] for row in train.values() if "samples_per_s" in row]
     if speeds:
         tiles.append(("Samples per second", charts.number(sum(speeds) / len(speeds)), "mean over steps"))
@@ -218,7 +164,7 @@ def _tiles(
     return tiles
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -227,94 +173,40 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _evaluation(rows: Mapping[int, Mapping[str, float]]) -> dict[str, Any] | None:
-    """First and last evaluation. They are compared only when made over the same number of samples."""
-    found = [(step, row) for step, row in rows.items() if "eval/accuracy" in row]
+def _evaluation(rows: Rows, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """First and last evaluation, in percent (correlations x 100). They are compared only when made over the same number
+    of samples."""
+    name = next((name for name in HEADLINES if any(name in row for row in rows.values())), "")
+    found = [(step, row) for step, row in rows.items() if name in row]
     if not found:
         return None
     (first_step, first), (last_step, last) = found[0], found[-1]
-    prefix = "eval/accuracy/"
-    kinds = [key for key in last if key.startswith(prefix)]
+    is_share = METRICS[name].form == "percent"
+    scale = 100.0 if is_share else 1.0
+    kinds = [key for key in last if key.startswith(f"{name}/")]
     is_comparable = len(found) > 1 and first.get("eval/n") == last.get("eval/n")
+    points = scale * (last[name] - first[name])
     return {
-        "before": first["eval/accuracy"] if len(found) > 1 else None,
+        "title": HEADLINE_TITLES.get((manifest.get("job", ""), name), "Greedy accuracy"),
+        "suffix": "%" if is_share else "",
+        "before": scale * first[name] if len(found) > 1 else None,
         "before_step": first_step,
         "before_n": first.get("eval/n"),
-        "after": last["eval/accuracy"],
+        "after": scale * last[name],
         "after_step": last_step,
         "n": last.get("eval/n"),
         "is_comparable": is_comparable,
-        "points": 100 * (last["eval/accuracy"] - first["eval/accuracy"]),
-        "kinds": [(key.removeprefix(prefix), first.get(key) if is_comparable else None, last[key]) for key in kinds],
-    }
-
-
-# --- curves -----------------------------------------------------------------------------------------------------------
-
-
-def _sections(
-    train: Mapping[int, Mapping[str, float]], warm: Mapping[int, Mapping[str, float]]
-) -> list[dict[str, Any]]:
-    taken: set[str] = set(_NOT_SHOWN)
-    sections = []
-    for title, specs in _SECTIONS:
-        cards = [card for spec in specs if (card := _card(spec, train, taken))]
-        if title == "Learning":
-            cards += [card for spec in _WARM_START if (card := _card(spec, warm, set(_NOT_SHOWN)))]
-        sections.append({"title": title, "cards": cards, "is_folded": False})
-    others = sorted({key for row in train.values() for key in row} - taken)[:_MAX_OTHER]
-    cards = [card for key in others if (card := _card(_Chart(key, (key,)), train, set()))]
-    sections.append({"title": "Other metrics", "cards": cards, "is_folded": True})
-    return [section for section in sections if section["cards"]]
-
-
-def _card(spec: _Chart, rows: Mapping[int, Mapping[str, float]], taken: set[str]) -> dict[str, Any] | None:
-    """A curve with its legend; None if there is nothing to draw. Adds the metrics it shows to `taken`."""
-    series = []
-    for key in _expand(spec.keys, rows, taken):
-        taken.add(key)
-        points = [(float(step), row[key]) for step, row in rows.items() if key in row]
-        series.append(
-            Series(
-                _series_name(spec, key),
-                points,
-                has_dots=key.startswith("eval/"),
-                is_noisy=not (spec.is_exact or key.startswith("eval/")),
+        "points": points,
+        "trend": "" if abs(points) < 0.05 else "up" if points > 0 else "down",
+        "kinds": [
+            (
+                key.removeprefix(f"{name}/"),
+                scale * first[key] if is_comparable and key in first else None,
+                scale * last[key],
             )
-        )
-    if not series:
-        return None
-    if spec.is_stacked:
-        picture = charts.stacked_chart(spec.title, series, spec.form)
-    else:
-        picture = charts.line_chart(spec.title, series, spec.form, spec.bounds, spec.allow_log)
-    form = charts.percent_precise if spec.form is charts.percent else spec.form
-    window = max(charts.smoothing_window(s) for s in series)
-    notes = [spec.note, "bold: moving mean" if window > 1 and not spec.is_stacked else ""]
-    return {
-        "title": spec.title,
-        "unit": spec.unit,
-        "note": "; ".join(note for note in notes if note),
-        "legend": [(index % 6, s.name, form(s.points[-1][1])) for index, s in enumerate(series)],
-        "has_names": len(series) > 1 or any(key.endswith("*") or key in _SERIES_NAMES for key in spec.keys),
-        "picture": picture,
+            for key in kinds
+        ],
     }
-
-
-def _expand(keys: Sequence[str], rows: Mapping[int, Mapping[str, float]], taken: set[str]) -> list[str]:
-    known = dict.fromkeys(key for row in rows.values() for key in row if key not in taken)
-    expanded: dict[str, None] = {}
-    for key in keys:
-        found = [k for k in known if k.startswith(key[:-1])] if key.endswith("*") else [key] if key in known else []
-        expanded |= dict.fromkeys(found)
-    return list(expanded)
-
-
-def _series_name(spec: _Chart, key: str) -> str:
-    for pattern in spec.keys:
-        if pattern.endswith("*") and key.startswith(pattern[:-1]):
-            return _SERIES_NAMES.get(key, key.removeprefix(pattern[:-1]))
-    return _SERIES_NAMES.get(key, key.split("/")[-1])
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
@@ -327,7 +219,7 @@ def _rollouts(folder: RunFolder, step: int) -> dict[str, Any]:
         grouped.setdefault(row["sample_id"], []).append(row)
     largest = max((abs(row["advantage"]) for row in rows if math.isfinite(row["advantage"])), default=0.0)
     groups = [_group(sample_id, members, frames.get(sample_id, []), largest) for sample_id, members in grouped.items()]
-    groups.sort(key=lambda group: not group["is_mixed"])  # stable: those that teach something first
+    groups.sort(key=lambda group: not group["is_mixed"])  # stable: those with a gradient first
     shown = groups[:_MAX_GROUPS]
     return {
         "step": step,

@@ -1,16 +1,17 @@
-"""The page of a sweep: a table of its trials, parallel coordinates, and the curves of the metric."""
+"""The page of a sweep: a summary, the metric over each hyperparameter, its curves, and a table of the trials."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from rlvid.files import write_atomic
 from rlvid.reporting.report import charts
-from rlvid.reporting.report.page import template
-from rlvid.reporting.report.parallel_coordinates import Dimension, parallel_coordinates
+from rlvid.reporting.report.page import duration, template
 
 MAX_CURVES = 6  # as many as there are colours; of the best trials
 
@@ -36,19 +37,25 @@ class TrialRow:
 
 
 def write_sweep(
-    file: Path, metric: str, mode: str, rows: Sequence[TrialRow], best: TrialRow, keys: Sequence[str]
+    file: Path,
+    metric: str,
+    mode: str,
+    rows: Sequence[TrialRow],
+    best: TrialRow,
+    keys: Sequence[str],
+    log_keys: Collection[str] = (),
 ) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page, whole or not at all. Trials link to their own reports where these exist.
 
     Args:
         mode: "max" or "min".
-        keys: hyperparameters, in the order of the axes.
+        keys: hyperparameters, in the order of their charts; those of `log_keys` were drawn over their logarithm.
     """
-    judged = [row for row in rows if row.value is not None]
-    ranked = sorted(judged, key=lambda row: row.value or 0.0, reverse=mode == "max")
-    dimensions = [Dimension(key, [row.values.get(key) for row in judged]) for key in keys]
-    dimensions.append(Dimension(metric, [row.value for row in judged]))
+    ranked = sorted(
+        (row for row in rows if row.value is not None), key=lambda row: row.value or 0.0, reverse=mode == "max"
+    )
     curves = [charts.Series(row.trial_id, row.curve, has_dots=True, is_noisy=False) for row in ranked[:MAX_CURVES]]
+    reports = {row.trial_id: f"trials/{row.trial_id}/report.html" for row in rows}
     html = template("sweep.html.j2").render(
         metric=metric,
         mode=mode,
@@ -56,14 +63,26 @@ def write_sweep(
         keys=keys,
         rows=[*ranked, *(row for row in rows if row.value is None)],
         best=best,
-        lines=parallel_coordinates(
-            f"hyperparameters and {metric}",
-            dimensions,
-            [("best" if row is best else "") + (" stopped" if row.is_stopped else "") for row in judged],
-            [f"{row.trial_id}: {metric} {charts.number(row.value or 0.0)}, {row.state}" for row in judged],
-        ),
+        reports={name: path for name, path in reports.items() if (file.parent / path).exists()},
+        facts=[
+            ("trials", str(len(rows))),
+            ("stopped early", str(sum(row.is_stopped for row in rows))),
+            ("failed", str(sum(row.error is not None for row in rows))),
+            ("time of all trials", duration(sum(row.seconds for row in rows))),
+        ],
+        scatters=[(key, _scatter(key, metric, ranked, best, key in log_keys)) for key in keys],
         curves=charts.line_chart(f"{metric} over steps", curves),
         legend=list(enumerate(curve.name for curve in curves)),
     )
     write_atomic(file, html.encode("utf-8", "replace"))
     return file
+
+
+def _scatter(key: str, metric: str, rows: Sequence[TrialRow], best: TrialRow, is_log: bool) -> Markup:
+    points = [
+        charts.Point(
+            row.values.get(key), row.value or 0.0, f"{row.trial_id}: {row.values.get(key)}, {row.state}", row is best
+        )
+        for row in rows
+    ]
+    return charts.scatter_chart(f"{metric} over {key}", points, is_log)

@@ -11,6 +11,7 @@ import pytest
 
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import BadClip, UserError
+from rlvid.reporting.report.charts import Series, line_chart
 from rlvid.reporting.report.page import write_report
 from rlvid.reporting.run_folder import RunFolder
 
@@ -313,6 +314,44 @@ def test_broken_json_in_a_table_is_shown_not_fatal(tmp_path: Path) -> None:
     folder.write_rollouts(1, [row(reward_parts="nonsense", weight_versions="nonsense", advantage=float("nan"))], {})
     text = read(folder).text
     assert "unreadable nonsense" in text and "weights nonsense" in text
+
+
+@pytest.mark.parametrize(
+    ("job", "metrics", "title", "shown"),
+    [
+        ("grpo", {"eval/accuracy": 0.75}, "Greedy accuracy", "75.0"),
+        ("dpo", {"eval/accuracy": 0.75, "rewards/margins": 0.023}, "Pairs ranked right", "75.0"),
+        ("reward-model", {"eval/spearman": 81.25, "eval/spearman/light": -3.0}, "Spearman correlation x 100", "81.2"),
+    ],
+)
+def test_the_headline_is_what_the_job_measures(
+    tmp_path: Path, job: str, metrics: dict[str, float], title: str, shown: str
+) -> None:
+    folder = start(tmp_path)
+    folder.record(job=job)
+    for step in (0, 10):
+        folder.append_metrics({"step": step, "time_s": step, "eval/n": 64, **metrics})
+    page = Page(write_report(folder).read_text())
+    assert f"{title} on 64 held-out samples" in page.text and shown in page.text
+    assert "+0.0 points" in page.text and not any("up" in (a.get("class") or "").split() for _, a in page.tags)
+    if job == "dpo":
+        assert "Margin of implicit rewards" in page.text and "nats" not in page.text
+
+
+def test_self_judgement_counts_iterations(tmp_path: Path) -> None:
+    folder = start(tmp_path)
+    folder.record(job="isrt")
+    folder.config_file.write_text("train: {steps: 100}\nisrt: {iterations: 3}\n")
+    folder.append_metrics({"step": 2, "time_s": 5, "judge/consistency": 0.5, "judge/longer_wins": 0.25})
+    text = Page(write_report(folder).read_text()).text
+    assert re.search(r"Iterations ?2 ?of 3 planned", text) and "of 100 planned" not in text
+    assert "same choice in both orders" in text and "chose the longer response" in text
+
+
+def test_ticks_never_have_the_same_label() -> None:
+    points = [(0.0, 0.9996), (10.0, 1.0004)]
+    labels = re.findall(r'class="y">([^<]+)<', str(line_chart("ratio", [Series("ratio", points)])))
+    assert len(set(labels)) == len(labels) > 2
 
 
 def test_folder_without_a_run_is_a_readable_error(tmp_path: Path) -> None:

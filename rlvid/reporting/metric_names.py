@@ -1,0 +1,142 @@
+"""Every metric that has a place of its own: its title, unit and format, for console, report and tracker.
+
+A new metric needs one line in METRICS and, to be drawn beside others, its name in CHARTS; one without a line is drawn
+under "Other metrics" by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["number", "tenths", "percent", "seconds"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    title: str  # of its curve
+    form: Form = "number"
+    unit: str = ""
+    column: str = ""  # its heading in the console
+    series: str = ""  # its name in the legend of a chart that it shares
+    is_exact: bool = False  # has no noise in it: its curve is not smoothed
+
+
+METRICS: dict[str, Metric] = {
+    # learning
+    "reward/mean": Metric("Reward", column="reward", series="total"),
+    "loss": Metric("Loss", column="loss", series="total"),
+    "preference/loss": Metric("Preference loss", series="preference"),
+    "train/accuracy": Metric("Accuracy", "percent", column="accuracy", series="training"),
+    "eval/accuracy": Metric("Accuracy", "percent", series="held out"),
+    "eval/loss": Metric("Loss, held out", series="held out"),
+    "eval/spearman": Metric("Spearman correlation x 100, held out", "tenths", series="all"),
+    "response/length": Metric("Response length", "tenths", "tokens", "length", "all"),
+    "groups/zero_variance": Metric("Groups without variance", "percent", column="zero-var"),
+    "train/skipped": Metric("Skipped steps", column="skipped", is_exact=True),
+    # preferences and judgements
+    "rewards/accuracies": Metric("Pairs ranked right", "percent", column="accuracy", series="training"),
+    "rewards/margins": Metric("Margin of implicit rewards", column="margin", series="training"),
+    "eval/margin": Metric("Margin of implicit rewards", series="held out"),
+    "rewards/chosen": Metric("Implicit rewards", column="chosen", series="chosen"),
+    "rewards/rejected": Metric("Implicit rewards", column="rejected", series="rejected"),
+    "response/length_chosen": Metric("Response length", unit="tokens", series="chosen"),
+    "response/length_rejected": Metric("Response length", unit="tokens", series="rejected"),
+    "judge/consistency": Metric("Judge", "percent", series="same choice in both orders"),
+    "judge/accuracy": Metric("Judge", "percent", series="right, where rules know"),
+    "judge/longer_wins": Metric("Judge", "percent", series="chose the longer response"),
+    "pairs/kept": Metric("Pairs kept", "percent"),
+    # policy
+    "policy/kl": Metric("KL to the reference", column="KL"),
+    "policy/entropy": Metric("Entropy", unit="nats per token"),
+    "policy/logprob_gap": Metric("Rollout–trainer gap", unit="log-prob"),
+    "policy/clip_fraction": Metric("Clipped tokens", "percent"),
+    "policy/kl_to_old": Metric("KL to the rollout policy"),
+    "policy/ratio": Metric("Importance ratio"),
+    "train/loss": Metric("Policy loss"),
+    "train/grad_norm": Metric("Gradient norm before clipping"),
+    "train/lr": Metric("Learning rate", column="lr", is_exact=True),
+    # speed
+    "samples_per_s": Metric("Samples per second", "tenths", column="samples/s"),
+    "time/step": Metric("Seconds per step", "tenths", column="s/step"),
+    "time/evaluation": Metric("Outside of steps", "seconds", series="evaluation"),
+    "time/checkpoint": Metric("Outside of steps", "seconds", series="checkpoint"),
+    "video/decodes": Metric("Clips read", series="decoded", is_exact=True),
+    "video/cache_hits": Metric("Clips read", series="from cache", is_exact=True),
+    # warm start
+    "warm_start/loss": Metric("Warm start: loss", unit="nats per token"),
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves in one picture. Title, unit and format are those of the first metric, unless given."""
+
+    keys: tuple[str, ...]  # in the order of the legend; "reward/*" takes the rest of that prefix
+    title: str = ""
+    form: Form | None = None
+    is_stacked: bool = False
+    allow_log: bool = False
+
+
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "Learning": (
+        Chart(("reward/mean", "reward/*")),
+        Chart(("loss", "preference/loss", "eval/loss")),
+        Chart(("train/accuracy", "rewards/accuracies", "eval/accuracy")),
+        Chart(("eval/accuracy/*",), "Accuracy by kind, held out", "percent"),
+        Chart(("eval/spearman", "eval/spearman/*")),
+        Chart(("rewards/margins", "eval/margin")),
+        Chart(("rewards/chosen", "rewards/rejected")),
+        Chart(("judge/consistency", "judge/accuracy", "judge/longer_wins")),
+        Chart(("pairs/kept",)),
+        Chart(("response/length", "response/length_chosen", "response/length_rejected")),
+        Chart(("groups/zero_variance",)),
+        Chart(("train/skipped",)),
+    ),
+    "Policy": (
+        Chart(("policy/kl",)),
+        Chart(("policy/entropy",)),
+        Chart(("policy/logprob_gap",), allow_log=True),
+        Chart(("policy/clip_fraction",)),
+        Chart(("policy/kl_to_old",)),
+        Chart(("policy/ratio",)),
+        Chart(("train/loss",)),
+        Chart(("train/grad_norm",)),
+        Chart(("train/lr",)),
+    ),
+    "Speed": (
+        Chart(("samples_per_s",)),
+        Chart(("time/evaluation", "time/checkpoint")),
+        Chart(("time/*",), "Seconds per stage", "seconds", is_stacked=True),
+        Chart(("video/decodes", "video/cache_hits")),
+    ),
+}
+WARM_START_CHARTS = (Chart(("warm_start/loss", "warm_start/*")), Chart(("train/accuracy", "eval/accuracy")))
+NO_CHART = ("step", "phase", "time_s", "eval/n", "time/step", "eval/accuracy_low95", "eval/accuracy_high95")
+
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # of the console, for the first of these metrics that a step has
+    (
+        "rewards/margins",
+        ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "train/lr"),
+    ),
+    ("loss", ("loss", "train/accuracy", "train/lr", "samples_per_s")),
+    (
+        "",
+        (
+            "reward/mean",
+            "train/accuracy",
+            "policy/kl",
+            "response/length",
+            "groups/zero_variance",
+            "samples_per_s",
+        ),
+    ),
+)
+
+HEADLINES = ("eval/accuracy", "eval/spearman")  # the number on top of the report: the first that a run has
+HEADLINE_TITLES = {  # (job, metric): what that number is; otherwise greedy accuracy
+    ("dpo", "eval/accuracy"): "Pairs ranked right",
+    ("reward-model", "eval/accuracy"): "Pairs ranked right",
+    ("reward-model", "eval/spearman"): "Spearman correlation x 100",
+}
