@@ -25,6 +25,7 @@ from rlvid.data.encoding import Outcome, SampleEncoder, Source
 from rlvid.data.ray_stream import ClipStream
 from rlvid.errors import UserError
 from rlvid.types import Prompt, Sample
+from rlvid.video.clip_reader import hashing_limit_s
 from rlvid.video.frame_variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class ClipStore:
             try:
                 with self._encoder() as encoder:
                     prompt, row = encoder.encode.remote(sample, variant)
-                    outcome: Outcome = ray.get(row, timeout=self._timeout_s)
+                    outcome: Outcome = ray.get(row, timeout=self._timeout_s + hashing_limit_s(sample.media))
                 break
             except GetTimeoutError:
                 reason = f"not read within {self._timeout_s:g} s"

@@ -45,6 +45,7 @@ from av.video.stream import VideoStream
 from benchmarks.harness import cpu_in_turns, finish, machine, median_ratio, medians
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
+from rlvid.types import Medium
 from rlvid.video import pyav_reader
 from rlvid.video.container_check import missing_bytes
 from rlvid.video.sizes import target_size
@@ -210,7 +211,7 @@ def read_ours(path: str, numbers: Sequence[int], height: int, width: int) -> Fra
     if missing_bytes(path):
         raise BadClip(path, "is cut short")
     video = VideoConfig(frames=len(numbers))
-    return pyav_reader.read_frames(path, video, MULTIPLE).frames
+    return pyav_reader.read_frames(Medium(path), video, MULTIPLE).frames
 
 
 def read_decord(path: str, numbers: Sequence[int], height: int, width: int, *, threads: int) -> Frames:

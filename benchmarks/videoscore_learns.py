@@ -28,6 +28,7 @@ from rlvid.data.dialects.videofeedback import mismatch
 from rlvid.models.tiny import make_tiny
 from rlvid.rewards.videoscore import ALIGNMENT, DIMS
 from rlvid.synthetic.moving_shapes import FPS, Figure, Frames, render, write_mp4
+from rlvid.types import Medium
 
 SIZE, FRAMES = 56, 8
 GRAIN = 7  # pixels of a grain of noise
@@ -125,7 +126,7 @@ def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> floa
     reader = ClipReader(video_config(judge.rubric), judge.family.frame_multiple, cache)
     prompts = []
     for row in rows:
-        clip, _ = reader.read(str(folder / row["video"]))
+        clip, _ = reader.read(Medium(str(folder / row["video"])))
         prompts.append(judge.family.encode(ask(judge.rubric, row["id"], [row["video"]], row["prompt"]), [clip]))
     scores = {r["id"]: own[0].scores for r, own in zip(rows, judge(prompts), strict=True)}
     own = [name for name in scores if not name.endswith("-mismatched")]

@@ -12,6 +12,7 @@ from typing import Any
 from rlvid.errors import BadClip, UserError
 from rlvid.reporting.console import Console
 from rlvid.rewards.videoscore import mean_score
+from rlvid.types import Medium
 
 CACHE_BYTES = 2**30
 
@@ -42,7 +43,7 @@ def score(
     for video in videos:
         path = str(video.absolute())
         try:
-            clip, _ = reader.read(path)
+            clip, _ = reader.read(Medium(path))
         except BadClip as e:
             rows.append({"video": str(video), "reason": e.reason})
             continue

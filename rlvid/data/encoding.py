@@ -71,7 +71,7 @@ class SampleEncoder:
         hits = 0
         for medium in sample.media:
             try:
-                clip, is_hit = self.reader.read(medium.path)
+                clip, is_hit = self.reader.read(medium)
             except BadClip as e:
                 return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(medium.name, e.reason))
             clips.append(probe(clip, variant, self.family.frame_multiple))
@@ -83,4 +83,4 @@ class SampleEncoder:
 
     def strip(self, sample: Sample) -> list[bytes]:
         """A few frames of a sample's clips as JPEG files, for the report."""
-        return [jpeg for medium in sample.media for jpeg in thumbnails(self.reader.read(medium.path)[0].frames)]
+        return [jpeg for medium in sample.media for jpeg in thumbnails(self.reader.read(medium)[0].frames)]

@@ -28,7 +28,7 @@ from rlvid.data.order import batch_indices
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Prompt, Sample
 from rlvid.video.cache import FrameCache
-from rlvid.video.clip_reader import ClipReader
+from rlvid.video.clip_reader import ClipReader, hashing_limit_s
 from rlvid.video.watchdog import ends_process_after
 
 READER_TIMEOUT_S = 10.0  # for a thread of Ray Data to see that its stream was closed
@@ -103,8 +103,7 @@ class ClipStream:
         if not order:
             return
         references = [
-            {"offset": offset + i, "videos": [medium.path for medium in self._samples[s].media]}
-            for i, s in enumerate(order)
+            {"offset": offset + i, "media": pickle.dumps(self._samples[s].media)} for i, s in enumerate(order)
         ]
         rows = _fill_gaps(self._run(references), references)
         try:
@@ -193,7 +192,8 @@ class _RowEncoder:
         result = {"index": index, "prompt": b"", "user_error": "", "crash": ""}
         try:
             sample = self._samples[index]
-            with ends_process_after((1 + len(sample.media)) * (2 * self._encoder.source.video.timeout_s + 10)):
+            limit_s = (1 + len(sample.media)) * (2 * self._encoder.source.video.timeout_s + 10)
+            with ends_process_after(limit_s + hashing_limit_s(sample.media)):
                 result["prompt"] = pickle.dumps(self._encoder.encode(sample), protocol=5)
         except UserError as error:
             result["user_error"] = str(error)
@@ -216,10 +216,10 @@ def _read_row(
     try:
         reader = _clip_reader(video_json, multiple, cache_dir, cache_bytes)
         clips = []
-        for path in row["videos"]:
+        for medium in pickle.loads(row["media"]):  # written by `ClipStream`
             # Another process may be reading the same clip with the same time limit before it is our turn.
-            with ends_process_after(2 * reader.video.timeout_s + 10):
-                clip, was_cached = reader.read(path)
+            with ends_process_after(2 * reader.video.timeout_s + 10 + hashing_limit_s([medium])):
+                clip, was_cached = reader.read(medium)
             clips.append(clip)
             result["n_cached"] += was_cached
             result["n_decoded"] += not was_cached
@@ -229,7 +229,7 @@ def _read_row(
             result["pixels"] = np.concatenate([clip.frames.reshape(-1) for clip in clips])
             result["shapes"] = [list(clip.frames.shape) for clip in clips]
     except BadClip as error:
-        result["bad_path"], result["bad_reason"] = error.path, error.reason
+        result["bad_path"], result["bad_reason"] = medium.name, error.reason
     except UserError as error:
         result["user_error"] = str(error)
     except Exception:
@@ -287,6 +287,6 @@ def _fill_gaps(
 
 def _lost_row(reference: dict[str, Any]) -> dict[str, Any]:
     row = _empty_row(reference["offset"])
-    row["bad_path"] = (*reference["videos"], "")[0]
+    row["bad_path"] = next((medium.name for medium in pickle.loads(reference["media"])), "")
     row["bad_reason"] = "Ray lost the block that held it"
     return row

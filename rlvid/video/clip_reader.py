@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
-from rlvid.types import Clip
+from rlvid.types import Clip, Medium
 from rlvid.video import pyav_reader
 from rlvid.video.cache import FrameCache, MakerCrashed
 from rlvid.video.container_check import missing_bytes
@@ -18,7 +19,13 @@ from rlvid.video.pyav_reader import DecodedFrames
 from rlvid.video.sampling import sampling_spec
 from rlvid.video.sizes import size_spec, target_size
 
+SLOWEST_DISK = 2**20  # bytes a second
 IDENTITY_VERSION = 2  # raise when the same configuration starts to give other pixels
+
+
+def hashing_limit_s(media: Iterable[Medium]) -> float:
+    """How long hashing these files may take before their clips are read: comes on top of `video.timeout_s`."""
+    return sum(os.path.getsize(m.path) for m in media if os.path.isfile(m.path)) / SLOWEST_DISK
 
 
 class _Reader(Protocol):
@@ -26,7 +33,7 @@ class _Reader(Protocol):
 
     NAME: str
 
-    def read_frames(self, path: str, video: VideoConfig, multiple: int) -> DecodedFrames: ...
+    def read_frames(self, medium: Medium, video: VideoConfig, multiple: int) -> DecodedFrames: ...
 
 
 class ClipReader:
@@ -47,50 +54,60 @@ class ClipReader:
         self.multiple = multiple
         self.cache = cache
 
-    def read(self, path: str) -> tuple[Clip, bool]:
-        """The clip of one file with read-only frames, and whether it came from the cache.
+    def read(self, medium: Medium) -> tuple[Clip, bool]:
+        """The clip of one medium with read-only frames, and whether it came from the cache.
 
         Raises:
-            BadClip: The file is missing, no file, empty, cut short, damaged, no video, or kills its reader.
-            UserError: The cache cannot be written, or the reader is not installed.
+            BadClip: The file is missing, no file, empty, cut short, damaged, no video, shorter than its part, or
+                crashes its reader.
+            UserError: The cache cannot be written, the reader is not installed, or the medium's size does not fit.
         """
+        path = medium.path
         content_sha256 = self._content_sha256(path)
         reader = _load_reader(self.video.reader)
-        clip_id = self.clip_id(content_sha256, reader.NAME)
+        clip_id = self.clip_id(medium, content_sha256, reader.NAME)
 
         def decode() -> Clip:
             if missing := missing_bytes(path):
                 raise BadClip(path, f"is cut short ({missing} bytes are missing at its end)")
-            decoded = reader.read_frames(path, self.video, self.multiple)
-            return Clip(
-                clip_id=clip_id,
-                frames=decoded.frames,
-                pts_s=decoded.pts_s,
-                indices=decoded.indices,
-                n_frames=decoded.n_frames,
-                fps=decoded.fps,
-                reader=reader.NAME,
-                content_sha256=content_sha256,
-            )
+            decoded = reader.read_frames(medium, self._video_of(medium), self.multiple)
+            return Clip(clip_id=clip_id, reader=reader.NAME, content_sha256=content_sha256, **vars(decoded))
 
         try:
             return self.cache.get_or_make(clip_id, decode)
         except MakerCrashed as error:
-            reason = (
-                f"reading it has crashed several processes (crash, hang or memory); to try again remove {error.record}"
-            )
+            reason = f"reading it crashed several processes (crash, hang or memory); to try again remove {error.record}"
             raise BadClip(path, reason) from None
 
-    def clip_id(self, content_sha256: str, reader_name: str) -> str:
-        """sha256 of all that decides the frames: what the file holds, not what it is called."""
+    def clip_id(self, medium: Medium, content_sha256: str, reader_name: str) -> str:
+        """sha256 of all that decides the frames: what the file holds, not what it is called.
+
+        Raises:
+            UserError: The medium's `max_pixels` holds no frame of this model.
+        """
+        video = self._video_of(medium)
+        try:
+            target_size(self.multiple, self.multiple, video, self.multiple)
+        except UserError as error:
+            raise UserError(f"{medium.name}: {error}") from None
         identity = {
             "version": IDENTITY_VERSION,
             "content": content_sha256,
-            "sampling": sampling_spec(self.video),
-            "size": size_spec(self.video, self.multiple),
+            "part_s": [medium.start_s, medium.end_s],
+            "sampling": sampling_spec(video),
+            "size": size_spec(video, self.multiple),
             "reader": reader_name,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def _video_of(self, medium: Medium) -> VideoConfig:
+        """The configuration with what the medium says itself: `video.frames` remains the cap of its frame rate."""
+        own: dict[str, object] = {}
+        if medium.fps is not None:
+            own |= {"sampling": "fps", "fps": medium.fps}
+        if medium.max_pixels is not None:
+            own |= {"max_pixels": medium.max_pixels, "height": None, "width": None}
+        return self.video.model_copy(update=own)
 
     def _content_sha256(self, path: str) -> str:
         try:

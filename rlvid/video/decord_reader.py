@@ -13,6 +13,7 @@ import numpy as np
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
+from rlvid.types import Medium
 from rlvid.video.pyav_reader import DecodedFrames, average_fps, inspect
 from rlvid.video.sampling import sample_indices
 from rlvid.video.sizes import target_size
@@ -24,16 +25,17 @@ _SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # "[06:02:43] /src/v
 decord.logging.set_level(decord.logging.QUIET)
 
 
-def read_frames(path: str, video: VideoConfig, multiple: int) -> DecodedFrames:
+def read_frames(medium: Medium, video: VideoConfig, multiple: int) -> DecodedFrames:
     """Read the sampled frames of one file at model resolution; see `pyav_reader.read_frames`.
 
-    `video.timeout_s` is not looked at: decord cannot be interrupted.
+    `video.timeout_s` does not end it: decord cannot be interrupted.
 
     Raises:
         BadClip: The file cannot be opened or decoded.
         UserError: The configured size does not fit `multiple`.
     """
-    display, container, n_shown = inspect(path, video)
+    display, container, n_shown = inspect(medium, video)
+    path = medium.path
     # Measured: decord 0.6 gives other frames of a transport stream, and none of these as a player shows them.
     if display.is_mirrored or display.is_hdr or container == "mpegts":
         kind = "mirrored" if display.is_mirrored else "HDR" if display.is_hdr else "an MPEG transport stream"
@@ -51,10 +53,12 @@ def read_frames(path: str, video: VideoConfig, multiple: int) -> DecodedFrames:
         # AVI and MPEG-PS give times like 1e17 or all zero.
         is_timed = np.isfinite(starts_s).all() and bool((np.diff(starts_s) > 0).all())
         pts_s = starts_s - starts_s[0] if is_timed else np.arange(n_frames) / (declared or 1.0)
-        indices = sample_indices(video, pts_s)
+        indices = sample_indices(video, pts_s, medium.start_s, medium.end_s)
         # Resized at decode time: full-size frames of a 1080p clip took 442 MB instead of 68.
         frames = decord.VideoReader(path, num_threads=1, width=width, height=height).get_batch(indices).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         reason = _SOURCE_LINE.sub("", str(error)).strip().partition("\n")[0]
         raise BadClip(path, f"cannot be decoded: {reason}") from error
+    except ValueError as error:  # a part that is not inside the file
+        raise BadClip(path, str(error)) from error
     return DecodedFrames(frames, pts_s[indices], indices, n_frames, average_fps(pts_s, declared))

@@ -41,7 +41,7 @@ class Display:
         a, b, _, c, d = np.frombuffer(bytes(cast(Buffer, matrix)), np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
         straight, across = abs(a) + abs(d), abs(b) + abs(c)
         if min(straight, across) > _SLANT * max(straight, across):
-            raise ValueError("its display matrix turns the picture by an angle that is no multiple of 90 degrees")
+            raise ValueError("has a display matrix that turns it by an angle that is no multiple of 90 degrees")
         is_transposed = across > straight
         size = frame.height, max(1, round(frame.width * (pixel_aspect or 1)))
         height, width = size[::-1] if is_transposed else size

@@ -33,6 +33,7 @@ from av.video.stream import VideoStream
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
+from rlvid.types import Medium
 from rlvid.video.container_check import is_joined
 from rlvid.video.display import Display
 from rlvid.video.sampling import sample_indices
@@ -78,10 +79,13 @@ class DecodedFrames:
 class _Read:
     """What is wanted of a file, and until when."""
 
-    path: str
+    medium: Medium
     video: VideoConfig
     multiple: int
     deadline: float  # of time.monotonic()
+
+    def indices(self, pts_s: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        return sample_indices(self.video, pts_s, self.medium.start_s, self.medium.end_s)
 
     def check_deadline(self) -> None:
         """Called between two packets. A decoder that hangs inside one is up to the caller's process."""
@@ -97,26 +101,27 @@ class _Index:
     key_pts: list[int]  # rising
 
 
-def read_frames(path: str, video: VideoConfig, multiple: int) -> DecodedFrames:
+def read_frames(medium: Medium, video: VideoConfig, multiple: int) -> DecodedFrames:
     """Read the sampled frames of one file at model resolution, as a player shows them.
 
     Args:
-        path: Absolute path of a video file or GIF.
-        video: Sampling rule, size and time limit.
+        medium: A video file or GIF, or a part of one.
+        video: Sampling rule, size and time limit, with the medium's own.
         multiple: Height and width of frames are multiples of this, pixels.
 
     Raises:
-        BadClip: The file cannot be opened or decoded, is damaged or cut short, holds no video, or takes too long.
-        UserError: The configured size does not fit `multiple`.
+        BadClip: The file cannot be opened or decoded, is damaged or cut short, holds no video, takes too long, or ends
+            before the part does.
+        UserError: The size does not fit `multiple`.
     """
     _trim_memory()
-    read = _Read(path, video, multiple, time.monotonic() + video.timeout_s)
-    with _as_bad_clip(path):
+    read = _Read(medium, video, multiple, time.monotonic() + video.timeout_s)
+    with _as_bad_clip(medium.path):
         decoded = _read_by_seeking(read)
         return decoded if decoded is not None else _read_in_order(read)
 
 
-def inspect(path: str, video: VideoConfig) -> tuple[Display, str, int]:
+def inspect(medium: Medium, video: VideoConfig) -> tuple[Display, str, int]:
     """How the first frame is displayed, name of the container format, and number of frames that are shown.
 
     For another reader, which would follow a playlist to other files, or show other frames without an error.
@@ -124,8 +129,8 @@ def inspect(path: str, video: VideoConfig) -> tuple[Display, str, int]:
     Raises:
         BadClip: As `read_frames`.
     """
-    read = _Read(path, video, 1, time.monotonic() + video.timeout_s)
-    with _as_bad_clip(path), _open(path) as container:
+    read = _Read(medium, video, 1, time.monotonic() + video.timeout_s)
+    with _as_bad_clip(medium.path), _open(medium.path) as container:
         stream = _video_stream(container)
         n_frames = sum(not packet.is_discard for packet in _demux(container, stream, read))
         container.seek(0)
@@ -149,13 +154,15 @@ def _as_bad_clip(path: str) -> Iterator[None]:
         raise BadClip(path, str(error)) from None
     except av.FFmpegError as error:
         raise BadClip(path, f"cannot be decoded: {error.strerror}") from error
-    except (LookupError, ValueError) as error:  # unknown codec, no such stream, a display matrix that is not supported
+    except ValueError as error:  # a display matrix that is not supported, a part that is not inside the file
+        raise BadClip(path, str(error)) from error
+    except LookupError as error:  # unknown codec, no such stream
         raise BadClip(path, f"cannot be decoded: {error}") from error
 
 
 def _read_by_seeking(read: _Read) -> DecodedFrames | None:
     """Decode from the keyframe before each wanted frame; None where that cannot be trusted."""
-    with _open(read.path) as container:
+    with _open(read.medium.path) as container:
         stream = _video_stream(container)
         # AVI came out off by one this way, and MPEG-TS loses the leading frames of an open GOP. VP8 has packets that
         # show nothing but have a time.
@@ -165,7 +172,7 @@ def _read_by_seeking(read: _Read) -> DecodedFrames | None:
         if index is None:
             return None
         pts_s = _seconds(index.pts, stream)
-        indices = sample_indices(read.video, pts_s)
+        indices = read.indices(pts_s)
         # The first frame is always decoded: when it does not appear, the file starts with an open GOP or a cut, and
         # every index is off.
         positions = sorted({0, *indices.tolist()})
@@ -178,7 +185,7 @@ def _read_by_seeking(read: _Read) -> DecodedFrames | None:
 
 def _read_in_order(read: _Read) -> DecodedFrames:
     """Decode everything twice, to count and then to pick: little memory, and right for whatever decodes at all."""
-    with _open(read.path) as container:
+    with _open(read.medium.path) as container:
         stream = _video_stream(container)
         pts = [frame.pts for frame in _decode(container, stream, read)]
         declared = _declared_fps(stream)
@@ -189,8 +196,8 @@ def _read_in_order(read: _Read) -> DecodedFrames:
             pts_s = _seconds(known, stream)
         else:  # the file has no usable times
             pts_s = np.arange(len(pts)) / (declared or 1.0)
-    indices = sample_indices(read.video, pts_s)
-    with _open(read.path) as container:
+    indices = read.indices(pts_s)
+    with _open(read.medium.path) as container:
         stream = _video_stream(container)
         frames = _pick(enumerate(_decode(container, stream, read)), stream, indices, read)
     return DecodedFrames(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, declared))
@@ -307,7 +314,7 @@ def _demux(container: InputContainer, stream: VideoStream, read: _Read) -> Itera
         read.check_deadline()
         # FFmpeg flags the last packets before a joint of a transport stream, although they are whole.
         if packet.is_corrupt and not is_trusted:
-            is_trusted = container.format.name == "mpegts" and is_joined(read.path, stream.id)
+            is_trusted = container.format.name == "mpegts" and is_joined(read.medium.path, stream.id)
             if not is_trusted:
                 raise _Damaged("is damaged or cut short (a packet is incomplete)")
         if packet.size:  # the last one is empty

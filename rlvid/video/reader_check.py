@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
+from rlvid.types import Medium
 
 READERS: tuple[str, ...] = get_args(VideoConfig.model_fields["reader"].annotation)
 ENCODERS = {  # codec -> encoders that run on any CPU, the first one found is taken
@@ -71,7 +72,7 @@ def _round_trip(encoder: str, reader_name: str) -> int:
     with tempfile.TemporaryDirectory(prefix="rlvid-") as folder:
         path = Path(folder) / "clip.mp4"
         _write(path, encoder, levels)
-        decoded = reader.read_frames(str(path), video, 28)
+        decoded = reader.read_frames(Medium(str(path)), video, 28)
     seen = decoded.frames.reshape(len(decoded.frames), -1).mean(axis=1)
     if decoded.n_frames != _N_FRAMES or len(seen) != video.frames:
         raise BadClip(encoder, f"{decoded.n_frames} frames instead of {_N_FRAMES}")

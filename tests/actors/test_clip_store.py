@@ -114,15 +114,15 @@ class Sleepy(Encoder):
         super().__init__(source)
         read = self.reader.read
 
-        def moody(path: str) -> Any:
+        def moody(medium: Medium) -> Any:
             import os
             import time
 
-            if "hang" in path:
+            if "hang" in medium.path:
                 time.sleep(600)
-            if "crash" in path:
+            if "crash" in medium.path:
                 os._exit(1)
-            return read(path)
+            return read(medium)
 
         self.reader.read = moody  # type: ignore[method-assign]
 

@@ -149,10 +149,10 @@ class TestWithRay:
 
             read_frames = pyav_reader.read_frames
 
-            def read_or_die(path: str, *rest: Any) -> Any:
-                if path == killer.media[0].path:
+            def read_or_die(medium: Medium, *rest: Any) -> Any:
+                if medium == killer.media[0]:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return read_frames(path, *rest)
+                return read_frames(medium, *rest)
 
             pyav_reader.read_frames = read_or_die  # type: ignore[assignment]  # in this worker only
             return read_row(row, **args)

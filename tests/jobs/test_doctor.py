@@ -198,8 +198,8 @@ def test_a_reader_that_gives_other_frames_is_found(monkeypatch: pytest.MonkeyPat
     read = pyav_reader.read_frames
     assert reader_check.try_reader("pyav") == "8 H.264 frames read back right"
 
-    def shifted(path: str, video: Any, multiple: int) -> Any:
-        decoded = read(path, video, multiple)
+    def shifted(medium: Any, video: Any, multiple: int) -> Any:
+        decoded = read(medium, video, multiple)
         return replace(decoded, indices=(decoded.indices + 1) % decoded.n_frames)
 
     monkeypatch.setattr(pyav_reader, "read_frames", shifted)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from rlvid.errors import BadClip, UserError
+from rlvid.types import Medium
 from rlvid.video import pyav_reader
 from rlvid.video.cache import FrameCache
-from rlvid.video.clip_reader import ClipReader
+from rlvid.video.clip_reader import ClipReader, hashing_limit_s
 from tests.video.media import read_numbers, video_config, write_video
 
 
@@ -29,9 +30,9 @@ def make_reader(tmp_path: Path, multiple: int = 28, **keys: Any) -> ClipReader:
 
 def test_second_read_comes_from_the_cache_with_equal_content(tmp_path: Path, reader: ClipReader) -> None:
     path = str(write_video(tmp_path / "a.mp4"))
-    fresh, from_cache = reader.read(path)
+    fresh, from_cache = reader.read(Medium(path))
     assert not from_cache
-    again, from_cache = make_reader(tmp_path).read(path)
+    again, from_cache = make_reader(tmp_path).read(Medium(path))
     assert from_cache
     for clip in (fresh, again):
         assert read_numbers(clip.frames) == clip.indices.tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
@@ -45,17 +46,17 @@ def test_second_read_comes_from_the_cache_with_equal_content(tmp_path: Path, rea
 def test_same_bytes_under_another_name_are_the_same_clip(tmp_path: Path, reader: ClipReader) -> None:
     path = write_video(tmp_path / "a.mp4")
     (tmp_path / "b.mkv").write_bytes(path.read_bytes())
-    clip, _ = reader.read(str(path))
-    other, from_cache = reader.read(str(tmp_path / "b.mkv"))
+    clip, _ = reader.read(Medium(str(path)))
+    other, from_cache = reader.read(Medium(str(tmp_path / "b.mkv")))
     assert from_cache and other.clip_id == clip.clip_id
 
 
 def test_changed_content_under_the_same_name_is_another_clip(tmp_path: Path, reader: ClipReader) -> None:
     path = write_video(tmp_path / "a.mp4", range(30))
-    first, _ = reader.read(str(path))
+    first, _ = reader.read(Medium(str(path)))
     write_video(path, range(100, 130))
     os.utime(path, ns=(0, 0))  # whatever the file system's resolution
-    second, from_cache = reader.read(str(path))
+    second, from_cache = reader.read(Medium(str(path)))
     assert not from_cache and second.clip_id != first.clip_id
     assert read_numbers(second.frames)[0] == 100
 
@@ -75,14 +76,18 @@ def test_whatever_changes_the_frames_changes_the_id(tmp_path: Path) -> None:
         (14, {"height": None, "width": None}),
         (28, {"reader": "decord"}),
     ]
-    ids = {make_reader(tmp_path, m, **keys).clip_id("c" * 64, keys.get("reader", "pyav")) for m, keys in variants}
-    assert len(ids) == len(variants)
-    assert make_reader(tmp_path).clip_id("c" * 64, "pyav 1") != make_reader(tmp_path).clip_id("c" * 64, "pyav 2")
+    ids = {
+        make_reader(tmp_path, m, **keys).clip_id(Medium("a"), "c" * 64, keys.get("reader", "")) for m, keys in variants
+    }
+    own = [{"start_s": 1.0}, {"end_s": 1.0}, {"fps": 3.0}, {"max_pixels": 28 * 28 * 9}]
+    ids |= {make_reader(tmp_path).clip_id(Medium("a", **keys), "c" * 64, "") for keys in own}
+    ids.add(make_reader(tmp_path).clip_id(Medium("a"), "c" * 64, "pyav 2"))
+    assert len(ids) == len(variants) + len(own) + 1
 
 
 def test_keys_that_do_not_matter_do_not_change_the_id(tmp_path: Path) -> None:
     ids = {
-        make_reader(tmp_path, **keys).clip_id("c" * 64, "pyav")
+        make_reader(tmp_path, **keys).clip_id(Medium("a"), "c" * 64, "pyav")
         for keys in ({}, {"fps": 7.0}, {"seconds": 7.0}, {"timeout_s": 7.0}, {"max_pixels": 784})
     }
     assert len(ids) == 1
@@ -92,23 +97,82 @@ def test_cached_clip_costs_no_read_of_its_file_in_any_process(
     tmp_path: Path, reader: ClipReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_video(tmp_path / "a.mp4")
-    clip, _ = reader.read(str(path))
+    clip, _ = reader.read(Medium(str(path)))
     status = path.stat()
     path.write_bytes(bytes(status.st_size))  # what is in it now plays no part
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     monkeypatch.setattr("hashlib.file_digest", None)
-    again, from_cache = make_reader(tmp_path).read(str(path))  # as another process has it
+    again, from_cache = make_reader(tmp_path).read(Medium(str(path)))  # as another process has it
     assert from_cache and again.content_sha256 == clip.content_sha256
 
 
 @pytest.mark.parametrize("damage", ["", "ab", "x" * 63])
 def test_half_written_hash_is_computed_again(tmp_path: Path, reader: ClipReader, damage: str) -> None:
     path = str(write_video(tmp_path / "a.mp4"))
-    clip, _ = reader.read(path)
+    clip, _ = reader.read(Medium(path))
     (record,) = reader.cache.dir.glob("*.sha256")
     record.write_text(damage)
-    assert reader.read(path)[0].clip_id == clip.clip_id
+    assert reader.read(Medium(path))[0].clip_id == clip.clip_id
     assert record.read_text() == clip.content_sha256
+
+
+PARTS: list[tuple[dict[str, Any], list[int]]] = [  # 30 frames at 10 a second, 4 read
+    ({}, [0, 9, 19, 29]),
+    ({"start_s": 1.0, "end_s": 2.0}, [10, 13, 16, 19]),
+    ({"start_s": 2.0}, [20, 23, 26, 29]),
+    ({"end_s": 0.4}, [0, 1, 2, 3]),
+    ({"start_s": 1.95, "end_s": 3.4}, [20, 23, 26, 29]),  # an end up to half a second later is taken for the end
+    ({"start_s": 1.52, "end_s": 1.58}, [15] * 4),  # no frame begins there: the one on screen
+    ({"fps": 1.0}, [0, 29]),  # 3 s; an even number
+    ({"fps": 1.0, "start_s": 0.5, "end_s": 2.5}, [5, 24]),
+    ({"fps": 9.0}, [0, 10, 19, 29]),  # at most video.frames; 9.67 apart, nearest
+]
+
+
+@pytest.mark.parametrize(("own", "expected"), PARTS)
+@pytest.mark.parametrize(("name", "reader_name"), [("a.mp4", "pyav"), ("a.avi", "pyav"), ("a.mp4", "decord")])
+def test_part_and_frame_rate_of_a_row_are_read(
+    tmp_path: Path, name: str, reader_name: str, own: dict[str, Any], expected: list[int]
+) -> None:
+    pytest.importorskip(reader_name.replace("pyav", "av"))
+    path = write_video(tmp_path / name, codec="mpeg4" if name == "a.avi" else "libx264", options={"bf": "2"})
+    clip, _ = make_reader(tmp_path, frames=4, reader=reader_name).read(Medium(str(path), **own))
+    assert clip.indices.tolist() == expected == read_numbers(clip.frames)
+    np.testing.assert_allclose(clip.pts_s, np.array(expected) / 10, atol=2e-3)  # from the start of the file
+    assert clip.n_frames == 30
+
+
+@pytest.mark.parametrize("reader_name", ["pyav", "decord"])
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ({"start_s": 3.0}, "3 s to 3 s"),
+        ({"start_s": 2.0, "end_s": 9.0}, "2 s to 9 s"),
+        ({"start_s": -1.0}, "-1 s to 3 s"),
+        ({"start_s": 2.0, "end_s": 1.0}, "2 s to 1 s"),
+    ],
+)
+def test_part_that_is_not_inside_the_file_is_bad(
+    tmp_path: Path, reader_name: str, own: dict[str, Any], named: str
+) -> None:
+    pytest.importorskip(reader_name.replace("pyav", "av"))
+    path = str(write_video(tmp_path / "a.mp4"))
+    with pytest.raises(BadClip, match=rf"lasts 3\.00 s: the part from {named} is not inside"):
+        make_reader(tmp_path, reader=reader_name).read(Medium(path, **own))
+
+
+def test_area_of_a_row_replaces_the_configured_size(tmp_path: Path, reader: ClipReader) -> None:
+    path = str(write_video(tmp_path / "a.mp4", size=(168, 84)))
+    assert reader.read(Medium(path))[0].frames.shape == (8, 84, 168, 3)
+    assert reader.read(Medium(path, max_pixels=2 * 28 * 28))[0].frames.shape == (8, 28, 56, 3)
+    with pytest.raises(UserError, match=r"a\.mp4: video\.max_pixels=100 is too small.*at least 784"):
+        reader.read(Medium(path, max_pixels=100))
+
+
+def test_time_to_hash_a_large_file_is_allowed_for(tmp_path: Path) -> None:
+    with open(tmp_path / "a.mp4", "wb") as file:
+        file.truncate(2**31)
+    assert hashing_limit_s([Medium(str(tmp_path / "a.mp4")), Medium("missing.mp4")]) == 2048.0  # at 1 MiB a second
 
 
 def test_wrong_size_is_refused_before_any_clip_is_read(tmp_path: Path) -> None:
@@ -136,7 +200,7 @@ def test_unreadable_is_a_bad_clip_with_path_and_reason(
     (tmp_path / "text.mp4").write_text("no video")
     os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
     with pytest.raises(BadClip, match=reason) as caught:
-        reader.read(f"{tmp_path}/{name}")
+        reader.read(Medium(f"{tmp_path}/{name}"))
     assert caught.value.path == f"{tmp_path}/{name}"
     assert not list(reader.cache.dir.glob("*.npy"))
 
@@ -152,34 +216,34 @@ def test_file_cut_short_is_refused_wherever_the_cut_is(
     for share in (0.3, 0.5, 0.7, 0.9, 0.99):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(BadClip, match="cut short"):
-            reader.read(str(path))
+            reader.read(Medium(str(path)))
 
 
 def test_clip_that_crashed_its_readers_is_bad_with_the_way_out(tmp_path: Path, reader: ClipReader) -> None:
     path = str(write_video(tmp_path / "a.mp4"))
-    clip, _ = reader.read(path)
+    clip, _ = reader.read(Medium(path))
     for file in reader.cache.dir.glob(f"{clip.clip_id}.*"):
         file.unlink()
     record = reader.cache.dir / f"{clip.clip_id}.crashes"
     record.write_bytes(b"xx")  # as two crashed processes leave it
     with pytest.raises(BadClip, match=f"crashed several processes .* remove {record}"):
-        reader.read(path)
+        reader.read(Medium(path))
     record.unlink()
-    assert reader.read(path)[1] is False
+    assert reader.read(Medium(path))[1] is False
 
 
 def test_decord_is_chosen_by_name(tmp_path: Path) -> None:
     pytest.importorskip("decord")
     path = str(write_video(tmp_path / "a.mp4"))
-    clip, from_cache = make_reader(tmp_path, reader="decord").read(path)
+    clip, from_cache = make_reader(tmp_path, reader="decord").read(Medium(path))
     assert not from_cache and clip.reader.startswith("decord ")
-    assert make_reader(tmp_path).read(path)[1] is False  # two readers share no clips
+    assert make_reader(tmp_path).read(Medium(path))[1] is False  # two readers share no clips
 
 
 def test_two_processes_decode_the_same_clip_once(tmp_path: Path, reader: ClipReader) -> None:
     paths = [str(write_video(tmp_path / f"{i}.mp4", range(i, i + 30))) for i in range(4)]
     with get_context("spawn").Pool(2) as pool:
-        answers = pool.map(reader.read, [path for path in paths for _ in range(4)], chunksize=1)
+        answers = pool.map(reader.read, [Medium(path) for path in paths for _ in range(4)], chunksize=1)
     fresh = [clip.clip_id for clip, from_cache in answers if not from_cache]
     assert len(fresh) == len(set(fresh)) == 4
     for i, (clip, _) in enumerate(answers):
@@ -188,8 +252,8 @@ def test_two_processes_decode_the_same_clip_once(tmp_path: Path, reader: ClipRea
 
 def test_reader_can_be_pickled(tmp_path: Path, reader: ClipReader) -> None:
     path = str(write_video(tmp_path / "a.mp4"))
-    reader.read(path)
-    assert pickle.loads(pickle.dumps(reader)).read(path)[1] is True
+    reader.read(Medium(path))
+    assert pickle.loads(pickle.dumps(reader)).read(Medium(path))[1] is True
 
 
 def test_workers_stay_light() -> None:

@@ -10,6 +10,7 @@ from av.video.stream import VideoStream
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
+from rlvid.types import Medium
 from rlvid.video import pyav_reader
 from rlvid.video.container_check import is_joined, missing_bytes
 from tests.video.media import DATA, Frames, needs_data, write_video
@@ -115,7 +116,7 @@ def test_joined_transport_streams_are_read_whole(tmp_path: Path, recordings: tup
     path = tmp_path / "joined.ts"
     for data, expected in ((first + second, frames), (first + second + first, frames + frames[:24])):
         path.write_bytes(data)
-        read = pyav_reader.read_frames(str(path), VideoConfig(frames=len(expected), height=140, width=196), 28)
+        read = pyav_reader.read_frames(Medium(str(path)), VideoConfig(frames=len(expected), height=140, width=196), 28)
         assert read.n_frames == len(expected)
         np.testing.assert_array_equal(read.frames, np.stack(expected))
         np.testing.assert_allclose(read.pts_s, np.arange(len(expected)) / 25, atol=1e-6)
@@ -132,7 +133,7 @@ def test_lost_packets_are_not_taken_for_a_joint(tmp_path: Path, recordings: tupl
     path.write_bytes(first[: 188 * (n // 2)] + first[188 * (n // 2 + 1) :] + second)
     assert not is_joined(str(path), pid)
     with pytest.raises(BadClip, match="damaged"):
-        pyav_reader.read_frames(str(path), VideoConfig(), 28)
+        pyav_reader.read_frames(Medium(str(path)), VideoConfig(), 28)
 
 
 @pytest.mark.parametrize("length", [0, 0xFFFFFFFF, 0x7FFFFFFF])
@@ -147,12 +148,12 @@ def test_avi_with_a_wrong_length_but_whole_packets_passes(tmp_path: Path, length
         del data[data.rindex(b"idx1") :]
     path.write_bytes(data)
     assert missing_bytes(str(path)) == 0
-    assert pyav_reader.read_frames(str(path), VideoConfig(), 28).n_frames == 30
+    assert pyav_reader.read_frames(Medium(str(path)), VideoConfig(), 28).n_frames == 30
     path.write_bytes(data[:-700])
     with pytest.raises(BadClip):
         if missing := missing_bytes(str(path)):
             raise BadClip(str(path), f"{missing}")
-        pyav_reader.read_frames(str(path), VideoConfig(), 28)
+        pyav_reader.read_frames(Medium(str(path)), VideoConfig(), 28)
 
 
 def test_second_chunk_of_a_large_avi_is_checked(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from av.filter import Graph
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from rlvid.errors import BadClip
+from rlvid.types import Medium
 from rlvid.video import pyav_reader
 from rlvid.video.pyav_reader import DecodedFrames
 from tests.video.media import TRIAL, Frames, Matrix, painted, read_numbers, set_matrix, video_config, write_video
@@ -32,7 +33,7 @@ EVENLY = [0, 4, 8, 12, 16, 20, 24, 29]
 
 
 def read(path: Path, **keys: Any) -> DecodedFrames:
-    return pyav_reader.read_frames(str(path), video_config(**{"height": None, "width": None} | keys), 28)
+    return pyav_reader.read_frames(Medium(str(path)), video_config(**{"height": None, "width": None} | keys), 28)
 
 
 def filtered(frames: Frames, filters: list[tuple[str, str | None]]) -> Frames:
@@ -71,9 +72,9 @@ def test_decord_shows_it_right_or_refuses(tmp_path: Path, matrix: Matrix) -> Non
     a, b, c, d = matrix
     if a * d - b * c < 0:
         with pytest.raises(BadClip, match=r"is mirrored.*video\.reader=pyav"):
-            decord_reader.read_frames(str(path), video, 28)
+            decord_reader.read_frames(Medium(str(path)), video, 28)
     else:
-        theirs, ours = decord_reader.read_frames(str(path), video, 28).frames, read(path).frames
+        theirs, ours = decord_reader.read_frames(Medium(str(path)), video, 28).frames, read(path).frames
         assert theirs.shape == ours.shape and np.abs(theirs.astype(int) - ours).mean() < 4.0
 
 
@@ -151,7 +152,7 @@ def test_decord_refuses_hdr(tmp_path: Path) -> None:
     decord_reader = pytest.importorskip("rlvid.video.decord_reader", exc_type=ImportError)
     path = write_hdr(tmp_path / "a.mp4", [0.5], ColorTrc.ARIB_STD_B67)
     with pytest.raises(BadClip, match=r"is HDR.*video\.reader=pyav"):
-        decord_reader.read_frames(str(path), video_config(), 28)
+        decord_reader.read_frames(Medium(str(path)), video_config(), 28)
 
 
 @pytest.mark.parametrize(("matrix", "full_range"), [(1, False), (5, False), (1, True)])

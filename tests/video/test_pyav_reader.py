@@ -11,6 +11,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 
 from rlvid.errors import BadClip
+from rlvid.types import Medium
 from rlvid.video import pyav_reader
 from rlvid.video.pyav_reader import DecodedFrames
 from tests.video.media import TURNS, painted, read_numbers, set_matrix, video_config, write_sound, write_video
@@ -21,7 +22,7 @@ EVENLY = [0, 4, 8, 12, 16, 20, 24, 29]  # 8 of 30
 
 
 def read(path: Path, **keys: Any) -> DecodedFrames:
-    return pyav_reader.read_frames(str(path), video_config(**keys), 28)
+    return pyav_reader.read_frames(Medium(str(path)), video_config(**keys), 28)
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def in_order_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read_in_order = pyav_reader._read_in_order
 
     def record(wanted: Any) -> DecodedFrames:
-        paths.append(wanted.path)
+        paths.append(wanted.medium.path)
         return read_in_order(wanted)
 
     monkeypatch.setattr(pyav_reader, "_read_in_order", record)

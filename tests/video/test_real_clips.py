@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from rlvid.errors import BadClip
-from rlvid.types import Clip
+from rlvid.types import Clip, Medium
 from rlvid.video.cache import FrameCache
 from rlvid.video.clip_reader import ClipReader
 from tests.video.media import DATA, needs_data, video_config
@@ -35,7 +35,7 @@ N_FRAMES = {
 
 def read(tmp_path: Path, name: str, **keys: object) -> Clip:
     video = video_config(height=None, width=None, **keys)
-    return ClipReader(video, 28, FrameCache(tmp_path, 10**9)).read(str(DATA / name))[0]
+    return ClipReader(video, 28, FrameCache(tmp_path, 10**9)).read(Medium(str(DATA / name)))[0]
 
 
 def decode_all(name: str, wanted: set[int], height: int, width: int) -> tuple[int, dict[int, npt.NDArray[np.uint8]]]:
