@@ -19,8 +19,8 @@ from ray import ObjectRef
 from actors.actor_process import enter_process, set_threads
 from actors.gpu_weight_sync import weight_backend
 from rlvid.config import JobConfig
-from rlvid.training.buckets import Bucket
-from rlvid.training.shared_buckets import SharedBucket
+from rlvid.rollout.weights.buckets import Bucket
+from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Prompt, Rollout
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from actors.placement import Placement, Slot
 from actors.trainer import TrainerGroup
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
-from rlvid.training.buckets import Bucket
-from rlvid.training.shared_buckets import SharedBucket
+from rlvid.rollout.weights.buckets import Bucket
+from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Rollout
 
 logger = logging.getLogger(__name__)

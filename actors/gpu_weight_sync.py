@@ -1,12 +1,10 @@
-"""Weights from GPU to GPU: vLLM's own `nccl` and `ipc` transfers between trainer ranks and generator replicas.
+"""Ray's side of the weights from GPU to GPU: which way a job takes, and the replicas as vLLM's sender calls them.
 
-On CPU, and for adapters, weights go through the object store instead (`TrainerGroup.put_weights`). Not yet run on a
-GPU.
+The contract is in rlvid/rollout/weights. Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,13 +18,12 @@ if TYPE_CHECKING:
     from rlvid.training.learner import Learner
 
 WeightBackend = Literal["buckets", "nccl", "ipc"]
-PACKED_BYTES = 256 * 2**20  # of the staging buffers on the GPU; vLLM's default of 1 GiB, twice, is room for sequences
 
 
 def weight_backend(cfg: JobConfig) -> WeightBackend:
     """How this job's weights travel.
 
-    `ipc` where every replica lies on the GPU of a trainer rank. `nccl` where none does: NCCL takes a GPU only once.
+    `ipc` where every replica is on the GPU of a trainer rank. `nccl` where none is: NCCL takes a GPU only once.
     """
     place = cfg.placement
     if cfg.rollout.weight_transfer != "auto":
@@ -39,8 +36,8 @@ def weight_backend(cfg: JobConfig) -> WeightBackend:
 
 
 class ReplicaClient:
-    """The replicas of one transfer, as vLLM's trainer side wants them (`VLLMWeightSyncClient`): each call reaches all
-    of them at once. One that fails is asked nothing more and stands in `failed`.
+    """The replicas of one transfer, as vLLM's trainer side calls them (`VLLMWeightSyncClient`): each call reaches all
+    of them at once. A replica that fails gets no further calls; `failed` has the reason.
 
     Args:
         gpus_each: ranks that a replica has in the NCCL group; vLLM's own client gives all replicas the same ones.
@@ -82,58 +79,27 @@ class ReplicaClient:
 
 
 class WeightSender:
-    """One trainer rank's end. Every rank makes the same calls; rank 0 sends, the others help to gather.
+    """One trainer rank's end, for replicas that come and go."""
 
-    A NCCL group cannot change, so other replicas than last time (one that restarted, say) are met anew.
-    """
-
-    def __init__(self, backend: WeightBackend, learner: Learner, rank: int, cfg: JobConfig):
+    def __init__(self, learner: Learner, rank: int, cfg: JobConfig):
         from rlvid.rollout import vllm_plugin
 
         vllm_plugin.register()  # before the first import of vLLM
-        from rlvid.rollout.weight_transfer import LearnerSource
+        from rlvid.rollout.weights.gpu_sender import GpuSender
 
-        self._backend, self._rank, self._cfg = backend, rank, cfg.rollout
-        self._source = LearnerSource(learner)
+        self._cfg = cfg.rollout
+        self._sender = GpuSender(weight_backend(cfg), learner, rank, ray.util.get_node_ip_address(), cfg.rollout)
+        self._client = ReplicaClient({}, 1, 0.0)
         self._members: tuple[str, ...] = ()
-        self._engine: Any = None
 
     def send(self, version: int, replicas: Mapping[str, ActorHandle[Any]]) -> dict[str, str]:
-        """Send the weights; those replicas that did not take them, with the reason."""
-        if self._engine is None or self._members != tuple(replicas):
-            self._meet(replicas)
+        """Send the weights; the replicas that did not take them, with the reason."""
+        if self._members != tuple(replicas):
+            self._client = ReplicaClient(replicas, self._cfg.tensor_parallel, self._cfg.sync_timeout_s)
+            self._sender.connect(self._client, len(replicas))
+            self._members = tuple(replicas)
         self._client.version = version
-        self._engine.send_weights()
+        self._sender.send()
         if self._client.failed:
             self._members = ()
         return self._client.failed
-
-    def _meet(self, replicas: Mapping[str, ActorHandle[Any]]) -> None:
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
-        if self._engine is not None:
-            self._engine.shutdown()
-        self._client = ReplicaClient(replicas, self._cfg.tensor_parallel, self._cfg.sync_timeout_s)
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            self._init_info(len(replicas)), client=self._client, source=self._source
-        )
-        self._members = tuple(replicas)
-
-    def _init_info(self, n_replicas: int) -> Any:
-        if self._backend == "ipc":
-            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-
-            room = max(PACKED_BYTES, self._source.largest_bytes)  # a tensor has to fit into the buffer
-            return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=room, rank=self._rank)
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
-        return NCCLTrainerInitInfo(
-            master_address=ray.util.get_node_ip_address(),
-            master_port=port,
-            world_size=1 + n_replicas * self._cfg.tensor_parallel,
-            packed_buffer_size_bytes=PACKED_BYTES,
-            rank=self._rank,
-        )

@@ -19,15 +19,15 @@ from ray.actor import ActorHandle
 
 from actors.actor_process import enter_process
 from actors.generator import SentBucket
-from actors.gpu_weight_sync import WeightSender, weight_backend
+from actors.gpu_weight_sync import WeightSender
 from actors.placement import Placement, Slot
 from rlvid.config import JobConfig, RewardModelJobConfig
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import Rubric
+from rlvid.rollout.weights.buckets import BUCKET_BYTES, Bucket, to_buckets
+from rlvid.rollout.weights.shared_memory import SharedBuckets
 from rlvid.training.batch import Group
-from rlvid.training.buckets import Bucket
 from rlvid.training.objectives import Objective
-from rlvid.training.shared_buckets import SharedBuckets
 from rlvid.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -99,19 +99,20 @@ class TrainerRank:
 
     def put_weights(self, is_checked: bool, nodes: Collection[str]) -> Iterator[tuple[SentBucket, str | None]]:
         """Put the weights where the nodes can read them: (bucket, digest if asked for), each reported as soon as it is
-        there. Ranks gather together, rank 0 puts."""
+        there. Rank 0 puts; under ZeRO-3 all ranks gather."""
         import torch.distributed as dist
 
+        parts = self._learner.weight_parts(BUCKET_BYTES)
         if dist.get_rank() == 0:
             put: Callable[[Bucket], SentBucket] = ray.put
             if set(nodes) == {self._node}:
                 self._shared = self._shared or SharedBuckets(self._node)
                 self._shared.rewind()
                 put = self._shared.write
-            for bucket in self._learner.buckets():
+            for bucket in to_buckets(parts):
                 yield put(bucket), bucket.digest() if is_checked else None
         elif self._learner.cfg.zero_stage == 3:
-            for _ in self._learner.buckets():
+            for _ in parts:
                 pass
 
     def send_weights(self, version: int, replicas: Mapping[str, ActorHandle[Any]]) -> dict[str, str]:
@@ -119,7 +120,7 @@ class TrainerRank:
         import torch.distributed as dist
 
         if self._sender is None:
-            self._sender = WeightSender(weight_backend(self._cfg), self._learner, dist.get_rank(), self._cfg)
+            self._sender = WeightSender(self._learner, dist.get_rank(), self._cfg)
         return self._sender.send(version, replicas)
 
     def save(self, folder: Path) -> None:

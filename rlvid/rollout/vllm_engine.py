@@ -24,7 +24,7 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
-from rlvid.training.buckets import Bucket
+from rlvid.rollout.weights.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if WEIGHT_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(WEIGHT_BACKEND, "rlvid.rollout.weight_transfer", "BucketEngine")
+        WeightTransferEngineFactory.register_engine(
+            WEIGHT_BACKEND, "rlvid.rollout.weights.bucket_engine", "BucketEngine"
+        )
 
 
 def keep_plain_weights() -> None:

@@ -7,7 +7,7 @@ by all ranks, so every public method is called on every rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_tower, load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.training.batch import Group, check_arrays
-from rlvid.training.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import PackedPolicy, pack
+from rlvid.training.parameters import NamedTensor, Part, in_parts, whole_shape
 from rlvid.training.scorer import PackedScorer
 from rlvid.types import Prompt
 
@@ -40,6 +40,7 @@ deepspeed.ops.__compatible_ops__ = {}
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
 HEAD = "head."  # PackedScorer's before those of its head
+EXPORT_BYTES = 64 * 2**20  # of parameters that an export gathers at a time
 
 
 def deepspeed_config(cfg: TrainConfig, dtype: str, world_size: int) -> dict[str, Any]:
@@ -95,6 +96,7 @@ class Learner:
             self.policy = PackedScorer(network, family, head)
             if (folder / HEAD_FILE).exists():
                 head.load(self.policy.head, folder)
+        self._is_sharded = cfg.zero_stage == 3
         self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
@@ -213,48 +215,23 @@ class Learner:
     def load_reference(self, file: Path) -> None:
         self._reference = {name: t.to(self.device) for name, t in load_file(file).items()}
 
-    def buckets(self, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
-        """What the engines need, in buckets, the same on every rank: the weights under the checkpoint's names, or the
-        adapters under those of an adapter file.
+    def weight_parts(self, part_bytes: int) -> Iterator[Part]:
+        """What the engines need, as whole tensors in parts: the weights under the checkpoint's names, or the adapters
+        under those of an adapter file. The contract is in rlvid/rollout/weights."""
+        return in_parts(self._sent(), part_bytes, self._is_sharded)
 
-        Under ZeRO-3 each bucket's parameters are gathered together, in the same order on every rank.
-        """
+    def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and whole shape of each tensor of `weight_parts`, in its order."""
+        return [(name, p.dtype, whole_shape(p)) for name, p in self._sent()]
+
+    def _sent(self) -> list[NamedTensor]:
         if self.lora:
-            return self._buckets(lambda name: file_name(name) if is_adapter(name) else None, bucket_bytes)
-        return self._buckets(lambda name: name, bucket_bytes)
+            return [(file_name(name), p) for name, p in self._named() if is_adapter(name)]
+        return self._named()
 
-    def _buckets(self, rename: Callable[[str], str | None], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
-        """Buckets of the parameters to which `rename` gives a name."""
-        parameters = ((rename(n.removeprefix(NETWORK)), p) for n, p in self.engine.module.named_parameters())
-        named = [(name, p) for name, p in parameters if name is not None]
-        for part, is_last in self._gathered(named, bucket_bytes):
-            yield from to_buckets(part, max(bucket_bytes, sum(t.nbytes for _, t in part)), is_last)
-
-    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and whole shape of every weight, in the order of `weights`."""
-        named = self.policy.network.named_parameters()
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under the checkpoint's name, whole, on this rank's device; all ranks iterate together."""
-        for part, _ in self._gathered(list(self.policy.network.named_parameters()), BUCKET_BYTES):
-            for name, parameter in part:
-                yield name, parameter.data  # a reference of its own: ZeRO-3 empties the parameter when it is done
-
-    def _gathered(
-        self, named: Sequence[tuple[str, Tensor]], part_bytes: int
-    ) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
-        """Parts of about `part_bytes`, and whether it is the last. Under ZeRO-3 a part is whole until the next one."""
-        chosen: list[tuple[str, Tensor]] = []
-        size = 0
-        for i, (name, parameter) in enumerate(named):
-            chosen.append((name, parameter))
-            size += _nbytes(parameter)
-            is_last = i == len(named) - 1
-            if is_last or size + _nbytes(named[i + 1][1]) > part_bytes:
-                with GatheredParameters([p for _, p in chosen], enabled=self.cfg.zero_stage == 3):
-                    yield chosen, is_last
-                chosen, size = [], 0
+    def _named(self) -> list[NamedTensor]:
+        """All parameters under the checkpoint's names; those of a head begin with `HEAD`."""
+        return [(name.removeprefix(NETWORK), p) for name, p in self.engine.module.named_parameters()]
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimizer; `folder` is shared by all ranks."""
@@ -269,8 +246,8 @@ class Learner:
     def export(self, folder: Path, checkpoint: Path) -> None:
         """Write the policy as a Hugging Face checkpoint, tokenizer and processor copied from `checkpoint`. Rank 0
         writes. Adapters are merged into the weights, and stand in `folder/adapter` by themselves too."""
-        buckets = self._buckets(lambda name: name)
-        state = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors()}
+        parts = in_parts(self._named(), EXPORT_BYTES, self._is_sharded)
+        state = {name: t.detach().to("cpu", copy=True).contiguous() for part, _ in parts for name, t in part}
         if dist.get_rank() == 0:
             head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
             if self._head:
@@ -289,13 +266,13 @@ class Learner:
     def _adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters, whole on every rank."""
         named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
-        with GatheredParameters([p for _, p in named], enabled=self.cfg.zero_stage == 3):
+        with GatheredParameters([p for _, p in named], enabled=self._is_sharded):
             return {name: p.detach().clone() for name, p in named}
 
     @torch.no_grad()
     def _put_adapters(self, state: Mapping[str, Tensor]) -> None:
         named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
-        with GatheredParameters([p for _, p in named], modifier_rank=0, enabled=self.cfg.zero_stage == 3):
+        with GatheredParameters([p for _, p in named], modifier_rank=0, enabled=self._is_sharded):
             for name, parameter in named:
                 parameter.copy_(state[name])
 
@@ -325,8 +302,3 @@ class Learner:
         counts = {name: totals.pop(name) for name in ("tokens", "pairs") if name in totals}
         means = {name: v / counts["pairs" if name.startswith("pair/") else "tokens"] for name, v in totals.items()}
         return means | {"loss": totals["loss"], "tokens": counts["tokens"]}
-
-
-def _nbytes(parameter: Tensor) -> int:
-    """Size of a parameter as a whole; ZeRO-3 leaves this rank a part of it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()

@@ -20,7 +20,7 @@ from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.training.buckets import Bucket
+from rlvid.rollout.weights.buckets import Bucket
 from rlvid.training.grpo_batch import sampled_group
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]

@@ -17,9 +17,10 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
 from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.batch import Group
-from rlvid.training.buckets import to_buckets
 from rlvid.training.packing import PackedPolicy, pack
+from rlvid.training.parameters import in_parts
 from rlvid.types import Prompt, Rollout, Sample
 from rlvid.video.frame_variants import Variant, probe
 from tests.prompts import clip_of, noise, sample_of
@@ -55,7 +56,8 @@ class Both:
 
     def sync(self) -> None:
         self.version += 1
-        self.engine.update_weights(self.version, list(to_buckets(self.policy.network.named_parameters(), 2**20)))
+        parts = in_parts(self.policy.network.named_parameters(), 2**20)
+        self.engine.update_weights(self.version, list(to_buckets(parts)))
 
     @torch.no_grad()
     def move_weights(self, seed: int) -> None:

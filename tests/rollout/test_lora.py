@@ -14,9 +14,10 @@ from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.batch import Group
-from rlvid.training.buckets import to_buckets
 from rlvid.training.packing import PackedPolicy, pack
+from rlvid.training.parameters import in_parts
 from rlvid.types import Rollout
 from tests.prompts import prompt_of
 
@@ -79,7 +80,7 @@ def test_engine_takes_adapters_alone_and_agrees_with_the_trainer(policy: PackedP
 
     def sync(version: int) -> None:
         adapters = {file_name(n): p for n, p in policy.network.named_parameters() if is_adapter(n)}
-        engine.update_weights(version, list(to_buckets(adapters.items())))
+        engine.update_weights(version, list(to_buckets(in_parts(adapters.items(), 2**26))))
 
     sync(1)
     assert gap(policy, generate(engine)) < 1e-5

@@ -12,8 +12,9 @@ import torch
 
 from rlvid.errors import UserError
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.training.buckets import to_buckets
+from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.packing import normalise
+from rlvid.training.parameters import in_parts
 from rlvid.types import Prompt, Rollout, WeightSpan
 from tests.prompts import prompt_of
 from tests.rollout.both import Both, run_check
@@ -174,4 +175,4 @@ def test_an_update_that_lacks_a_weight_is_an_error(both: Both) -> None:
     named = [(n, p) for n, p in both.policy.network.named_parameters() if "layers.2.mlp.down_proj" not in n]
     both.version += 1
     with pytest.raises(RuntimeError, match=r"1 weights did not arrive.*layers\.2\.mlp\.down_proj"):
-        both.engine.update_weights(both.version, list(to_buckets(named)))
+        both.engine.update_weights(both.version, list(to_buckets(in_parts(named, 2**26))))

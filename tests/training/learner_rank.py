@@ -20,6 +20,7 @@ def main(rank: int, world_size: int, stage: int, model: str, folder: str) -> Non
 
     from rlvid.config import ModelConfig, TrainConfig
     from rlvid.models.families import load_family
+    from rlvid.rollout.weights.buckets import to_buckets
     from rlvid.training.learner import Learner
     from rlvid.training.objectives import Supervised
     from tests.prompts import group_of, prompt_of
@@ -39,12 +40,12 @@ def main(rank: int, world_size: int, stage: int, model: str, folder: str) -> Non
     stats = [learner.step(mine, Supervised(), lr=1e-3) for _ in range(3)]
     checkpoint = Path(folder) / f"checkpoint-{stage}-{world_size}"
     learner.save(checkpoint)
-    before = [b.digest() for b in learner.buckets(2**19)]
+    before = [b.digest() for b in to_buckets(learner.weight_parts(2**19))]
     stats.append(learner.step(mine, Supervised(), lr=1e-3))
     learner.load(checkpoint)
     again = learner.step(mine, Supervised(), lr=1e-3)
     learner.load(checkpoint)
-    after = [b.digest() for b in learner.buckets(2**19)]
+    after = [b.digest() for b in to_buckets(learner.weight_parts(2**19))]
     logprobs = np.concatenate(learner.logprobs(mine)).tolist()
     learner.export(Path(folder) / f"export-{stage}-{world_size}", Path(model))
     if rank == 0:

@@ -53,7 +53,7 @@ def main(rank: int, world_size: int, stage: int, model: str, folder: str) -> Non
     frozen, after = first(learner.reference_logprobs(mine)), first(learner.logprobs(mine))
     learner.load(checkpoint)
     again = learner.step(mine, Supervised(), lr=1e-2)
-    sent = [name for bucket in learner.buckets() for name, _, _ in bucket.entries]
+    sent = [name for part, _ in learner.weight_parts(2**26) for name, _ in part]
     learner.export(Path(folder) / f"export-{stage}-{world_size}", Path(model))
     if rank == 0:
         result = {

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from rlvid.config import GrpoJobConfig
 from rlvid.config.load import load_config
 from rlvid.errors import UserError
 from rlvid.rollout import vllm_plugin
-from rlvid.training.learner import Learner
+from rlvid.training.parameters import Part, in_parts
 
 vllm_plugin.register()  # before the first import of vLLM
 
@@ -83,15 +82,15 @@ class Weights:
     def __init__(self) -> None:
         self.named = [("a", torch.ones(2, 3)), ("b", torch.zeros(5, dtype=torch.bfloat16))]
 
-    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return [(name, t.dtype, tuple(t.shape)) for name, t in self.named]
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.named
+    def weight_parts(self, part_bytes: int) -> Iterator[Part]:
+        return in_parts(self.named, part_bytes)
 
 
 def source() -> Any:
-    from rlvid.rollout.weight_transfer import LearnerSource
+    from rlvid.rollout.weights.gpu_sender import LearnerSource
 
     return LearnerSource(Weights())  # type: ignore[arg-type]
 
@@ -105,17 +104,6 @@ def test_what_is_announced_is_what_is_sent() -> None:
     assert [name for name, _ in sent] == ["a", "b"]
     assert list(NCCLTrainerWeightTransferEngine._checked_iter(given, given.metadata()))  # a fresh pass each time
     assert given.largest_bytes == 24
-
-
-def test_learner_parts_end_with_the_last_parameter() -> None:
-    """The parts of `Learner._gathered` (ZeRO-3 gathers them with other ranks in `tests/training/test_learner.py`)."""
-    learner = SimpleNamespace(cfg=SimpleNamespace(zero_stage=0))
-    named = [(str(i), torch.zeros(i + 1)) for i in range(5)]  # 4, 8, 12, 16, 20 bytes
-    for limit in (1, 24, 1000):
-        parts = list(Learner._gathered(learner, named, limit))  # type: ignore[arg-type]
-        assert [name for part, _ in parts for name, _ in part] == list("01234")
-        assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
-        assert all(len(part) == 1 or sum(t.nbytes for _, t in part) <= limit for part, _ in parts)
 
 
 @ray.remote

@@ -1,15 +1,8 @@
-"""Weights as a few flat buckets, from the trainer through shared memory into vLLM.
-
-The trainer cuts its parameters into buckets of bytes (`rlvid/training/buckets.py`); Ray's object store carries them
-without a copy; vLLM's weight-transfer API takes them in through `BucketEngine`, registered under the name "buckets" by
-`vllm_plugin.py`. Never one call per parameter. It works on GPUs too (one copy to the device). vLLM's own `nccl` and
-`ipc` engines take their weights from the trainer as a `LearnerSource`.
-"""
+"""vLLM's end of the `buckets` way, registered under that name by `vllm_plugin.py`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
@@ -27,12 +18,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rlvid.training.buckets import Bucket
+from rlvid.rollout.weights.buckets import Bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlvid.training.learner import Learner
 
 
 @dataclass
@@ -48,7 +37,7 @@ class BucketUpdate(WeightTransferUpdateInfo):
 
 
 class _Copies(TorchDispatchMode):
-    """Notes where a tensor, or parts of it, are copied to."""
+    """Records where a tensor, or parts of it, are copied to."""
 
     def __init__(self, source: Tensor):
         super().__init__()
@@ -75,9 +64,9 @@ class BucketEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
     """Loads buckets into the worker's model.
 
     On CPU straight into its parameters (`vllm_plugin.keep_plain_weights`): vLLM's loading copies every weight to one
-    place, always the same, so the first update notes the places and the next ones copy there. On GPU, and where vLLM
-    has packed linear weights all the same (bfloat16 on CPU) and left them empty, by its layerwise reload, which
-    materialises each layer, loads it and packs it again.
+    place, always the same, so the first update records the places and the next ones copy there. On GPU, and where vLLM
+    has packed linear weights anyway (bfloat16 on CPU) and left them empty, by its layerwise reload, which materialises
+    each layer, loads it and packs it again.
     """
 
     init_info_cls = BucketInit
@@ -87,7 +76,7 @@ class BucketEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
         self._places: dict[str, tuple[str, NDArray[np.uint8]]] = {}  # sent name -> name in the model, memory
 
     def start_weight_update(self) -> None:
-        self._awaited = {name for name, _ in self.model.named_parameters()}  # a tied head is not named twice
+        self._awaited = {name for name, _ in self.model.named_parameters()}  # a tied head is named once
         self._is_plain = self.device.type == "cpu" and all(p.numel() for p in self.model.parameters())
         if not self._is_plain:
             initialize_layerwise_reload(self.model)
@@ -129,20 +118,3 @@ class BucketEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def shutdown(self) -> None:
         pass
-
-
-class LearnerSource(WeightSource):
-    """A trainer rank's weights for vLLM's own senders. vLLM's `ModuleSource` does not know DeepSpeed's ZeRO-3."""
-
-    def __init__(self, learner: Learner):
-        self._learner = learner
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(*row) for row in self._learner.shapes()]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._learner.weights()
-
-    @property
-    def largest_bytes(self) -> int:
-        return max(math.prod(meta.shape) * meta.dtype.itemsize for meta in self.metadata())

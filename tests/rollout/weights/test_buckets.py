@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import torch
 
-from rlvid.training.buckets import Bucket, to_buckets
+from rlvid.rollout.weights.buckets import Bucket, to_buckets
+from rlvid.training.parameters import in_parts
 
 
 def named() -> list[tuple[str, torch.Tensor]]:
@@ -19,23 +20,22 @@ def named() -> list[tuple[str, torch.Tensor]]:
 
 def test_tensors_come_back_as_they_were_sent() -> None:
     for limit, count in ((10**6, 1), (32, 2), (1, 3)):  # a is 24 bytes, b 8, c 8
-        buckets = list(to_buckets(named(), limit))
+        buckets = list(to_buckets(in_parts(named(), limit)))
         assert len(buckets) == count
         back = [pair for bucket in buckets for pair in bucket.tensors()]
         assert [name for name, _ in back] == ["a", "b", "c"]
         assert all(torch.equal(x, y) and x.dtype == y.dtype for (_, x), (_, y) in zip(back, named(), strict=True))
 
 
-def test_the_last_bucket_is_known_by_its_mark() -> None:
+def test_the_last_bucket_says_so() -> None:
     for limit in (10**6, 32, 1):
-        marks = [bucket.is_last for bucket in to_buckets(named(), limit)]
-        assert marks == [False] * (len(marks) - 1) + [True]
-    assert not any(bucket.is_last for bucket in to_buckets(named(), 1, is_last=False))
+        lasts = [bucket.is_last for bucket in to_buckets(in_parts(named(), limit))]
+        assert lasts == [False] * (len(lasts) - 1) + [True]
 
 
 def test_parameters_are_not_copied_before_they_are_pickled() -> None:
     parameter = torch.zeros(1000)
-    (bucket,) = to_buckets([("w", parameter)])
+    (bucket,) = to_buckets(in_parts([("w", parameter)], 10**6))
     parameter += 1
     out_of_band: list[pickle.PickleBuffer] = []
     row = pickle.dumps(bucket, protocol=5, buffer_callback=out_of_band.append)
@@ -47,12 +47,12 @@ def test_parameters_are_not_copied_before_they_are_pickled() -> None:
 
 
 def test_a_transposed_parameter_arrives_in_its_own_order() -> None:
-    ((_, back),) = next(iter(to_buckets([("t", torch.arange(6.0).view(2, 3).t())]))).tensors()
+    ((_, back),) = next(iter(to_buckets(in_parts([("t", torch.arange(6.0).view(2, 3).t())], 10**6)))).tensors()
     assert torch.equal(back, torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
 
 
 def test_digest_notices_one_bit_and_a_changed_name() -> None:
-    (bucket,) = to_buckets(named())
+    (bucket,) = to_buckets(in_parts(named(), 10**6))
     flipped = bucket.parts[0].copy()
     flipped[5] ^= 1
     renamed = (("x", *bucket.entries[0][1:]), *bucket.entries[1:])
@@ -63,7 +63,7 @@ def test_digest_notices_one_bit_and_a_changed_name() -> None:
 
 
 def test_read_only_memory_is_enough() -> None:
-    (bucket,) = to_buckets(named())
+    (bucket,) = to_buckets(in_parts(named(), 10**6))
     parts = tuple(part.copy() for part in bucket.parts)
     for part in parts:
         part.setflags(write=False)

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from rlvid.training.buckets import to_buckets
-from rlvid.training.shared_buckets import SharedBucket, SharedBuckets
+from rlvid.rollout.weights.buckets import to_buckets
+from rlvid.rollout.weights.shared_memory import SharedBucket, SharedBuckets
+from rlvid.training.parameters import in_parts
 
 READ = """
 import pickle, sys
@@ -30,7 +31,7 @@ def named(value: float) -> list[tuple[str, torch.Tensor]]:
 
 def write(memory: SharedBuckets, value: float, limit: int = 100) -> tuple[list[SharedBucket], list[str]]:
     memory.rewind()
-    buckets = list(to_buckets(named(value), limit))
+    buckets = list(to_buckets(in_parts(named(value), limit)))
     return [memory.write(b) for b in buckets], [b.digest() for b in buckets]
 
 

@@ -1,8 +1,8 @@
 """Buckets in memory that the processes of one machine share: the trainer writes there, its engines read there.
 
 The same pages serve every update. In Ray's object store an update mostly gets pages that nobody has touched, and the
-kernel makes and zeroes them at the first write, which took up to ten times as long as the copy itself. Between machines
-the object store it is. Linux only (memfd); the memory goes with the last process that has it open.
+kernel makes and zeroes them at the first write, which took up to ten times as long as the copy itself. Linux only
+(memfd); the memory is freed with the last process that has it open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlvid.training.buckets import Bucket
+from rlvid.rollout.weights.buckets import Bucket
 
 Memory = npt.NDArray[np.uint8]
 ALIGNMENT = 64  # bytes, as in Ray's object store
@@ -26,7 +26,7 @@ ALIGNMENT = 64  # bytes, as in Ray's object store
 
 @dataclass(frozen=True)
 class SharedBucket:
-    """Where a bucket lies. It holds until its owner writes the next version."""
+    """Where a bucket is. Valid until its owner writes the next version."""
 
     machine: str
     file: str  # of the owner's open files
@@ -53,7 +53,7 @@ class SharedBucket:
 
 
 class SharedBuckets:
-    """The owner's side. `rewind` before each version, which then takes the place of the one before."""
+    """The owner's side. `rewind` before each version, which then replaces the previous one."""
 
     def __init__(self, machine: str):
         self._machine, self._token = machine, f"rlvid-weights-{secrets.token_hex(8)}"
@@ -65,7 +65,7 @@ class SharedBuckets:
         self._at = 0
 
     def write(self, bucket: Bucket) -> SharedBucket:
-        """Copy a bucket in: each parameter once, straight from where it lies."""
+        """Copy a bucket in: each parameter once."""
         size = _aligned(sum(_aligned(part.nbytes, ALIGNMENT) for part in bucket.parts), mmap.ALLOCATIONGRANULARITY)
         offset, self._at = self._at, self._at + size
         if self._at > self._length:

@@ -1,0 +1,88 @@
+"""The trainer's end of vLLM's own `nccl` and `ipc` transfers. Not yet run on a GPU.
+
+Import it only after `vllm_plugin.register()`.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from rlvid.config import RolloutConfig
+from rlvid.rollout.weights.buckets import BUCKET_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlvid.training.learner import Learner
+
+PACKED_BYTES = 256 * 2**20  # of the staging buffers on the GPU; vLLM's default of 1 GiB, twice, is room for sequences
+
+
+class LearnerSource(WeightSource):
+    """A trainer rank's weights as vLLM's senders take them. vLLM's `ModuleSource` does not know DeepSpeed's ZeRO-3."""
+
+    def __init__(self, learner: Learner):
+        self._learner = learner
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(*row) for row in self._learner.weight_metadata()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for part, _ in self._learner.weight_parts(BUCKET_BYTES):
+            for name, parameter in part:
+                yield name, parameter.data  # another reference: ZeRO-3 empties the parameter after the part
+
+    @property
+    def largest_bytes(self) -> int:
+        return max(math.prod(meta.shape) * meta.dtype.itemsize for meta in self.metadata())
+
+
+class GpuSender:
+    """One trainer rank's end. Every rank makes the same calls; rank 0 sends, the others help to gather.
+
+    A NCCL group cannot change its members, so other replicas than last time (a restarted one, for example) need a new
+    group.
+
+    Args:
+        host: address of this machine.
+    """
+
+    def __init__(self, backend: str, learner: Learner, rank: int, host: str, cfg: RolloutConfig):
+        self._backend, self._rank, self._host, self._cfg = backend, rank, host, cfg
+        self._source = LearnerSource(learner)
+        self._engine: Any = None
+
+    def connect(self, client: Any, n_replicas: int) -> None:
+        """Form a new group with the replicas that `client` reaches."""
+        if self._engine is not None:
+            self._engine.shutdown()
+        info = self._ipc_info() if self._backend == "ipc" else self._nccl_info(n_replicas)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+
+    def send(self) -> None:
+        """Send the current weights to the group. No deadline of its own: the caller's call has one."""
+        self._engine.send_weights()
+
+    def _ipc_info(self) -> IPCTrainerInitInfo:
+        room = max(PACKED_BYTES, self._source.largest_bytes)  # a tensor has to fit into the buffer
+        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=room, rank=self._rank)
+
+    def _nccl_info(self, n_replicas: int) -> NCCLTrainerInitInfo:
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port = s.getsockname()[1]
+        return NCCLTrainerInitInfo(
+            master_address=self._host,
+            master_port=port,
+            world_size=1 + n_replicas * self._cfg.tensor_parallel,
+            packed_buffer_size_bytes=PACKED_BYTES,
+            rank=self._rank,
+        )
