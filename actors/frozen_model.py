@@ -1,22 +1,34 @@
-"""The reference model: a frozen copy of the policy in an actor of its own."""
+"""Models whose weights do not change, each in an actor of its own: the reference and reward models.
+
+The reference is a copy of the policy. A reward model (`rewards: [{kind: model}]`) is of kind Bradley-Terry:
+VideoScore's kinds judge generated videos against their prompts, and a policy that answers in text makes no video.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from actors.actor_process import enter_process
 from actors.generator import SentWeights
+from actors.placement import Placement, Slot
 from actors.trainer import GroupRef, fetch
 from rlvid.config import JobConfig
+from rlvid.rewards.part import Group, NoReward, Values
+
+TIMEOUT_S = 600.0  # of one call of a reward model
 
 
 class Reference:
-    """Log-probs of responses under weights that do not move."""
+    """Log-probs of responses under the policy's weights of one moment."""
 
     def __init__(self, log_file: Path, threads: int | None):
         enter_process(log_file, threads)
@@ -33,10 +45,7 @@ class Reference:
 
     def load_weights(self, sent: SentWeights) -> None:
         """Take the policy's present weights (the end of the warm start)."""
-        parameters = dict(self._policy.network.named_parameters())
-        for bucket in ray.get([ref for ref, _ in sent]):
-            for name, tensor in bucket.tensors():
-                parameters[name].data.copy_(tensor)
+        self._copy(pair for bucket in ray.get([ref for ref, _ in sent]) for pair in bucket.tensors())
 
     def save(self, file: Path) -> None:
         from safetensors.torch import save_file
@@ -46,9 +55,7 @@ class Reference:
     def load(self, file: Path) -> None:
         from safetensors.torch import load_file
 
-        parameters = dict(self._policy.network.named_parameters())
-        for name, tensor in load_file(file).items():
-            parameters[name].data.copy_(tensor)
+        self._copy(load_file(file).items())
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """One array [sum R] per group."""
@@ -59,3 +66,58 @@ class Reference:
         device = next(self._policy.parameters()).device
         with torch.no_grad():
             return score(lambda row: self._policy(row.to(device))[0], fetch(groups), self._budget)
+
+    def _copy(self, tensors: Any) -> None:
+        parameters = dict(self._policy.network.named_parameters())
+        for name, tensor in tensors:
+            parameters[name].data.copy_(tensor)
+
+
+class RewardModel:
+    """Scores of responses. Clips come through the run's frame cache, with the frames that the model was trained on."""
+
+    def __init__(self, log_file: Path, threads: int | None):
+        enter_process(log_file, threads)
+
+    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool) -> None:
+        from rlvid.data.encoding import SampleEncoder, Source
+        from rlvid.rewards.reward_model import HeadModel, video_config
+
+        self._model = HeadModel(folder, on_gpu)
+        cache = cfg.data.cache_dir.expanduser().resolve(), int(cfg.data.cache_gib * 2**30)
+        self._encoder = SampleEncoder(Source(folder, video_config(self._model.rubric), *cache, 2**31))
+
+    def score(self, groups: Sequence[Group]) -> list[Values]:
+        """One value per response; the reason where a sample's clips cannot be read."""
+        values: list[Values] = []
+        for group in groups:
+            prompt, outcome = self._encoder.encode(group.sample)
+            if prompt is None:
+                values.append([NoReward(": ".join(outcome.bad or ()))] * len(group.responses))
+                continue
+            (scored,) = self._model([prompt], [[r.text for r in group.responses]])
+            values.append([s.scores["reward"] for s in scored if s.scores])
+        return values
+
+
+def start_frozen(
+    model: type[Reference | RewardModel], folder: Path, cfg: JobConfig, slot: Slot, placement: Placement, logs: Path
+) -> tuple[ActorHandle[Any], Callable[[], object]]:
+    """Start the actor in the background.
+
+    Returns:
+        Its handle, and a function that waits until it is ready and raises what it raised.
+    """
+    actor = (
+        ray.remote(model).options(**placement.options(slot)).remote(logs / f"{slot.name}.log", cfg.placement.threads)
+    )
+    return actor, partial(ray.get, actor.start.remote(folder.resolve(), cfg, slot.gpus > 0))
+
+
+def ask_reward_model(actor: ActorHandle[Any], groups: Sequence[Group]) -> list[Values]:
+    """As `RewardModel.score`; where the call fails or takes too long, the reason for every response."""
+    try:
+        values: list[Values] = ray.get(actor.score.remote(groups), timeout=TIMEOUT_S)
+    except RayError as e:
+        return [[NoReward(f"reward model: {type(e).__name__}")] * len(group.responses) for group in groups]
+    return values

@@ -22,7 +22,7 @@ from rlvid.errors import UserError
 class Slot:
     """One actor's place: the placement group it lies in, and its share of it."""
 
-    role: str  # "trainer" | "generator" | "reference" | "scorer"
+    role: str  # "trainer" | "generator" | "reference" | "reward_model"
     index: int
     group: str
     cpus: float
@@ -45,9 +45,11 @@ def plan(cfg: JobConfig, roles: tuple[str, ...]) -> list[Slot]:
         slots += [generator_slot(cfg, i, shares) for i in range(cfg.rollout.replicas)]
     if "reference" in roles:
         slots.append(Slot("reference", 0, "reference-0", place.reference_cpus, place.gpus))
-    if "scorer" in roles:
-        n = sum(part.kind == "model" for part in cfg.rewards)
-        slots += [Slot("scorer", i, f"scorer-{i}", place.reference_cpus, place.gpus) for i in range(n)]
+    if "reward_model" in roles:
+        slots += [
+            Slot("reward_model", i, f"reward_model-{i}", place.reference_cpus, place.gpus)
+            for i in range(len(cfg.reward_models))
+        ]
     return slots
 
 

@@ -1,112 +1,97 @@
-"""Reward workers: rewards are computed beside the driver, in batches, each with a deadline."""
+"""Rewards of groups of rollouts: rules run in worker processes beside the driver, in batches, each with a deadline."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.scorer import ScorerHandle, check_model_part
-from rlvid.config import RewardPartConfig
-from rlvid.rewards.rules import RuleRewards
+from rlvid.rewards.part import Group, NoReward, Part, Response, Values, combine, score_rules
 from rlvid.types import Reward, Rollout, Sample
 
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 120.0  # of one batch
 TRIES = 2
 
-
-def check_parts(parts: Sequence[RewardPartConfig]) -> None:
-    """
-    Raises:
-        UserError: no parts, two parts of one name, or a part that could never be given.
-    """
-    for index, part in enumerate(parts):
-        if part.kind == "model":
-            check_model_part(part, where=f"rewards[{index}] ({part.name or part.kind})")
-    # As rules of some kind: what is left to check is the same for all.
-    RuleRewards([p if p.kind != "model" else RewardPartConfig(kind="exact", name=p.name or "model") for p in parts])
-
-
-def _with(part: RewardPartConfig, marks: Sequence[Reward], scores: Sequence[float] | str) -> list[Reward]:
-    """One sample's rewards with a reward model's part added; invalid where the model has no score."""
-    name = part.name or part.kind
-    if isinstance(scores, str):
-        return [Reward.invalid(f"{name}: {scores}") if m.is_valid else m for m in marks]
-    return [
-        Reward({**m.parts, name: value}, m.total + part.weight * value) if m.is_valid else m
-        for m, value in zip(marks, scores, strict=True)
-    ]
+Model = Callable[[Sequence[Group]], Sequence[Values]]
 
 
 class RewardWorker:
-    """Marks by rules; without any, every response begins at 0."""
+    """Values of the parts that are rules."""
 
-    def __init__(self, parts: Sequence[RewardPartConfig]):
-        self._rewards = RuleRewards(parts) if parts else lambda *_: Reward({}, 0.0)
+    def __init__(self, parts: Sequence[Part]):
+        self._parts = parts
 
-    def mark(self, batch: Sequence[tuple[Sample, Sequence[tuple[str, int]]]]) -> list[list[Reward]]:
-        """Rewards of (response text, number of tokens), by sample."""
-        return [[self._rewards(text, n, sample) for text, n in responses] for sample, responses in batch]
+    def score(self, groups: Sequence[Group]) -> list[dict[str, Values]]:
+        return [score_rules(self._parts, group) for group in groups]
 
 
 class Rewards:
-    """Marks groups of rollouts. A batch that fails or takes too long twice is invalid, never 0."""
+    """Scores groups of rollouts. What fails or takes too long twice is invalid, never 0.
+
+    Args:
+        opening: with which the policy's prompts begin the response (`ChatFamily.opening`).
+        models: of the parts whose model has an actor of its own, by the part's name.
+    """
 
     def __init__(
         self,
-        parts: Sequence[RewardPartConfig],
+        parts: Sequence[Part],
         workers: int,
         cpus: float,
-        scorers: Sequence[ScorerHandle] = (),
+        opening: str = "",
+        models: Mapping[str, Model] | None = None,
     ):
-        check_parts(parts)  # a wrong configuration is an error here, not in a worker
-        self._parts = [p for p in parts if p.kind != "model"]
-        self._models = list(zip((p for p in parts if p.kind == "model"), scorers, strict=True))
-        self._cpus = cpus
+        self._parts, self._cpus, self._opening, self._models = parts, cpus, opening, models or {}
         self._workers: list[ActorHandle[Any]] = [self._start() for _ in range(workers)]
 
-    def _start(self) -> ActorHandle[Any]:
-        return ray.remote(RewardWorker).options(num_cpus=self._cpus, max_restarts=-1).remote(self._parts)
-
-    def __call__(self, samples: Sequence[Sample], groups: Sequence[Sequence[Rollout]]) -> list[list[Reward]]:
+    def __call__(self, samples: Sequence[Sample], rollouts: Sequence[Sequence[Rollout]]) -> list[list[Reward]]:
         """One reward per rollout, in the order given."""
-        batch = [
-            (s, [(r.text, len(r.token_ids)) for r in rollouts]) for s, rollouts in zip(samples, groups, strict=True)
+        groups = [
+            Group(sample, tuple(Response(r.text, len(r.token_ids)) for r in own), self._opening)
+            for sample, own in zip(samples, rollouts, strict=True)
         ]
-        n = len(self._workers)
-        shares = [batch[i::n] for i in range(n)]
-        marked: list[list[Reward]] = [[] for _ in batch]
-        for i, share in enumerate(self._mark(shares)):
-            marked[i::n] = share
-        answers = [(s, [text for text, _ in responses]) for s, responses in batch]
-        for part, scorer in self._models:
-            marked = [_with(part, marks, scores) for marks, scores in zip(marked, scorer(answers), strict=True)]
-        return marked
-
-    def _mark(self, shares: Sequence[Sequence[Any]]) -> list[list[list[Reward]]]:
-        calls = [worker.mark.remote(share) for worker, share in zip(self._workers, shares, strict=True)]
-        results = []
-        for i, (call, share) in enumerate(zip(calls, shares, strict=True)):
-            reason = ""
-            for _ in range(TRIES):
-                try:
-                    results.append(ray.get(call, timeout=TIMEOUT_S))
-                    break
-                except (GetTimeoutError, RayError) as e:
-                    reason = f"reward worker: {type(e).__name__}"
-                    logger.warning("%s; %d samples are tried again", reason, len(share))
-                    ray.kill(self._workers[i])
-                    self._workers[i] = self._start()
-                    call = self._workers[i].mark.remote(share)
-            else:
-                results.append([[Reward.invalid(reason) for _ in responses] for _, responses in share])
-        return results
+        values = self._score_rules(groups)
+        for part in self._parts:
+            if part.name in self._models:
+                covered = [i for i, group in enumerate(groups) if part.covers(group.sample)]
+                scored = self._models[part.name]([groups[i] for i in covered])
+                for i, own_values in zip(covered, scored, strict=True):
+                    values[i][part.name] = own_values
+        return [combine(self._parts, group, own) for group, own in zip(groups, values, strict=True)]
 
     def stop(self) -> None:
         for worker in self._workers:
             ray.kill(worker)
+
+    def _start(self) -> ActorHandle[Any]:
+        return ray.remote(RewardWorker).options(num_cpus=self._cpus, max_restarts=-1).remote(self._parts)
+
+    def _score_rules(self, groups: Sequence[Group]) -> list[dict[str, Values]]:
+        n = len(self._workers)
+        shares = [groups[i::n] for i in range(n)]
+        calls = [worker.score.remote(share) for worker, share in zip(self._workers, shares, strict=True)]
+        values: list[dict[str, Values]] = [{} for _ in groups]
+        for i, (call, share) in enumerate(zip(calls, shares, strict=True)):
+            values[i::n] = self._finish(i, call, share)
+        return values
+
+    def _finish(self, i: int, call: Any, share: Sequence[Group]) -> list[dict[str, Values]]:
+        """What worker `i` returns for its share. A worker that fails is replaced, and its share tried again."""
+        reason = ""
+        for _ in range(TRIES):
+            try:
+                scored: list[dict[str, Values]] = ray.get(call, timeout=TIMEOUT_S)
+            except (GetTimeoutError, RayError) as e:
+                reason = f"reward worker: {type(e).__name__}"
+                logger.warning("%s; %d samples are tried again", reason, len(share))
+                ray.kill(self._workers[i])
+                self._workers[i] = self._start()
+                call = self._workers[i].score.remote(share)
+            else:
+                return scored
+        return [{part.name: [NoReward(reason)] * len(g.responses) for part in self._parts} for g in share]

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from actors.frozen_model import Reference
+from actors.frozen_model import Reference, RewardModel, ask_reward_model, start_frozen
 from actors.generator_fleet import GeneratorFleet
 from actors.placement import Placement, plan
 from actors.rewards import Rewards
-from actors.scorer import ScorerHandle
 from actors.trainer import GroupRef, TrainerGroup
 from rlvid.config import JobConfig
+from rlvid.models.families import load_family
+from rlvid.rewards.rules import make_parts
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class Roles:
 
     Args:
         model: checkpoint folder of the policy.
-        roles: of "trainer", "generator" (which brings the rewards), "reference", "scorer" (reward models).
+        roles: of "trainer", "generator" (which brings the rewards), "reference", "reward_model".
     """
 
     def __init__(self, model: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
@@ -53,23 +54,20 @@ class Roles:
                 self._fleet = GeneratorFleet(model, cfg, by_role["generator"], placement, logs, seed)
                 stack.callback(self._fleet.stop)
                 self._ready.append(self._fleet.wait_ready)
-                models = [part.path for part in cfg.rewards if part.kind == "model" and part.path]
-                scorers = [
-                    ScorerHandle(path, cfg, slot, placement, logs)
-                    for path, slot in zip(models, by_role.get("scorer", ()), strict=True)
-                ]
-                for scorer in scorers:
-                    stack.callback(scorer.stop)
-                    self._ready.append(scorer.wait_ready)
-                place = cfg.placement
-                self._rewards = Rewards(cfg.rewards, place.reward_workers, place.reward_cpus, scorers)
+                models = {}
+                for part, slot in zip(cfg.reward_models, by_role.get("reward_model", ()), strict=True):
+                    scorer, wait = start_frozen(RewardModel, part.path, cfg, slot, placement, logs)
+                    stack.callback(ray.kill, scorer)
+                    self._ready.append(wait)
+                    models[part.label] = partial(ask_reward_model, scorer)
+                place, parts = cfg.placement, make_parts(cfg.rewards)
+                opening = load_family(model).opening
+                self._rewards = Rewards(parts, place.reward_workers, place.reward_cpus, opening, models)
                 stack.callback(self._rewards.stop)
             for slot in by_role.get("reference", ()):
-                actor = ray.remote(Reference).options(**placement.options(slot))
-                self._reference = actor.remote(logs / f"{slot.name}.log", cfg.placement.threads)
+                self._reference, wait = start_frozen(Reference, model, cfg, slot, placement, logs)
                 stack.callback(ray.kill, self._reference)
-                started = self._reference.start.remote(model, cfg, slot.gpus > 0)
-                self._ready.append(partial(ray.get, started))
+                self._ready.append(wait)
             self._stack = stack.pop_all()
 
     @property

@@ -210,7 +210,7 @@ class Steps:
         with self.stage("sync"):
             team.fleet.sync(team.trainer, self.step)
         with self.stage("metrics"):
-            self.tracker.log(self.step, summarize(groups, marks, self.cfg.rewards) | stats | team.fleet.metrics())
+            self.tracker.log(self.step, summarize(groups, marks) | stats | team.fleet.metrics())
         assert len(prompts) == len(self.samples) and all(len(g) == GROUP for g in groups)
 
 

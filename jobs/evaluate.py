@@ -13,18 +13,6 @@ from rlvid.config import EvalJobConfig
 from rlvid.errors import UserError
 from rlvid.evaluation.metrics import accuracy_report
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.training.grpo_batch import accuracy_part
-
-NO_ACCURACY_PART = "evaluation needs a reward part that says what is right: add one of kind exact, choice or number"
-
-
-def check_evaluation(inputs: Inputs) -> None:
-    """
-    Raises:
-        UserError: there are held-out samples, and no reward part says whether an answer is right.
-    """
-    if inputs.held_out and accuracy_part(inputs.cfg.rewards) is None:
-        raise UserError(NO_ACCURACY_PART)
 
 
 def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, float]:
@@ -44,8 +32,6 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
 
 def _accuracy(inputs: Inputs, roles: Roles) -> dict[str, float]:
     cfg, clips = inputs.cfg, inputs.clips
-    name = accuracy_part(cfg.rewards)
-    assert name is not None  # check_evaluation
     samples = inputs.held_out[: cfg.evaluate.max_samples]
     verdicts: list[bool | None] = []
     types: list[str | None] = []
@@ -57,7 +43,7 @@ def _accuracy(inputs: Inputs, roles: Roles) -> dict[str, float]:
         pending = clips.submit(samples[at + size : at + 2 * size])
         answers = roles.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))
         rewards = roles.rewards([p.sample for p in prompts], answers)
-        verdicts += [r[0].parts[name] == 1.0 if r[0].is_valid else None for r in rewards]
+        verdicts += [reward.is_right for (reward,) in rewards]
         types += [p.sample.problem_type for p in prompts]
         lengths += [len(a[0].token_ids) for a in answers]
     missing = len(samples) - len(verdicts)  # bad clips: no verdict
@@ -72,7 +58,6 @@ def _accuracy(inputs: Inputs, roles: Roles) -> dict[str, float]:
 def run(cfg: EvalJobConfig) -> dict[str, Any]:
     """Evaluate `model.path` on `data.eval`."""
     with open_job(cfg, "eval") as (run, inputs):
-        check_evaluation(inputs)
         if not inputs.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
         with Roles(inputs.model, cfg, JOBS["eval"].roles(cfg), run.folder.logs_dir, cfg.seed) as roles:

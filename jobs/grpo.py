@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from actors.clip_store import Encoded
 from actors.parity_check import check_parity
-from actors.rewards import check_parts
 from actors.roles import Roles
 from jobs.cli import job_main
-from jobs.evaluate import check_evaluation, evaluate
+from jobs.evaluate import evaluate
 from jobs.inputs import Inputs, distinct, open_job
 from jobs.run import Run
 from jobs.specs import JOBS
@@ -35,10 +34,8 @@ N_REPORTED = 8  # prompts of a step whose rollouts the report shows
 
 def run(cfg: GrpoJobConfig) -> dict[str, Any]:
     """Run or resume the job."""
-    check_parts(cfg.rewards)
     with open_job(cfg, "grpo") as (run, inputs):
         inputs.require_training_data()
-        check_evaluation(inputs)
         with Roles(inputs.model, cfg, JOBS["grpo"].roles(cfg), run.folder.logs_dir, cfg.seed) as roles:
             roles.trainer.wait_ready()
             start = run.resume(roles.trainer)
@@ -70,7 +67,7 @@ def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int
         with run.stage("sync"):
             roles.fleet.sync(roles.trainer, done)
         seconds = time.monotonic() - begin
-        metrics = summarize(groups, rewards, cfg.rewards) | stats | inputs.clip_metrics() | roles.fleet.metrics()
+        metrics = summarize(groups, rewards) | stats | inputs.clip_metrics() | roles.fleet.metrics()
         metrics |= run.take_times() | {"time/step": seconds, "samples_per_s": len(prompts) * sampling.n / seconds}
         run.log(done, metrics)
         run.console.step(done, metrics)

@@ -20,6 +20,8 @@ from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
+from rlvid.rewards.part import check_samples
+from rlvid.rewards.rules import check_rewards, make_parts
 from rlvid.synthetic.moving_shapes import make_synthetic
 from rlvid.types import Preference, Sample
 
@@ -28,6 +30,8 @@ from rlvid.types import Preference, Sample
 def open_job(cfg: JobConfig, job: str) -> Iterator[tuple[Run, Inputs]]:
     """The run folder and the inputs of a job. Ray starts last: mistakes in manifests and models are found before."""
     spec = JOBS[job]
+    if spec.scored:
+        check_rewards(cfg.rewards)
     with Run(cfg, job) as run:
         inputs = Inputs(cfg, spec, run)
         run.keep(inputs)
@@ -50,9 +54,22 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
         lines.append(f"{key}: {len(loaded.samples)} samples, {n} with a video{refused}")
     if len(rows) == 2:
         check_disjoint(*(loaded.samples for loaded in rows.values()))
+    if spec.scored:
+        check_rewards(cfg.rewards)
+        check_scored(cfg, spec, {key: loaded.samples for key, loaded in rows.items()})
     if cfg.model.path is not None:
         lines.append(f"model.path: {load_family(cfg.model.path).architecture}")
     return lines
+
+
+def check_scored(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
+    """
+    Raises:
+        UserError: the rewards cannot score a sample of a manifest that the job has scored.
+    """
+    parts = make_parts(cfg.rewards)
+    for key in spec.scored:
+        check_samples(parts, manifests.get(key, ()), key, needs_accuracy=key == "data.eval")
 
 
 class PromptStream:
@@ -114,6 +131,7 @@ class Inputs:
         lessons = self._load_warm_up(spec, train)
         check_disjoint(self.train, self.held_out)
         check_disjoint(self.warm_up, self.held_out)
+        check_scored(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
         run.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
         if self.train:
             n = sum(bool(s.media) for s in self.train)

@@ -21,7 +21,7 @@ from actors.judge import Comparison, Judge, Judged, open_judge
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
-from jobs.evaluate import check_evaluation, evaluate
+from jobs.evaluate import evaluate
 from jobs.inputs import Inputs, open_job
 from jobs.run import Run
 from jobs.warm_start import warm_start
@@ -30,10 +30,11 @@ from rlvid.data.order import batch_indices
 from rlvid.data.preferences import pair_row, write_preferences
 from rlvid.errors import UserError
 from rlvid.files import RowFile
+from rlvid.rewards.answers import normalise
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
-from rlvid.rewards.rules import RuleRewards, normalise
+from rlvid.rewards.part import Group, Response, combine, score_rules
+from rlvid.rewards.rules import make_parts
 from rlvid.rollout.vllm_engine import Sampling
-from rlvid.training.grpo_batch import ACCURACY_KINDS
 from rlvid.types import Medium, Preference, Rollout, Sample
 
 Row = Mapping[str, Any]
@@ -48,7 +49,6 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
     """
     with open_job(cfg, "isrt") as (run, inputs):
         inputs.require_training_data()
-        check_evaluation(inputs)
         model = reference = first_model(cfg, run, inputs)
         for number in range(1, cfg.isrt.iterations + 1):
             iteration = Iteration(cfg, run, inputs, number)
@@ -291,19 +291,18 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
 def judge_accuracy(iteration: Iteration, decided: Sequence[Row]) -> dict[str, float]:
     """How often the judge chose the right response, where the rules know exactly one of the two to be right. The run
     itself never sees this."""
-    parts = [part for part in iteration.cfg.rewards if part.kind in ACCURACY_KINDS]
+    parts = [part for part in make_parts(iteration.cfg.rewards) if part.kind.measures_accuracy]
     if not parts:
         return {}
-    rules = RuleRewards(parts)
     samples = {s.id: s for s in iteration.samples}
     hits = []
     for row in decided:
         told = iteration.responses[row["id"]]
-        marks = [
-            rules(text, n, samples[row["id"]]) for text, n in zip(told["responses"], told["n_tokens"], strict=True)
-        ]
-        if all(m.is_valid for m in marks) and marks[0].total != marks[1].total:
-            hits.append(marks[row["winner"]].total > marks[1 - row["winner"]].total)
+        responses = map(Response, told["responses"], told["n_tokens"])
+        group = Group(samples[row["id"]], tuple(responses), iteration.inputs.family.opening)
+        is_right = [reward.is_right for reward in combine(parts, group, score_rules(parts, group))]
+        if set(is_right) == {True, False}:
+            hits.append(is_right[row["winner"]] is True)
     return {"judge/accuracy": mean(hits), "judge/accuracy_n": float(len(hits))}
 
 

@@ -67,6 +67,7 @@ class JobSpec:
     roles: Callable[[Any], tuple[str, ...]]  # the actors it starts (actors/roles.py)
     load: Callable[[Any], ManifestKind]
     warm_start: Callable[[Any], WarmStartConfig | None] = lambda cfg: None
+    scored: tuple[str, ...] = ()  # keys of the manifests whose samples the rewards score
     lessons: Callable[[Path], Path] | None = None  # rows of the warm start, made from a synthetic training manifest
     folder: Callable[[Any], Path] = lambda cfg: cfg.run.dir
     flags: tuple[str, ...] = ()  # further arguments of run, false unless given as options
@@ -141,7 +142,7 @@ def graded(cfg: RewardModelJobConfig) -> ManifestKind:
 
 
 def _reward_models(cfg: JobConfig) -> tuple[str, ...]:
-    return ("scorer",) if any(part.kind == "model" for part in cfg.rewards) else ()
+    return ("reward_model",) if cfg.reward_models else ()
 
 
 def _grpo_roles(cfg: GrpoJobConfig) -> tuple[str, ...]:
@@ -163,6 +164,7 @@ JOBS: dict[str, JobSpec] = {
         help="group relative policy optimisation on videos",
         roles=_grpo_roles,
         load=lambda cfg: SAMPLES,
+        scored=("data.train", "data.eval"),
         warm_start=lambda cfg: cfg.warm_start,
     ),
     "sft": JobSpec(
@@ -192,6 +194,7 @@ JOBS: dict[str, JobSpec] = {
         help="self-judgement with a visual context, then DPO, iterated",
         roles=lambda cfg: ("trainer", "generator"),
         load=lambda cfg: SAMPLES,
+        scored=("data.eval",),
         warm_start=lambda cfg: cfg.warm_start,
         lessons=_lessons,
         flags=("only_data",),
@@ -211,5 +214,6 @@ JOBS: dict[str, JobSpec] = {
         help="greedy answers to the held-out manifest, scored",
         roles=lambda cfg: ("generator", *_reward_models(cfg)),
         load=lambda cfg: SAMPLES,
+        scored=("data.eval",),
     ),
 }

@@ -165,6 +165,7 @@ class Reward:
     parts: Mapping[str, float]
     total: float
     invalid_reason: str | None = None
+    is_right: bool | None = None  # whether the answer is right; None where no part measures accuracy
 
     @property
     def is_valid(self) -> bool:

@@ -207,27 +207,3 @@ class IsrtConfig(Section):
         if self.prompts == "split" and self.max_prompts is None:
             raise ValueError("prompts=split needs max_prompts, the number of training samples of an iteration")
         return self
-
-
-class RewardPartConfig(Section):
-    """One rule, or a reward model. The reward of a response is the weighted sum of all parts."""
-
-    kind: Literal["exact", "choice", "number", "format", "length", "model"]
-    """exact: answer equal after normalisation. choice: letter or text of the right choice. number: equal value.
-    format: the response has the tags. length: number of tokens inside the window. model: what the reward model in
-    `path` gives."""
-    weight: float = 1.0
-    """Factor in the total."""
-    name: str | None = None
-    """Name in metrics and report; default is the kind."""
-    tags: tuple[str, ...] = ()
-    """format: tags in their order, for example [think, answer]. For exact, choice and number: the answer stands in
-    the last tag."""
-    min_tokens: int = Field(0, ge=0)
-    """length: shortest response that is rewarded."""
-    max_tokens: int | None = Field(None, ge=1)
-    """length: longest response that is rewarded."""
-    tolerance: float = Field(1e-6, ge=0)
-    """number: absolute difference that still counts as equal."""
-    path: Path | None = None
-    """model: folder `policy` of a run of `rlvid reward-model` of kind bradley_terry. It runs in an actor of its own."""

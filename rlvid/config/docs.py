@@ -126,18 +126,22 @@ def blocks_of(cls: type[BaseModel], name: str = "", around: tuple[type, ...] = (
     keys = (_key(prefix + key, info) for key, info in cls.model_fields.items())
     yield Block(name, _docstring(cls), tuple(keys))
     for key, info in cls.model_fields.items():
-        inner = list(_sections(info.annotation, prefix + key))
-        for place, section in inner:
+        for place, section in _headings(info.annotation, prefix + key):
             if section not in (*around, cls):
-                alternatives = sum(other == place for other, _ in inner)
-                variant = f" ({_variant(section)})" if alternatives > 1 else ""
-                yield from blocks_of(section, place + variant, (*around, cls))
+                yield from blocks_of(section, place, (*around, cls))
 
 
 def _key(name: str, info: FieldInfo) -> Key:
     """The name of a variant (see `_variant`) belongs to its block only."""
     name = re.sub(r" \([^)]*\)", "", name)
     return Key(name, _type_words(info.annotation, info.metadata), _default(info), _one_line(info.description or ""))
+
+
+def _headings(annotation: Any, place: str) -> list[tuple[str, type[BaseModel]]]:
+    """The sections that a key's type can hold, and the headings of their blocks."""
+    inner = list(_sections(annotation, place))
+    several = {name for name, _ in inner if sum(name == other for other, _ in inner) > 1}
+    return [(f"{name} ({_variant(section)})" if name in several else name, section) for name, section in inner]
 
 
 def _sections(annotation: Any, place: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -311,7 +315,7 @@ def _jobs_table(jobs: dict[str, type[BaseModel]]) -> str:
     for name in names:
         holders = {job: cls.model_fields[name] for job, cls in jobs.items() if name in cls.model_fields}
         info = next(iter(holders.values()))
-        sections = list(_sections(info.annotation, name))
+        sections = _headings(info.annotation, name)
         meaning = info.description or (_docstring(sections[0][1]) if sections else "")
         if len(sections) and isinstance(info.get_default(call_default_factory=True), BaseModel | type(None)):
             shown = f"[`{name}`](#{_anchor(name)})"

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlvid.config.algorithms import DpoConfig, GrpoConfig, IsrtConfig, RewardModelConfig, RewardPartConfig
+from rlvid.config.algorithms import DpoConfig, GrpoConfig, IsrtConfig, RewardModelConfig
+from rlvid.config.rewards import ExactPart, ModelPart, RewardPartsConfig
 from rlvid.config.sections import (
     DataConfig,
     EvaluateConfig,
@@ -34,9 +35,15 @@ class JobConfig(Section):
     video: VideoConfig = VideoConfig()
     train: TrainConfig = TrainConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: tuple[RewardPartConfig, ...] = (RewardPartConfig(kind="exact"),)
+    rewards: RewardPartsConfig = (ExactPart(kind="exact"),)
+    """Parts of the reward. The reward of a response is the weighted sum of the parts that cover its sample."""
     evaluate: EvaluateConfig = EvaluateConfig()
     placement: PlacementConfig = PlacementConfig()
+
+    @property
+    def reward_models(self) -> tuple[ModelPart, ...]:
+        """The parts of the reward whose model has an actor of its own."""
+        return tuple(part for part in self.rewards if isinstance(part, ModelPart))
 
     @property
     def last_step(self) -> int:
@@ -154,6 +161,12 @@ class IsrtJobConfig(JobConfig):
             train = train.model_copy(update={"steps": steps, "warmup_steps": warmup})
         shared = {name: getattr(self, name) for name in DpoJobConfig.model_fields}
         return DpoJobConfig(**shared | {"seed": self.seed + iteration, "train": train})
+
+    @model_validator(mode="after")
+    def _rewards_are_rules(self) -> IsrtJobConfig:
+        if self.reward_models:
+            raise ValueError("rewards: isrt uses them to evaluate only, leave out those of kind model")
+        return self
 
     @model_validator(mode="after")
     def _iterations_can_run(self) -> IsrtJobConfig:

@@ -324,14 +324,22 @@ def _explain(cls: type[BaseModel], draft: _Draft, detail: Any) -> None:
     origin = draft.origin_of(loc)
     key = _dotted(loc)
     if kind == "extra_forbidden":
-        draft.blame(origin, f"unknown key {key}{_nearest_key(cls, loc)}")
+        section = _section_at(cls, detail["loc"][:-1]) or _section_at(cls, loc[:-1])
+        draft.blame(origin, f"unknown key {key}{_nearest_key(cls, section, loc)}")
     elif kind == "missing":
         draft.blame(origin, f"{key} is missing")
+    elif kind == "union_tag_not_found":
+        draft.blame(origin, f"{key}.{detail['ctx']['discriminator'].strip(chr(39))} is missing")
     elif kind == "value_error":
         message = str(detail["ctx"]["error"]) if "error" in detail.get("ctx", {}) else detail["msg"]
         is_named = not key or any(message.startswith(f"{key}{end}") for end in (" ", ".", "="))
         draft.blame(draft.culprit_of(loc, message), message if is_named else f"{key}: {message}")
     else:
+        if kind == "union_tag_invalid":  # as a key with a wrong value
+            name = detail["ctx"]["discriminator"].strip("'")
+            origin, key = draft.origin_of((*loc, name)), f"{key}.{name}"
+            ctx = {"expected": detail["ctx"]["expected_tags"]}
+            detail, kind = {"type": "literal_error", "input": detail["input"][name], "ctx": ctx}, "literal_error"
         expected = _EXPECTED.get(kind)
         words = expected.format(**detail.get("ctx", {})) if expected else detail["msg"]
         got = _shown(detail["input"])
@@ -361,11 +369,12 @@ def _as_written(data: Any, loc: _Loc, keep_last: bool) -> _Loc:
 def _find_truth_values_for_numbers(cls: type[BaseModel], draft: _Draft) -> None:
     """`train.steps: yes` would be 1 for pydantic."""
     for loc, value in _leaves(draft.data, ()):
-        section = _section_at(cls, loc[:-1] if isinstance(loc[-1], str) else loc[:-2])
+        sections = _sections_at(cls, loc[:-1] if isinstance(loc[-1], str) else loc[:-2])
         name = next(part for part in reversed(loc) if isinstance(part, str))
-        if not isinstance(value, bool) or section is None or name not in section.model_fields:
+        field_ = next((s.model_fields[name] for s in sections if name in s.model_fields), None)
+        if not isinstance(value, bool) or field_ is None:
             continue
-        types = set(_flat_types(section.model_fields[name].annotation))
+        types = set(_flat_types(field_.annotation))
         if types & {int, float} and bool not in types:
             draft.blame(draft.origin_of(loc), f"{_dotted(loc)} must be a number, got {_shown(value)}")
 
@@ -395,12 +404,22 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _section_at(cls: type[BaseModel], loc: _Loc) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = cls
+    return next(iter(_sections_at(cls, loc)), None)
+
+
+def _sections_at(cls: type[BaseModel], loc: _Loc) -> list[type[BaseModel]]:
+    """The section at `loc`. Of a union the branch whose tag is in `loc`, where pydantic puts it, or all branches."""
+    sections: list[type[BaseModel]] = [cls]
     for part in loc:
-        if isinstance(part, str):
-            known = section.model_fields.get(part) if section is not None else None
-            section = _section_in(known.annotation) if known is not None else None
-    return section
+        if not isinstance(part, str):
+            continue
+        if branches := [s for s in sections if (part,) in [get_args(f.annotation) for f in s.model_fields.values()]]:
+            sections = branches
+            continue
+        known = next((s.model_fields[part] for s in sections if part in s.model_fields), None)
+        leaves = _flat_types(known.annotation) if known is not None else ()
+        sections = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+    return sections
 
 
 def _known_keys(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -413,15 +432,14 @@ def _known_keys(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
             )
 
 
-def _nearest_key(cls: type[BaseModel], loc: _Loc) -> str:
+def _nearest_key(cls: type[BaseModel], section: type[BaseModel] | None, loc: _Loc) -> str:
     """First a key of the same section that is spelled alike, then the same name in another section."""
     name = str(loc[-1])
-    section = _section_at(cls, loc[:-1])
     siblings = list(section.model_fields) if section is not None else []
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return f"; did you mean {_dotted((*loc[:-1], close[0]))}?"
-    everywhere = list(_known_keys(cls))
+    everywhere = [key for key in _known_keys(cls) if key != _dotted(loc)]  # of another branch of the union
     same_name = [key for key in everywhere if key.split(".")[-1] == name]
     near = same_name or difflib.get_close_matches(_dotted(loc), everywhere, n=1, cutoff=0.7)
     if not near:

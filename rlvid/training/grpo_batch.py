@@ -11,11 +11,9 @@ import numpy.typing as npt
 
 from rlvid.algorithms.advantages import group_advantages, zero_variance_share
 from rlvid.algorithms.policy_loss import token_weights
-from rlvid.config import GrpoConfig, RewardPartConfig
+from rlvid.config import GrpoConfig
 from rlvid.training.batch import Group
 from rlvid.types import Reward, Rollout, Sample
-
-ACCURACY_KINDS = ("exact", "choice", "number")
 
 Rollouts = Sequence[Sequence[Rollout]]  # [n, G]
 Rewards = Sequence[Sequence[Reward]]  # [n, G]
@@ -89,12 +87,7 @@ def make_minibatch(
     return batch + left_out[: max(0, keep - len(batch))]
 
 
-def accuracy_part(parts: Sequence[RewardPartConfig]) -> str | None:
-    """Name of the first reward part that says whether the answer is right."""
-    return next((p.name or p.kind for p in parts if p.kind in ACCURACY_KINDS), None)
-
-
-def summarize(rollouts: Rollouts, rewards: Rewards, parts: Sequence[RewardPartConfig]) -> dict[str, float]:
+def summarize(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
     """The rollouts' side of a step's metrics: means over valid rewards, response lengths, groups without gradient."""
     flat = [r for group in rewards for r in group]
     valid = [r for r in flat if r.is_valid]
@@ -109,11 +102,10 @@ def summarize(rollouts: Rollouts, rewards: Rewards, parts: Sequence[RewardPartCo
         "policy/entropy": float(-np.concatenate([r.logprobs for r in responses]).mean()),
         "groups/zero_variance": zero_variance_share(total),
     }
-    for part in parts:
-        name = part.name or part.kind
-        metrics[f"reward/{name}"] = float(np.mean([r.parts[name] for r in valid])) if valid else float("nan")
-    if (right := accuracy_part(parts)) is not None:
-        metrics["train/accuracy"] = float(np.mean([r.parts[right] == 1.0 for r in valid])) if valid else float("nan")
+    for name in dict.fromkeys(name for r in valid for name in r.parts):
+        metrics[f"reward/{name}"] = float(np.mean([r.parts[name] for r in valid if name in r.parts]))
+    if verdicts := [r.is_right for r in valid if r.is_right is not None]:
+        metrics["train/accuracy"] = float(np.mean(verdicts))
     return metrics
 
 

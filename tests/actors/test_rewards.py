@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
 
 from actors.rewards import Rewards
-from rlvid.config import RewardPartConfig
-from rlvid.errors import UserError
-from rlvid.rewards.rules import RuleRewards
-from rlvid.types import Reward, Rollout
+from rlvid.config import ExactPart, FormatPart
+from rlvid.rewards.part import Group, Kind, Part, Values
+from rlvid.rewards.rules import make_parts
+from rlvid.types import Rollout
 from tests.prompts import sample_of
 
-PARTS = (RewardPartConfig(kind="exact"),)
+PARTS = make_parts([ExactPart(kind="exact")])
 
 
 def rollouts(*texts: str) -> list[Rollout]:
@@ -25,26 +26,37 @@ def test_rewards_come_in_the_order_given_from_any_number_of_workers() -> None:
     groups = [rollouts("square", "circle") if i % 2 else rollouts("circle") for i in range(5)]
     for workers in (1, 3):
         rewards = Rewards(PARTS, workers, cpus=0.1)
-        assert [[m.total for m in g] for g in rewards(samples, groups)] == [[0], [1, 0], [0], [1, 0], [0]]
+        assert [[r.total for r in g] for g in rewards(samples, groups)] == [[0], [1, 0], [0], [1, 0], [0]]
         rewards.stop()
 
 
+def exit_at_once(part: ExactPart, group: Group) -> Values:
+    os._exit(1)
+
+
+def sleep_long(part: ExactPart, group: Group) -> Values:
+    time.sleep(60)
+    return []
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_a_worker_that_dies_twice_gives_invalid_rewards_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fatal(RuleRewards):
-        def __call__(self, *args: object) -> Reward:
-            os._exit(1)
-
-    rewards = Rewards(PARTS, 1, cpus=0.1)
-    monkeypatch.setattr(
-        "actors.rewards.RewardWorker.__init__", lambda self, parts: setattr(self, "_rewards", Fatal(parts))
-    )
+@pytest.mark.parametrize("rule", [exit_at_once, sleep_long])
+def test_a_worker_that_fails_twice_gives_invalid_rewards_not_zero(
+    rule: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.rewards.TIMEOUT_S", 5.0)
+    rewards = Rewards([Part(ExactPart(kind="exact"), Kind(rule))], 1, cpus=0.1)  # type: ignore[arg-type]
+    ((reward,),) = rewards([sample_of()], [rollouts("square")])
     rewards.stop()
-    rewards = Rewards(PARTS, 1, cpus=0.1)
-    ((mark,),) = rewards([sample_of()], [rollouts("square")])
-    assert not mark.is_valid and "reward worker" in str(mark.invalid_reason)
+    assert not reward.is_valid and "reward worker" in str(reward.invalid_reason)
 
 
-def test_wrong_parts_are_an_error_on_the_driver() -> None:
-    with pytest.raises(UserError):
-        Rewards((*PARTS, *PARTS), 1, cpus=0.1)
+@pytest.mark.usefixtures("local_ray")
+def test_what_the_prompt_has_begun_counts_as_part_of_the_response() -> None:
+    """Fault 14: `format` was always 0 with chat templates that open <think> themselves."""
+    parts = make_parts([FormatPart(kind="format", tags=("think", "answer"))])
+    for opening, value in (("<think>\n", 1.0), ("", 0.0)):
+        rewards = Rewards(parts, 1, cpus=0.1, opening=opening)
+        ((reward,),) = rewards([sample_of()], [rollouts("it moves</think><answer>left</answer>")])
+        rewards.stop()
+        assert reward.total == value

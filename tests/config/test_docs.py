@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from jobs import cli
 from rlvid import config
-from rlvid.config import EvaluateConfig, GrpoConfig, GrpoJobConfig, JobConfig, RewardPartConfig, Section
+from rlvid.config import EvaluateConfig, ExactPart, GrpoConfig, GrpoJobConfig, JobConfig, Section
 from rlvid.config import docs as config_docs
 from rlvid.config.docs import blocks_of, job_classes, main, page
 from rlvid.config.load import load_config
@@ -83,7 +83,7 @@ def test_every_job_of_the_command_line_is_documented() -> None:
         ("train.zero_stage", "`0`, `1`, `2` or `3`", "`0`"),
         ("train.shared_prefix", "true or false", "`true`"),
         ("rollout.block_size", "whole number, at least 1, or empty", "empty"),
-        ("rewards.N.tags", "list of texts", "`[]`"),
+        ("rewards.N.problem_types", "list of texts", "`[]`"),
         ("grpo.clip_low", "number, at least 0, less than 1", "`0.2`"),
     ],
 )
@@ -120,7 +120,7 @@ def test_examples_of_the_page_work(tmp_path: Path) -> None:
     cfg = load_config(GrpoJobConfig, file, of_line)
     assert (cfg.train.steps, cfg.train.lr, cfg.train.betas) == (200, 1e-6, (0.9, 0.99))
     assert cfg.data.suffix == "Answer: A or B." and cfg.data.eval is None
-    assert cfg.rewards == (RewardPartConfig(kind="exact"),)
+    assert cfg.rewards == (ExactPart(kind="exact"),)
     cfg = load_config(GrpoJobConfig, file, ["rewards.0.weight=2"])
     assert [part.weight for part in cfg.rewards] == [2.0, 1.0]
 

@@ -6,7 +6,7 @@ import pytest
 
 import rlvid.config
 from jobs.cli import JOBS
-from rlvid.config import GrpoJobConfig, RewardPartConfig, SftJobConfig
+from rlvid.config import ExactPart, GrpoJobConfig, SftJobConfig
 from rlvid.config.load import dump_config, load_config
 from rlvid.errors import UserError
 
@@ -69,7 +69,7 @@ def test_override_sets_sections_and_lists_in_flow_syntax(config_path: Path) -> N
 
 
 def test_override_indexes_lists_also_default_ones(config_path: Path) -> None:
-    assert load(config_path, "rewards.0.weight=2").rewards == (RewardPartConfig(kind="exact", weight=2),)
+    assert load(config_path, "rewards.0.weight=2").rewards == (ExactPart(kind="exact", weight=2),)
     assert [p.kind for p in load(config_path, "rewards.1.kind=length", "rewards.1.weight=0.1").rewards] == [
         "exact",
         "length",
@@ -169,6 +169,20 @@ def test_unknown_key_in_override_names_the_override(config_path: Path) -> None:
         ("train=5", "train must be a section (keys and values), got 5"),
         ("rewards=exact", "rewards must be a list, got 'exact'"),
         ("rewards=[{weight: 1}]", "rewards.0.kind is missing"),
+        ("rewards=[]", "rewards is empty: give at least one part, for example [{kind: exact}]"),
+        ("rewards=[{kind: exakt}]", "'model', got 'exakt'; did you mean exact?"),
+        ("rewards=[{kind: exact, max_tokens: 3}]", "unknown key rewards.0.max_tokens; did you mean"),
+        ("rewards=[{kind: length, max_tokns: 3}]", "rewards.0.max_tokns; did you mean rewards.0.max_tokens?"),
+        ("rewards=[{kind: length, max_tokens: yes}]", "rewards.0.max_tokens must be a number, got true"),
+        ("rewards=[{kind: length, min_tokens: 5, max_tokens: 4}]", "min_tokens=5 is more than max_tokens=4"),
+        ("rewards=[{kind: exact}, {kind: exact}]", "the name 'exact' is taken by an earlier part: set rewards.1.name"),
+        ("rewards=[{kind: exact}, {kind: length, name: exact}]", "the name 'exact' is taken"),
+        ("rewards=[{kind: exact, weight: .nan}]", "rewards.0.weight must be a finite number"),
+        ("rewards=[{kind: format}]", "rewards.0.tags is missing"),
+        ("rewards=[{kind: format, tags: []}]", "rewards.0.tags must have at least 1 items"),
+        ("rewards=[{kind: format, tags: [<answer>]}]", "tags are names without brackets"),
+        ("rewards=[{kind: choice, tags: [answer, answer]}]", "tags names a tag twice"),
+        ("rewards=[{kind: model}]", "rewards.0.path is missing"),
         ("grpo.kl_estimator=k4", "grpo.kl_estimator must be 'k1', 'k2' or 'k3', got 'k4'"),
         ("rollout={temperature: hot}", "rollout.temperature must be a number, got 'hot'"),
         ("video.reader=pyva", "video.reader must be 'pyav' or 'decord', got 'pyva'; did you mean pyav?"),

@@ -56,6 +56,33 @@ def test_answer_outside_the_choices(refused: Refused, tmp_path: Path) -> None:
     assert "m.jsonl:1" in error and "'red'" in error
 
 
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("[]", "rewards is empty"),
+        ("[{kind: model}]", "rewards.0.path is missing"),
+        ("[{kind: model, path: nowhere/policy}]", "rewards.0 (model): nowhere/policy/reward_model/rubric.json"),
+        (
+            "[{kind: number}]",
+            "data.train: sample 'a' (problem_type None): reward part number: the sample's answer 'red'",
+        ),
+        ("[{kind: exact, problem_types: [count]}]", "data.train: sample 'a': no reward part covers problem_type None"),
+    ],
+)
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_rewards_that_cannot_score_are_an_error_before_anything_starts(
+    refused: Refused, tmp_path: Path, rewards: str, message: str, is_dry: bool
+) -> None:
+    """Faults 15 and 21: said after 12 to 70 s, or at step 1."""
+    train = f"data.train={manifest(tmp_path / 'm.jsonl')}"
+    assert message in refused(train, f"rewards={rewards}", *["--dry-run"] * is_dry)
+
+
+def test_evaluation_without_a_part_that_measures_accuracy(refused: Refused, tmp_path: Path) -> None:
+    held_out = f"data.eval={manifest(tmp_path / 'm.jsonl')}"
+    assert "evaluation needs a reward part that says whether" in refused(held_out, "rewards=[{kind: length}]")
+
+
 def test_train_and_eval_share_ids(refused: Refused, tmp_path: Path) -> None:
     path = manifest(tmp_path / "m.jsonl")
     assert "ids stand in both (a)" in refused(f"data.train={path}", f"data.eval={path}")

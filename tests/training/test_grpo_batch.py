@@ -9,14 +9,12 @@ import pytest
 
 from actors.clip_store import Encoded
 from actors.trainer import balance, balance_indices
-from rlvid.config import GrpoConfig, RewardPartConfig
+from rlvid.config import GrpoConfig
 from rlvid.errors import UserError
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import accuracy_part, advantages_of, make_minibatch, rollout_rows, summarize, totals
+from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, summarize, totals
 from rlvid.types import Reward, Rollout, WeightSpan
 from tests.prompts import sample_of
-
-PARTS = (RewardPartConfig(kind="format", tags=("a",)), RewardPartConfig(kind="exact", weight=2.0, name="right"))
 
 
 def rollout(n: int, logprob: float = -0.5, reason: str = "stop") -> Rollout:
@@ -25,7 +23,7 @@ def rollout(n: int, logprob: float = -0.5, reason: str = "stop") -> Rollout:
 
 
 def reward(form: float, right: float) -> Reward:
-    return Reward({"format": form, "right": right}, form + 2 * right)
+    return Reward({"format": form, "right": right}, form + 2 * right, is_right=right == 1)
 
 
 def prompts(n: int) -> list[Encoded]:
@@ -74,7 +72,7 @@ def test_every_rank_keeps_something_to_do() -> None:
 
 
 def test_summary_counts_invalid_rewards_apart() -> None:
-    metrics = summarize(GROUPS, REWARDS, PARTS)
+    metrics = summarize(GROUPS, REWARDS)
     assert metrics == {
         "reward/mean": 2.0,  # of 3, 1 and 2
         "groups/invalid_rewards": 1.0,
@@ -88,9 +86,12 @@ def test_summary_counts_invalid_rewards_apart() -> None:
     }
 
 
-def test_accuracy_is_the_first_part_that_measures_accuracy() -> None:
-    assert accuracy_part(PARTS) == "right"
-    assert accuracy_part([RewardPartConfig(kind="length")]) is None
+def test_a_part_is_averaged_over_the_samples_that_it_covers() -> None:
+    number, choice = Reward({"number": 1.0}, 1.0, is_right=True), Reward({"choice": 0.0}, 0.0, is_right=False)
+    metrics = summarize(GROUPS, [[number, number], [choice, Reward({"choice": 1.0}, 1.0)]])
+    assert (metrics["reward/number"], metrics["reward/choice"]) == (1.0, 0.5)
+    assert metrics["train/accuracy"] == pytest.approx(2 / 3)  # of the three rewards with a verdict
+    assert "train/accuracy" not in summarize(GROUPS, [[Reward({"length": 1.0}, 1.0)] * 2] * 2)
 
 
 def test_rows_hold_all_that_the_report_shows() -> None:

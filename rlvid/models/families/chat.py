@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from rlvid.errors import UserError
-from rlvid.types import Clip, Prompt, Sample
+from rlvid.types import Clip, Message, Prompt, Sample
 
 if TYPE_CHECKING:
     from vllm.inputs import MultiModalInput
@@ -118,6 +119,15 @@ class ChatFamily(ABC):
             if isinstance(template, str):
                 return template
         return self.default_template
+
+    @cached_property
+    def opening(self) -> str:
+        """The text with which a prompt begins the response, from its first tag on: "<think>\\n" where the chat template
+        opens it, else nothing."""
+        sample = Sample("", (), (Message("user", ("?",)),), "")
+        prompt = self.tokenizer.decode(self.encode(sample, ()).token_ids.tolist(), skip_special_tokens=True)
+        tag = re.search(r"<[A-Za-z][\w-]*>", after := prompt.rpartition("?")[2])
+        return after[tag.start() :] if tag else ""
 
     def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
         """Token ids [R] of a response, the end-of-turn token last."""

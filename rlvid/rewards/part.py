@@ -1,0 +1,157 @@
+"""The contract of a reward part, and how the values of several parts become one `Reward`.
+
+A part maps a group, which is one sample and all responses to it, to one value per response. Where it has none it says
+why; a missing value is never 0. The part declares the range of its values. One that measures accuracy calls a response
+right when its value is the highest of the range.
+
+Rules are functions (`rlvid/rewards/rules.py`). A part whose model has an actor of its own has no function: its
+values come from that actor (`actors/rewards.py`), and are combined with the others here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlvid.config import RewardPart
+from rlvid.errors import UserError
+from rlvid.types import Reward, Sample
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a part sees of one response."""
+
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A sample and the responses to it.
+
+    `opening` is the text with which the prompt has begun the response, for example "<think>\\n": tags count whether the
+    chat template or the model wrote them.
+    """
+
+    sample: Sample
+    responses: tuple[Response, ...]
+    opening: str = ""
+
+
+class NoReward(Exception):
+    """Why there is no value. A rule raises it for the whole group, or puts it in the place of one response's value."""
+
+
+Values = Sequence[float | NoReward]  # one per response
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the parts of one kind score.
+
+    Args:
+        score: maps the part's config and a group to its values. None: a model in an actor of its own.
+        range: lowest and highest value. A value outside is no value.
+        measures_accuracy: the highest value means that the answer is right.
+        check: finds before a run starts what is wrong with a config, for example its paths. Raises UserError.
+    """
+
+    score: Callable[[Any, Group], Values] | None
+    range: tuple[float, float] = (0.0, 1.0)
+    measures_accuracy: bool = False
+    check: Callable[[Any], None] = lambda cfg: None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One configured part. Picklable: reward workers get it whole."""
+
+    cfg: RewardPart
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        return self.cfg.label
+
+    def covers(self, sample: Sample) -> bool:
+        return not self.cfg.problem_types or sample.problem_type in self.cfg.problem_types
+
+    def __call__(self, group: Group) -> Values:
+        """One value per response; only of a part that has a function."""
+        assert self.kind.score is not None
+        try:
+            return self.kind.score(self.cfg, group)
+        except NoReward as reason:
+            return [reason] * len(group.responses)
+
+    def checked(self, value: float | NoReward) -> float | NoReward:
+        """`value`, or why it is none: it is not a number or outside the range."""
+        low, high = self.kind.range
+        if isinstance(value, NoReward) or low <= value <= high:
+            return value
+        return NoReward(f"{value} is outside the range from {low:g} to {high:g}")
+
+    def is_right(self, value: float) -> bool:
+        return value == self.kind.range[1]
+
+
+def score_rules(parts: Sequence[Part], group: Group) -> dict[str, Values]:
+    """Values of the parts that have a function and cover the sample, by name."""
+    return {part.name: part(group) for part in parts if part.kind.score is not None and part.covers(group.sample)}
+
+
+def combine(parts: Sequence[Part], group: Group, values: Mapping[str, Values]) -> list[Reward]:
+    """One reward per response: the weighted sum over the parts that cover the sample. Invalid where one has no value.
+
+    `is_right` is the verdict of the first of them that measures accuracy.
+    """
+    covering = [part for part in parts if part.covers(group.sample)]
+    if not covering:
+        return [Reward.invalid(_not_covered(group.sample))] * len(group.responses)
+    judge = next((part for part in covering if part.kind.measures_accuracy), None)
+    rewards = []
+    for row in zip(*(values[part.name] for part in covering), strict=True):
+        checked = {part.name: part.checked(value) for part, value in zip(covering, row, strict=True)}
+        failed = next((f"{name}: {value}" for name, value in checked.items() if isinstance(value, NoReward)), None)
+        if failed is not None:
+            rewards.append(Reward.invalid(failed))
+            continue
+        valid = {name: value for name, value in checked.items() if not isinstance(value, NoReward)}
+        total = math.fsum(part.cfg.weight * valid[part.name] for part in covering)
+        rewards.append(Reward(valid, total, is_right=judge.is_right(valid[judge.name]) if judge else None))
+    return rewards
+
+
+def check_samples(parts: Sequence[Part], samples: Sequence[Sample], key: str, needs_accuracy: bool = False) -> None:
+    """Check before a run starts that every sample can be scored.
+
+    Args:
+        key: of the samples' manifest, for the message.
+        needs_accuracy: every sample needs a part that measures accuracy.
+
+    Raises:
+        UserError: no part covers a sample, or one that covers it has no value for it. Names the first such sample.
+    """
+    for sample in samples:
+        where = f"{key}: sample {sample.id!r}"
+        covering = [part for part in parts if part.covers(sample)]
+        if not covering:
+            raise UserError(f"{where}: {_not_covered(sample)}: add one, or add it to a part's problem_types")
+        if needs_accuracy and not any(part.kind.measures_accuracy for part in covering):
+            raise UserError(
+                f"{where} (problem_type {sample.problem_type!r}): evaluation needs a reward part that says whether an "
+                "answer is right: add one, for example of kind exact, choice or number"
+            )
+        for name, values in score_rules(covering, Group(sample, (Response("", 0),))).items():
+            if isinstance(values[0], NoReward):
+                raise UserError(
+                    f"{where} (problem_type {sample.problem_type!r}): reward part {name}: {values[0]}; set "
+                    "problem_types of each part to those that it can score, or fix the row"
+                )
+
+
+def _not_covered(sample: Sample) -> str:
+    return f"no reward part covers problem_type {sample.problem_type!r}"
