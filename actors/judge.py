@@ -30,12 +30,9 @@ from rlvid.rewards.judge_prompts import (
     TIMED_OUT,
     Answer,
     PairVerdict,
-    ScoreVerdict,
     Template,
     pair_prompts,
     pair_verdict,
-    score_prompt,
-    score_verdict,
 )
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.types import Sample
@@ -69,7 +66,7 @@ class Comparison:
 class Judged:
     """A verdict, by whom, under which prompt, and the words that it was read from."""
 
-    verdict: PairVerdict | ScoreVerdict
+    verdict: PairVerdict
     judge: str
     prompt_hash: str
     answers: tuple[str | None, ...]
@@ -106,16 +103,9 @@ class Judge:
             judged.append(Judged(pair_verdict(*both), self.id, asked[i][0].hash, tuple(a.text for a in both)))
         return self._counted(judged)
 
-    def score(self, template: Template, responses: Sequence[tuple[Sample, str, str]]) -> list[Judged]:
-        """How good each (sample, response, context) is, by SCORE or MATCH. Raises as `compare`."""
-        asked = [(template, score_prompt(template, *response)) for response in responses]
-        answers = self._answers(asked)
-        judged = [Judged(score_verdict(template, a), self.id, template.hash, (a.text,)) for a in answers]
-        return self._counted(judged)
-
     def _counted(self, judged: list[Judged]) -> list[Judged]:
         self.counters.update(j.verdict.state for j in judged)
-        valid = sum(self.counters[state] for state in ("consistent", "inconsistent", "scored"))
+        valid = sum(self.counters[state] for state in ("consistent", "inconsistent"))
         invalid = self.counters["unparsed"] + self.counters["failed"]
         if invalid > self._max_invalid_fraction * (valid + invalid):
             reason = next(j.verdict.reason for j in judged if not j.verdict.is_valid)

@@ -101,7 +101,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     if len(text) > MAX_ANSWER_CHARS:
         return None
     line = _without_markup(text).strip(_QUOTES + " ")
-    body = _TAIL.sub("", line[len(_lead(line)) :].strip(_QUOTES + " ")) if line else ""
+    body = _TAIL.sub("", _LEAD.sub("", line, count=1).strip(_QUOTES + " "))
     texts = {normalise(form) for form in (text, line, body) if form}
     named = {normalise(choice): choice for choice in choices if normalise(choice) in texts}
     if (by_letter := _choice_by_letter(body, choices)) is not None:
@@ -137,13 +137,13 @@ def _choice_by_letter(text: str, choices: Sequence[str]) -> str | None:
 
 
 def read_number(text: str) -> tuple[float, str] | None:
-    """The number that a text is and its unit ("" without one), None when it is anything more or else.
+    """The number that a text states and its unit ("" without one), None when it says anything more or else.
 
     A percentage is divided by 100 and has no unit.
     """
     if len(text) > MAX_ANSWER_CHARS:
         return None
-    line = _without_markup(text.translate(_MINUS)).strip(_QUOTES + " ")
+    line = _LEAD.sub("", _without_markup(text.translate(_MINUS)).strip(_QUOTES + " "), count=1)
     match = next(filter(None, map(_NUMBER.fullmatch, (line, line.removesuffix(".")))), None)
     if match is None:
         return None
@@ -157,14 +157,6 @@ def read_number(text: str) -> tuple[float, str] | None:
     return (-value if match["sign"] == "-" else value, unit.casefold()) if math.isfinite(value) else None
 
 
-def read_stated_number(text: str) -> tuple[float, str] | None:
-    """As `read_number`, but "The answer is" may come before the number."""
-    if len(text) > MAX_ANSWER_CHARS:
-        return None
-    line = _without_markup(text).strip(_QUOTES + " ")
-    return read_number(line[len(_lead(line)) :])
-
-
 def _without_markup(text: str) -> str:
     """`text` on one line with single spaces, without LaTeX and emphasis, in ASCII where typography varies."""
     line = _SPACE_MACRO.sub(" ", " ".join(text.translate(_PLAIN).split()))
@@ -174,12 +166,6 @@ def _without_markup(text: str) -> str:
     for pattern in (_MATH, _EMPHASIS):
         line = pattern.sub(lambda match: next(filter(None, match.groups()), ""), line)
     return " ".join(line.split())
-
-
-def _lead(line: str) -> str:
-    """What comes before an answer in the usual forms: "So the answer is "."""
-    match = _LEAD.match(line)
-    return match[0] if match else ""
 
 
 def _is_in(text: str, line: str) -> bool:

@@ -52,32 +52,11 @@ _CONTEXT = "<video_description> {context} </video_description>\n"
 PAIR = Template("pair", _PAIR % "")
 PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % _CONTEXT)
 
-# LLaVA-Hound's own protocol: relevance, accuracy, clarity and completeness in one score, 3 and more counts as right.
-SCORE = Template(
-    "score",
-    "<question> {question} </question>\n"
-    "<right_answer> {answer} </right_answer>\n" + _CONTEXT + "<response> {response} </response>\n"
-    "Rate how relevant, accurate, clear and complete the response is, from 1 (worst) to 5 (best). Two lines:\n"
-    "Explanation: why, in one sentence\n"
-    "Score: a number from 1 to 5",
-)
-
-# The protocol of Video-ChatGPT's evaluation: does the response mean the same as the right answer?
-MATCH = Template(
-    "match",
-    "<question> {question} </question>\n"
-    "<right_answer> {answer} </right_answer>\n"
-    "<response> {response} </response>\n"
-    "Does the response mean the same as the right answer? Synonyms and paraphrases do. Answer with nothing but "
-    "{{'pred': 'yes', 'score': 4}}: yes or no, and a whole number from 0 (no match) to 5 (full match).",
-)
-
 DESCRIBE = Template("describe", "Describe the video in detail.")
 REFINE = Template(
     "refine",
     _CONTEXT + "Describe the video in detail: correct what is wrong in this description, add what it lacks.",
 )
-TEMPLATES = (PAIR, PAIR_WITH_CONTEXT, SCORE, MATCH, DESCRIBE, REFINE)
 
 
 TIMED_OUT = "no answer within"  # how such a failure begins
@@ -106,28 +85,8 @@ class PairVerdict:
         return self.state in ("consistent", "inconsistent")
 
 
-@dataclass(frozen=True)
-class ScoreVerdict:
-    """How good one response is."""
-
-    state: Literal["scored", "unparsed", "failed"]
-    score: float | None = None  # 1 to 5 (SCORE), 0 to 5 (MATCH)
-    is_right: bool | None = None
-    reason: str = ""
-
-    @property
-    def is_valid(self) -> bool:
-        return self.state == "scored"
-
-
 _CHOICE_TAG = re.compile(r"<\s*/?\s*choice\s*>", re.IGNORECASE)
 _CHOICE = re.compile(r"<choice>\s*([12])\s*</choice>", re.IGNORECASE)
-_SCORE_LINE = re.compile(r"^[ \t]*Score[ \t]*:[ \t]*(.*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
-_ONE_TO_FIVE = re.compile(r"[1-4](?:\.\d+)?|5(?:\.0+)?")
-_MATCH = re.compile(
-    r"""\{\s*(['"])pred\1\s*:\s*(['"])(yes|no)\2\s*,\s*(['"])score\4\s*:\s*([0-5])\s*\}""", re.IGNORECASE
-)
-RIGHT_FROM = 3.0  # LLaVA-Hound counts a score of 3 and more as right
 
 
 def parse_choice(text: str) -> Literal[1, 2] | None:
@@ -136,21 +95,6 @@ def parse_choice(text: str) -> Literal[1, 2] | None:
     if len(found) != 1 or len(_CHOICE_TAG.findall(text)) != 2:
         return None
     return 1 if found[0] == "1" else 2
-
-
-def parse_score(text: str) -> float | None:
-    """The score of an answer with exactly one line `Score: x`, x from 1 to 5 and nothing behind it."""
-    lines = _SCORE_LINE.findall(text)
-    return float(lines[0]) if len(lines) == 1 and _ONE_TO_FIVE.fullmatch(lines[0]) else None
-
-
-def parse_match(text: str) -> tuple[bool, int] | None:
-    """(match, score) of an answer that is `{'pred': 'yes', 'score': 4}`, in Python's or JSON's quotes.
-
-    Read by a pattern: an answer is untrusted, nothing of it is evaluated.
-    """
-    found = _MATCH.fullmatch(text.strip())
-    return (found[3].lower() == "yes", int(found[5])) if found else None
 
 
 def pair_verdict(as_given: Answer, swapped: Answer) -> PairVerdict:
@@ -164,18 +108,6 @@ def pair_verdict(as_given: Answer, swapped: Answer) -> PairVerdict:
     if first == second:
         return PairVerdict("inconsistent", reason=f"response {first} in either order")
     return PairVerdict("consistent", 0 if first == 1 else 1)
-
-
-def score_verdict(template: Template, answer: Answer) -> ScoreVerdict:
-    """Of an answer to SCORE or MATCH."""
-    if answer.text is None:
-        return ScoreVerdict("failed", reason=answer.failure)
-    if template == MATCH:
-        if (match := parse_match(answer.text)) is not None:
-            return ScoreVerdict("scored", float(match[1]), match[0])
-    elif (score := parse_score(answer.text)) is not None:
-        return ScoreVerdict("scored", score, score >= RIGHT_FROM)
-    return ScoreVerdict("unparsed", reason=f"no single score in {answer.text!r:.200}")
 
 
 def question_of(sample: Sample) -> str:
@@ -198,15 +130,6 @@ def pair_prompts(sample: Sample, responses: tuple[str, str], context: str | None
         text = template.fill(question=question_of(sample), response_1=one, response_2=two, **extra)
         prompts.append(about_video(sample, f"{sample.id}#{order}", text))
     return template, prompts
-
-
-def score_prompt(template: Template, sample: Sample, response: str, context: str = "") -> Sample:
-    """The prompt of SCORE or MATCH; both show the judge the sample's answer. Its id is of sample and response."""
-    fields = {"question": question_of(sample), "answer": sample.answer, "response": response}
-    if template == SCORE:
-        fields["context"] = context
-    text = template.fill(**fields)
-    return about_video(sample, f"{sample.id}#{template.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
 
 
 def describe_prompt(sample: Sample, previous: str) -> Sample:

@@ -16,7 +16,6 @@ from rlvid.rewards.answers import (
     normalise,
     read_choice,
     read_number,
-    read_stated_number,
 )
 from rlvid.rewards.choices import choices_meant
 from rlvid.rewards.part import Group, Kind, NoReward, Part, Values
@@ -63,7 +62,7 @@ def number(part: NumberPart, group: Group) -> Values:
     if gold is None:
         raise NoReward(f"the sample's answer {group.sample.answer[:80]!r} is not a number")
     right, unit = gold
-    found = [read_stated_number(answer) for answer in answers(part, group)]
+    found = [read_number(answer) for answer in answers(part, group)]
     return [
         float(n is not None and abs(n[0] - right) <= part.tolerance and len({n[1], unit} - {""}) <= 1) for n in found
     ]

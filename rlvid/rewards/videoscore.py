@@ -69,7 +69,7 @@ The text is "{caption}".
 """
 _THOUGHT = re.compile(
     r"\s*<think>(?:(?!</?think>).)*</think>\s*"
-    + r"\s*".join(rf"\({i}\) {re.escape(d)}: (\d)" for i, d in enumerate(DIMS2, 1))
+    + r"\s*".join(rf"\({i}\) {re.escape(d)}: ([0-9])" for i, d in enumerate(DIMS2, 1))
     + r"\s*",
     re.DOTALL,
 )
@@ -176,18 +176,13 @@ class Rubric:
         Raises:
             NoScore: anything else. Upstream takes the first five ": <digits>" of any text and 0 where there are fewer.
         """
-        if self.kind == "thinking":
-            match = _THOUGHT.fullmatch(text)
-            found = dict(zip(DIMS2, match.groups(), strict=True)) if match else {}
-        else:
-            lines = [line.strip() for line in text.strip().split("\n")]
-            pairs = [line.rpartition(": ") for line in lines]
-            found = {name: value for name, _, value in pairs}
-            if len(found) != len(lines):
-                found = {}
-        if list(found) != list(self.dims) or not all(re.fullmatch("[0-9]", v) for v in found.values()):
+        lines = (rf"{re.escape(name)}: ([0-9])" for name in self.dims)
+        form = _THOUGHT if self.kind == "thinking" else re.compile(r"\s*" + r"[^\S\n]*\n[^\S\n]*".join(lines) + r"\s*")
+        match = form.fullmatch(text)
+        if match is None or len(match.groups()) != len(self.dims):
             raise NoScore(f"not the form of a score text: {text[:80]!r}")
-        return dict(zip(self.dims, self.scores({name: int(v) for name, v in found.items()}), strict=True))
+        found = zip(self.dims, map(int, match.groups()), strict=True)
+        return dict(zip(self.dims, self.scores(dict(found)), strict=True))
 
     def digit_offsets(self, text: str) -> dict[str, int]:
         """Where in a text that `parse` takes the digit of each dimension stands."""

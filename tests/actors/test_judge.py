@@ -17,7 +17,7 @@ from actors.judge import Comparison, EndpointBackend, FleetBackend, Judge
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.files import RowFile
-from rlvid.rewards.judge_prompts import MATCH, PAIR_WITH_CONTEXT, PairVerdict
+from rlvid.rewards.judge_prompts import PAIR_WITH_CONTEXT, PairVerdict
 from rlvid.types import Medium, MediumRef, Message, Sample
 
 Reply = Callable[[dict[str, Any], int], "tuple[int, str] | None"]  # request, its number -> status and text
@@ -228,15 +228,6 @@ def test_a_clip_that_cannot_be_read_has_no_verdict(serve: Callable[[Reply], Serv
     bad, good = judge.compare([pair("a", video="bad.mp4"), pair("b")])
     assert bad.verdict.state == "failed" and bad.verdict.reason == "a clip cannot be read"
     assert good.verdict.state == "consistent"
-
-
-def test_responses_are_scored(serve: Callable[[Reply], Server], tmp_path: Path) -> None:
-    server = serve(lambda request, n: (200, "yes" if "a cow" in text_of(request) else "{'pred': 'yes', 'score': 4}"))
-    judge = judge_at(server.url, tmp_path / "cache.jsonl", invalid=0.5)
-    sample = pair("a").sample
-    right, unparsed = judge.score(MATCH, [(sample, "one dog", ""), (sample, "a cow", "")])
-    assert right.verdict.is_right is True and right.prompt_hash == MATCH.hash  # type: ignore[union-attr]
-    assert unparsed.verdict.state == "unparsed" and judge.counters["scored"] == 1
 
 
 def test_another_model_gets_prompts_of_its_own(tmp_path: Path) -> None:

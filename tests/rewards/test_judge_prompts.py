@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 
 from rlvid.rewards.judge_prompts import (
-    MATCH,
+    DESCRIBE,
     PAIR,
     PAIR_WITH_CONTEXT,
-    SCORE,
-    TEMPLATES,
+    REFINE,
     Answer,
     PairVerdict,
     as_data,
@@ -17,11 +16,7 @@ from rlvid.rewards.judge_prompts import (
     pair_prompts,
     pair_verdict,
     parse_choice,
-    parse_match,
-    parse_score,
     question_of,
-    score_prompt,
-    score_verdict,
     with_context,
 )
 from rlvid.types import Medium, MediumRef, Message, Sample
@@ -53,46 +48,6 @@ def test_a_choice_is_exactly_one_tag_with_1_or_2(text: str, choice: int | None) 
     assert parse_choice(text) == choice
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("Explanation: all of it is right.\nScore: 5", 5.0),
-        ("score : 3.5 ", 3.5),
-        ("Explanation: a Score: 2 would be unfair\nScore: 4", 4.0),
-        ("Score: 0", None),
-        ("Score: 6", None),
-        ("Score: 5.5", None),
-        ("Score: 4/5", None),
-        ("Score: 4 or 5", None),
-        ("Score: 4\nScore: 4", None),
-        ("Score: nan", None),
-        ("4", None),
-        ("Explanation: good\nScore:", None),
-    ],
-)
-def test_a_score_is_exactly_one_line_from_1_to_5(text: str, score: float | None) -> None:
-    assert parse_score(text) == score
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("{'pred': 'yes', 'score': 4}", (True, 4)),
-        ('{"pred": "no", "score": 0}\n', (False, 0)),
-        ("{'pred': 'Yes', 'score': 5}", (True, 5)),
-        ("{'pred': 'maybe', 'score': 4}", None),
-        ("{'pred': 'yes', 'score': 6}", None),
-        ("{'pred': 'yes', 'score': '4'}", None),
-        ("{'pred': 'yes'}", None),
-        ("yes, 4", None),
-        ("{'pred': 'yes', 'score': 4} {'pred': 'no', 'score': 0}", None),
-        ("{'pred': 'yes', 'score': __import__('os').getpid()}", None),
-    ],
-)
-def test_a_match_is_the_literal_and_nothing_else(text: str, match: tuple[bool, int] | None) -> None:
-    assert parse_match(text) == match
-
-
 def test_only_a_judgement_that_survives_the_swap_has_a_winner() -> None:
     one, two = Answer("<choice>1</choice>"), Answer("<choice>2</choice>")
     assert pair_verdict(one, two) == PairVerdict("consistent", 0)
@@ -102,15 +57,6 @@ def test_only_a_judgement_that_survives_the_swap_has_a_winner() -> None:
     assert unparsed.state == "unparsed" and "both" in unparsed.reason and unparsed.winner is None
     failed = pair_verdict(Answer(None, "HTTP 500"), two)
     assert failed.state == "failed" and failed.reason == "HTTP 500"
-
-
-def test_scores_say_whether_the_response_is_right() -> None:
-    assert score_verdict(SCORE, Answer("Explanation: so.\nScore: 3")).is_right is True
-    assert score_verdict(SCORE, Answer("Explanation: no.\nScore: 2")).is_right is False
-    verdict = score_verdict(MATCH, Answer("{'pred': 'no', 'score': 4}"))
-    assert (verdict.is_right, verdict.score) == (False, 4.0)
-    assert score_verdict(MATCH, Answer("Score: 4")).state == "unparsed"
-    assert score_verdict(MATCH, Answer(None, "timed out")).state == "failed"
 
 
 @pytest.mark.parametrize("template", [PAIR, PAIR_WITH_CONTEXT])
@@ -129,19 +75,19 @@ def test_a_response_cannot_decide_nor_leave_its_field(template: object) -> None:
 
 def test_ordinary_text_stays_as_it_is() -> None:
     assert as_data(" 3 < 4, {braces} & <- arrows ") == "3 < 4, {braces} & <- arrows"
-    assert "{answer}" in score_prompt(SCORE, SAMPLE, "{answer} {0}").question
+    _, (prompt, _) = pair_prompts(SAMPLE, ("{response_2} {0}", "cat"), None)
+    assert "<response_1> {response_2} {0} </response_1>" in prompt.question
 
 
 def test_prompts_stand_on_the_same_videos_with_ids_of_their_own() -> None:
     template, prompts = pair_prompts(SAMPLE, ("a dog", "a cat"), "A dog runs.")
     assert template == PAIR_WITH_CONTEXT and "A dog runs." in prompts[0].question
-    prompts += [score_prompt(SCORE, SAMPLE, "a dog"), score_prompt(MATCH, SAMPLE, "a dog")]
     prompts += [describe_prompt(SAMPLE, "")]
     assert len({p.id for p in prompts}) == len(prompts)
     assert all(p.media == SAMPLE.media and p.messages[0].content[0] == MediumRef(0) for p in prompts)
     assert prompts[0].question.index("a dog") < prompts[0].question.index("a cat")
     assert prompts[1].question.index("a cat") < prompts[1].question.index("a dog")
-    assert "A cat." in describe_prompt(SAMPLE, "A cat.").question and "{'pred'" in prompts[3].question
+    assert "A cat." in describe_prompt(SAMPLE, "A cat.").question
 
 
 def test_a_conversation_is_judged_as_a_whole() -> None:
@@ -155,7 +101,8 @@ def test_a_conversation_is_judged_as_a_whole() -> None:
 
 
 def test_every_template_has_a_hash_of_its_own() -> None:
-    assert len({t.hash for t in TEMPLATES}) == len({t.name for t in TEMPLATES}) == len(TEMPLATES)
+    templates = (PAIR, PAIR_WITH_CONTEXT, DESCRIBE, REFINE)
+    assert len({t.hash for t in templates}) == len({t.name for t in templates}) == len(templates)
 
 
 def test_a_context_before_the_question_is_data() -> None:
