@@ -1,4 +1,4 @@
-"""Letters of multiple-choice answers: A stands for the first choice, Z for the last one possible."""
+"""Letters of multiple-choice answers: A is the first choice, Z the last one possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_CHOICES = len(ascii_uppercase)
 
 
 def choice_lines(choices: Sequence[str]) -> str:
-    """The choices as the policy reads them, "A. red" and so on, one a line."""
+    """The choices as the policy reads them, one per line: "A. red" and so on."""
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
 
 
@@ -21,9 +21,9 @@ def bring_letters(choices: Sequence[str]) -> bool:
 
 
 def choices_meant(answer: str, choices: Sequence[str]) -> frozenset[str]:
-    """Texts of the choices that an answer key can mean: the one it spells out and the one whose letter it is.
+    """Texts of the choices that the sample's answer can mean: the one with this text and the one with this letter.
 
-    Empty when it means none. Two when it is a letter that is also the text of another choice, which nobody can mark.
+    Empty when it means none. Two when it is a letter that is also the text of another choice: then it is ambiguous.
     """
     answer = answer.strip()
     meant = {choice for choice in choices if choice.strip() == answer}

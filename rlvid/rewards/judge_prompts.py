@@ -1,9 +1,9 @@
 """What a judge is asked and how its answer is read: templates, strict parsers, verdicts. No model is called here.
 
-What is put into a template (questions, responses, descriptions) is data: tags in it are broken up, so that a response
-cannot close its field or hold a verdict. An answer counts when it holds exactly one valid verdict; anything else is
-unparsed, which is a state of its own and never a score. (LLaVA-Hound's `eval_qa.py` takes a majority over all numbers
-of the answer, and 1 where there is none.)
+The fields of a template (questions, responses, descriptions) are data: tags in them are broken up, so that a response
+cannot close its field or contain a verdict. An answer is read when it contains exactly one valid verdict. Anything else
+is unparsed, which is a state of its own and never a score. (LLaVA-Hound's `eval_qa.py` takes a majority over all
+numbers of the answer, and 1 where there is none.)
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """Stands beside every verdict: judges are compared under the same words only."""
+        """Recorded with every verdict: judges are compared under the same prompt only."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
 def as_data(text: str) -> str:
-    """`text` without working tags: a zero-width space follows each `<` that could begin one."""
+    """`text` with its tags disabled: a zero-width space follows each `<` that could begin one."""
     return _TAG_START.sub("<" + ZERO_WIDTH_SPACE, text.strip())
 
 
@@ -59,7 +59,7 @@ REFINE = Template(
 )
 
 
-TIMED_OUT = "no answer within"  # how such a failure begins
+TIMED_OUT = "no answer within"  # the failure of a time-out begins with this
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """Which of two responses is better. Judged in both orders; only a judgement that does not depend on the order is
-    one."""
+    """Which of two responses is better. They are judged in both orders; there is a winner only where both agree."""
 
     state: Literal["consistent", "inconsistent", "unparsed", "failed"]
     winner: Literal[0, 1] | None = None  # index of the better response, where consistent
@@ -81,7 +80,7 @@ class PairVerdict:
 
     @property
     def is_valid(self) -> bool:
-        """The judge did its work; whether it agrees with itself is another matter."""
+        """Whether both answers were read; they may still disagree."""
         return self.state in ("consistent", "inconsistent")
 
 
@@ -90,7 +89,7 @@ _CHOICE = re.compile(r"<choice>\s*([12])\s*</choice>", re.IGNORECASE)
 
 
 def parse_choice(text: str) -> Literal[1, 2] | None:
-    """The choice of an answer with exactly one `<choice>` tag, which holds 1 or 2."""
+    """The choice in an answer that has exactly one `<choice>` tag, with 1 or 2 in it."""
     found = _CHOICE.findall(text)
     if len(found) != 1 or len(_CHOICE_TAG.findall(text)) != 2:
         return None
@@ -98,7 +97,7 @@ def parse_choice(text: str) -> Literal[1, 2] | None:
 
 
 def pair_verdict(as_given: Answer, swapped: Answer) -> PairVerdict:
-    """From the answers for (a, b) and for (b, a)."""
+    """The verdict from the answers for the orders (a, b) and (b, a)."""
     if as_given.text is None or swapped.text is None:
         return PairVerdict("failed", reason=as_given.failure or swapped.failure)
     first, second = parse_choice(as_given.text), parse_choice(swapped.text)
@@ -111,7 +110,7 @@ def pair_verdict(as_given: Answer, swapped: Answer) -> PairVerdict:
 
 
 def question_of(sample: Sample) -> str:
-    """What the responses answer: the question, or the conversation where there are several turns."""
+    """What the responses answer: the question, or the whole conversation where there are several turns."""
     turns = [m for m in sample.messages if m.role != "system"]
     return turns[0].text if len(turns) == 1 else "\n".join(f"{m.role}: {m.text}" for m in turns)
 

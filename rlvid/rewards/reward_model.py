@@ -1,4 +1,4 @@
-"""A trained reward model in this process: from a checkpoint that `rlvid reward-model` exported to scores by name."""
+"""Runs a trained reward model in this process: loads a checkpoint of `rlvid reward-model`, returns scores by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ BUDGET = 16384  # tokens of one forward
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores by dimension. A model that answers in text has `soft` ones too, and perhaps none, with the reason."""
+    """Scores by dimension.
+
+    A model that answers in text also has soft scores. Where its text has no scores, `reason` says why.
+    """
 
     scores: dict[str, float] | None
     soft: dict[str, float] | None = None
@@ -35,18 +38,18 @@ class Scored:
 
 
 def ask(rubric: Rubric, name: str, videos: Sequence[str], caption: str) -> Sample:
-    """The sample that a reward model of this rubric is asked about `videos`."""
+    """The prompt of a reward model with this rubric about `videos`."""
     media = tuple(map(Medium, videos))
     return Sample(name, media, (Message.about(media, rubric.question(caption)),), "")
 
 
 def video_config(rubric: Rubric) -> VideoConfig:
-    """Frames and sizes as the model was trained on."""
+    """Frames and sizes that the model was trained on."""
     return VideoConfig.model_validate(dict(rubric.video))
 
 
 class HeadModel:
-    """Regression and Bradley-Terry: one forward.
+    """A regression or Bradley-Terry model: scores from one forward.
 
     Raises:
         UserError: `folder` holds no reward model with a head.
@@ -69,7 +72,7 @@ class HeadModel:
         self._scorer = scorer.eval().to(self._device)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
-        """Of each prompt one score, or with `responses` (Bradley-Terry) one for each of them."""
+        """One score per prompt, or with `responses` (Bradley-Terry) one per response."""
         import torch
 
         from rlvid.training.batch import Group
@@ -92,7 +95,7 @@ class HeadModel:
 
 
 class TextModel:
-    """Scores as generated text, greedy; beside the integers the soft scores of VideoScore2.
+    """A model that generates its scores as text, greedily; also computes the soft scores of VideoScore2.
 
     Raises:
         UserError: `folder` holds no reward model, or vLLM cannot serve it.
@@ -134,7 +137,7 @@ class TextModel:
         return Scored(scores, self._soft(prompt, rollout, scores))
 
     def _soft(self, prompt: Prompt, rollout: Rollout, scores: dict[str, float]) -> dict[str, float] | None:
-        """None where the tokenizer does not write a score as one token of its own."""
+        """Soft scores; None where a score is not a token of its own."""
         soft = {}
         for name, offset in self.rubric.digit_offsets(rollout.text).items():
             at = token_at(self.family, rollout.token_ids.tolist(), offset)
@@ -164,7 +167,7 @@ def token_at(family: ChatFamily, token_ids: Sequence[int], offset: int) -> int:
 
 
 def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
-    """The prompt with the beginning of a response behind it."""
+    """The prompt followed by the first tokens of a response."""
     after = prompt.next_position + np.arange(len(token_ids), dtype=np.int32)
     return replace(
         prompt,

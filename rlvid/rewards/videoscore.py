@@ -2,10 +2,10 @@
 
 Both judge a *generated* video against the text it was generated from. They do not judge answers to questions.
 
-A model is trained and asked with the same prompt. Upstream trains VideoScore's regression with the integer prompt and
-asks it with the float one (TIGER-AI-Lab/VideoScore, examples/run_videoscore.py); here `Rubric.template` is kept beside
-the model and used for both. Everything parsed here is untrusted text: a score that is not exactly in the form, or off
-the scale, is no score.
+Training and scoring use the same prompt. Upstream trains VideoScore's regression with the integer prompt and scores
+with the float one (TIGER-AI-Lab/VideoScore, examples/run_videoscore.py); here `Rubric.template` is saved with the model
+and used for both. Everything parsed here is untrusted text: a score that is not exactly in the form, or outside the
+scale, is no score.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class NoScore(ValueError):
 
 @dataclass(frozen=True)
 class Rubric:
-    """What a reward model scores. Kept beside its weights (`save`), so that it is asked as it was trained."""
+    """What a reward model scores. Saved with its weights, so that its prompts are those of its training."""
 
     kind: str  # RewardModelConfig.kind
     dims: tuple[str, ...]  # in the order of the head's outputs; everywhere else scores go by name
@@ -92,13 +92,13 @@ class Rubric:
 
     @classmethod
     def of(cls, cfg: RewardModelJobConfig) -> Rubric:
-        """What is kept beside the weights that a job trains."""
+        """The rubric of the model that a job trains."""
         part = cfg.reward_model
         return cls(part.kind, part.names, *part.bounds, part.template, cfg.video.model_dump(mode="json"))
 
     @property
     def has_head(self) -> bool:
-        """Scores are numbers from a head on the last token, not text."""
+        """Whether scores are numbers from a head on the last token. Otherwise they are text."""
         return self.kind in ("regression", "bradley_terry")
 
     @property
@@ -111,7 +111,7 @@ class Rubric:
         return Head(self.dims, middle) if self.has_head else None
 
     def question(self, caption: str) -> str:
-        """The text beside the video. `question`: the caption is the whole question."""
+        """The text after the video. With the template `question` it is the caption alone."""
         if self.template == "question":
             return caption
         if self.template == "thinking":
@@ -121,10 +121,10 @@ class Rubric:
     def graded(self, sample: Sample) -> Sample:
         """`sample` with this rubric's prompt around its caption (the manifest's field `prompt`).
 
-        The text that is to be generated becomes its answer.
+        Where scores are text, that text becomes its answer.
 
         Raises:
-            NoScore: no caption, no scores, or an answer that does not say what the labels say.
+            NoScore: no caption, no scores, or an answer whose scores are not those of the labels.
         """
         labels = sample.extra.get("labels")
         scores = self.scores(labels)
@@ -145,7 +145,7 @@ class Rubric:
         """Scores in the order of `dims`, looked up by name.
 
         Raises:
-            NoScore: a dimension is missing, is no number or off the scale.
+            NoScore: a dimension is missing, not a number or outside the scale.
         """
         if not isinstance(labels, Mapping):
             raise NoScore("labels is missing; expected an object with a score for each dimension")
@@ -160,18 +160,18 @@ class Rubric:
         return values
 
     def text(self, labels: Any) -> str:
-        """Labels as the text that is generated: one line a dimension, in canonical order.
+        """Labels as the text that the model generates: one line per dimension, in the order of `dims`.
 
         Raises:
-            NoScore: as `scores`, or a score is no whole number.
+            NoScore: as `scores`, or a score is not a whole number.
         """
         scores = self.scores(labels)
         if any(s != int(s) for s in scores):
-            raise NoScore(f"{scores} are not whole numbers, which scores as text have to be")
+            raise NoScore(f"{scores} are not whole numbers, which scores as text must be")
         return "\n".join(f"{name}: {int(s)}" for name, s in zip(self.dims, scores, strict=True))
 
     def parse(self, text: str) -> dict[str, float]:
-        """Scores of a generated text, strictly in its form: no line missing, none added, none off the scale.
+        """Scores of a generated text that is strictly in its form: no line missing, added or outside the scale.
 
         Raises:
             NoScore: anything else. Upstream takes the first five ": <digits>" of any text and 0 where there are fewer.
@@ -185,8 +185,7 @@ class Rubric:
         return dict(zip(self.dims, self.scores(dict(found)), strict=True))
 
     def digit_offsets(self, text: str) -> dict[str, int]:
-        """Where in a text that `parse` takes the digit of each dimension stands."""
-        self.parse(text)
+        """Index of each dimension's digit in a text that `parse` accepts."""
         return {name: text.rindex(f"{name}: ") + len(name) + 2 for name in self.dims}
 
     def save(self, folder: Path) -> None:
@@ -197,7 +196,7 @@ class Rubric:
     def load(cls, folder: Path) -> Rubric:
         """
         Raises:
-            UserError: no reward model lies there.
+            UserError: no reward model is there.
         """
         file = folder / "rubric.json"
         try:
@@ -210,8 +209,11 @@ class Rubric:
 
 
 def five_scores_question(caption: str, is_float: bool = False) -> str:
-    """VideoScore's prompt; `caption` is escaped already. To the character those of VideoFeedback's items (integer)
-    and of upstream's inference (float), odd spaces included: released weights know them so."""
+    """VideoScore's prompt around an escaped caption.
+
+    Equal to the character to those of VideoFeedback's items (integer) and of upstream's inference (float), odd spaces
+    included: the released weights were trained on them.
+    """
     values = ("3.2", "2.7", "4.0", "2.3", "1.8") if is_float else ("4", "4", "3", "1", "2")
     return _FIVE.format(
         gap="" if is_float else " ",
