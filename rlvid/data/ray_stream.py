@@ -28,8 +28,7 @@ from rlvid.data.order import batch_indices
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Prompt, Sample
 from rlvid.video.cache import FrameCache
-from rlvid.video.clip_reader import ClipReader, hashing_limit_s
-from rlvid.video.watchdog import ends_process_after
+from rlvid.video.clip_reader import ClipReader, ends_hung_process
 
 READER_TIMEOUT_S = 10.0  # for a thread of Ray Data to see that its stream was closed
 MAX_LOST_BLOCKS = 4  # blocks that Ray loses (a lost machine) before the stream stops
@@ -192,8 +191,7 @@ class _RowEncoder:
         result = {"index": index, "prompt": b"", "user_error": "", "crash": ""}
         try:
             sample = self._samples[index]
-            limit_s = (1 + len(sample.media)) * (2 * self._encoder.source.video.timeout_s + 10)
-            with ends_process_after(limit_s + hashing_limit_s(sample.media)):
+            with ends_hung_process(sample.media, self._encoder.source.video.timeout_s):
                 result["prompt"] = pickle.dumps(self._encoder.encode(sample), protocol=5)
         except UserError as error:
             result["user_error"] = str(error)
@@ -204,7 +202,7 @@ class _RowEncoder:
 
 @lru_cache(maxsize=4)
 def _clip_reader(video_json: str, multiple: int, cache_dir: str, cache_bytes: int) -> ClipReader:
-    """One reader per worker process: it remembers the hashes of files it has seen."""
+    """One reader per worker process."""
     return ClipReader(VideoConfig.model_validate_json(video_json), multiple, FrameCache(Path(cache_dir), cache_bytes))
 
 
@@ -217,8 +215,7 @@ def _read_row(
         reader = _clip_reader(video_json, multiple, cache_dir, cache_bytes)
         clips = []
         for medium in pickle.loads(row["media"]):  # written by `ClipStream`
-            # Another process may be reading the same clip with the same time limit before it is our turn.
-            with ends_process_after(2 * reader.video.timeout_s + 10 + hashing_limit_s([medium])):
+            with ends_hung_process([medium], reader.video.timeout_s):
                 clip, was_cached = reader.read(medium)
             clips.append(clip)
             result["n_cached"] += was_cached

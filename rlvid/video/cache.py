@@ -18,27 +18,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from rlvid.errors import UserError
+from rlvid.files import naming_write_errors, write_atomic
 from rlvid.types import Clip
 
 KEEP_FRACTION = 0.9  # eviction continues to here, or a full cache would be searched at every put
 STALE_PART_S = 3600.0  # a half-written file this old belongs to a process that crashed
 MAX_CRASHES = 2  # one may have another cause: a stopped run, a lost machine
 CRASHES_COUNT_S = 3600.0  # after the last one
-SHA256_LENGTH = 64  # hexadecimal digits
 
 
 class MakerCrashed(Exception):
-    """Making this clip has ended `MAX_CRASHES` processes. `record` is the file that says so."""
-
-    def __init__(self, record: Path):
-        super().__init__(record)
-        self.record = record
+    """Making this clip has ended `MAX_CRASHES` processes. The argument is the path of the record that says so."""
 
 
 class FrameCache:
@@ -80,20 +75,21 @@ class FrameCache:
                 self._put(clip)
             return clip, False
 
-    def content_sha256(self, path: str, size: int, mtime_ns: int, compute: Callable[[], str]) -> str:
-        """What `compute` returned for this path, size and time of modification: a cached clip's file is not read again.
+    def content_sha256(self, path: str, size: int, mtime_ns: int) -> str:
+        """Hash of a file, which is read only if its path, size and time of modification are new to this folder.
 
         Raises:
+            OSError: The file cannot be read.
             UserError: The folder cannot be written.
-            Exception: Whatever `compute` raises; nothing is remembered then.
         """
         key = hashlib.sha256(f"{size} {mtime_ns} {path}".encode(errors="surrogateescape")).hexdigest()
         record = self.dir / f"{key}.sha256"
         with suppress(FileNotFoundError):
             known = record.read_text()
-            if len(known) == SHA256_LENGTH:  # a process may have crashed while it wrote
+            if len(known) == 64:  # hexadecimal digits; a process may have crashed while it wrote
                 return known
-        known = compute()
+        with open(path, "rb") as file:
+            known = hashlib.file_digest(file, "sha256").hexdigest()
         with self._writing():
             record.write_text(known)
         return known
@@ -128,14 +124,14 @@ class FrameCache:
             with open(part, "wb") as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(clip.frames), allow_pickle=False)
                 file.write(text)
-            part.replace(self._path(clip.clip_id))
+            part.replace(self.dir / f"{clip.clip_id}.npy")
         except OSError:
             part.unlink(missing_ok=True)
             raise
 
     def _load(self, clip_id: str) -> Clip | None:
         """The clip with its frames mapped from disk; None if it is absent, evicted meanwhile, cut short or garbled."""
-        path = self._path(clip_id)
+        path = self.dir / f"{clip_id}.npy"
         try:
             mapped: np.memmap[tuple[int, ...], np.dtype[np.uint8]] = np.load(path, mmap_mode="r", allow_pickle=False)
             with open(path, "rb") as file:
@@ -156,20 +152,18 @@ class FrameCache:
         total_path = self.dir / "total_bytes"
         with self._locked("total_bytes"):
             try:
-                total = int(total_path.read_text())
+                total = int(total_path.read_text()) + added
             except (OSError, ValueError):
-                total = sum(size for _, size, _ in self._scan())
-            total += added
-            if total > self.limit_bytes:
-                total = self._evict(int(self.limit_bytes * KEEP_FRACTION) - added) + added
-            part = total_path.with_suffix(".new")
-            part.write_text(str(total))
-            part.replace(total_path)
+                total = None
+            if total is None or total > self.limit_bytes:
+                total = self._evict(added)
+            write_atomic(total_path, str(total))
 
-    def _evict(self, goal: int) -> int:
-        """Remove entries, least recently used first, until `goal` bytes are left; return what is left."""
+    def _evict(self, added: int) -> int:
+        """Make room for `added` bytes by removing entries, least recently used first; return the new total."""
         entries = sorted(self._scan())
-        total = sum(size for _, size, _ in entries)
+        total = added + sum(size for _, size, _ in entries)
+        goal = self.limit_bytes if total <= self.limit_bytes else self.limit_bytes * KEEP_FRACTION
         for _, size, path in entries:
             if total <= goal:
                 break
@@ -190,18 +184,9 @@ class FrameCache:
                         found.append((stat.st_mtime_ns, stat.st_size, file.path))
         return found
 
-    def _path(self, clip_id: str) -> Path:
-        return self.dir / f"{clip_id}.npy"
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"cannot write the frame cache {self.dir}: {error.strerror}. "
-                "Free some space, or set data.cache_dir or a lower data.cache_gib"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        fix = "free some space, or set data.cache_dir or a lower data.cache_gib"
+        return naming_write_errors(f"the frame cache {self.dir}", fix)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
+import importlib
 import json
 import os
 import stat
-from collections.abc import Iterable
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, Protocol, cast
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Clip, Medium
-from rlvid.video import pyav_reader
 from rlvid.video.cache import FrameCache, MakerCrashed
 from rlvid.video.container_check import missing_bytes
 from rlvid.video.pyav_reader import DecodedFrames
-from rlvid.video.sampling import sampling_spec
-from rlvid.video.sizes import size_spec, target_size
+from rlvid.video.sizes import target_size
 
 SLOWEST_DISK = 2**20  # bytes a second
+END_SLACK_S = 10.0  # per medium, before its process is ended
 IDENTITY_VERSION = 2  # raise when the same configuration starts to give other pixels
 
 
@@ -28,7 +30,23 @@ def hashing_limit_s(media: Iterable[Medium]) -> float:
     return sum(os.path.getsize(m.path) for m in media if os.path.isfile(m.path)) / SLOWEST_DISK
 
 
-class _Reader(Protocol):
+@contextmanager
+def ends_hung_process(media: Sequence[Medium], timeout_s: float) -> Iterator[None]:
+    """End this process, with all threads' stacks on stderr, unless the block that reads `media` is left in time.
+
+    Native code takes no exceptions and no signals handled in Python. For worker processes that something else starts
+    again, one block at a time. A reader's own `video.timeout_s` comes first, another process may be reading the same
+    clip before, and the frame cache remembers what a crashed process was reading.
+    """
+    limit_s = (1 + len(media)) * (2 * timeout_s + END_SLACK_S) + hashing_limit_s(media)
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Reader(Protocol):
     """A reader module: `pyav_reader`, `decord_reader`."""
 
     NAME: str
@@ -64,7 +82,7 @@ class ClipReader:
         """
         path = medium.path
         content_sha256 = self._content_sha256(path)
-        reader = _load_reader(self.video.reader)
+        reader = load_reader(self.video.reader)
         clip_id = self.clip_id(medium, content_sha256, reader.NAME)
 
         def decode() -> Clip:
@@ -76,7 +94,7 @@ class ClipReader:
         try:
             return self.cache.get_or_make(clip_id, decode)
         except MakerCrashed as error:
-            reason = f"reading it crashed several processes (crash, hang or memory); to try again remove {error.record}"
+            reason = f"reading it crashed several processes (crash, hang or memory); to try again remove {error}"
             raise BadClip(path, reason) from None
 
     def clip_id(self, medium: Medium, content_sha256: str, reader_name: str) -> str:
@@ -90,12 +108,14 @@ class ClipReader:
             target_size(self.multiple, self.multiple, video, self.multiple)
         except UserError as error:
             raise UserError(f"{medium.name}: {error}") from None
+        keys = {"sampling", "frames"} | {"fps": {"fps"}, "first_seconds": {"seconds"}}.get(video.sampling, set())
+        keys |= {"max_pixels"} if video.height is None else {"height", "width"}
         identity = {
             "version": IDENTITY_VERSION,
             "content": content_sha256,
             "part_s": [medium.start_s, medium.end_s],
-            "sampling": sampling_spec(video),
-            "size": size_spec(video, self.multiple),
+            "video": video.model_dump(include=keys),
+            "multiple": self.multiple,
             "reader": reader_name,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -116,24 +136,20 @@ class ClipReader:
                 raise BadClip(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
             if status.st_size == 0:
                 raise BadClip(path, "is empty (0 bytes)")
-
-            def compute() -> str:
-                with open(path, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
-
-            return self.cache.content_sha256(path, status.st_size, status.st_mtime_ns, compute)
+            return self.cache.content_sha256(path, status.st_size, status.st_mtime_ns)
         except FileNotFoundError:
             raise BadClip(path, "there is no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise BadClip(path, f"cannot be opened: {reason}") from error
+            raise BadClip(path, f"cannot be opened: {getattr(error, 'strerror', error)}") from error
 
 
-def _load_reader(name: Literal["pyav", "decord"]) -> _Reader:
-    if name == "pyav":
-        return pyav_reader
+def load_reader(name: Literal["pyav", "decord"]) -> Reader:
+    """Imported when used: a run with one reader does not load the other's native library.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
-        from rlvid.video import decord_reader  # its native library is not loaded where it is not used
+        return cast(Reader, importlib.import_module(f"rlvid.video.{name}_reader"))
     except ImportError as error:
-        raise UserError(f"video.reader=decord cannot be loaded ({error}): install decord, or use pyav") from error
-    return decord_reader
+        raise UserError(f"video.reader={name} cannot be loaded ({error}): install {name}, or set the other") from error

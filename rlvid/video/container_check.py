@@ -27,14 +27,9 @@ def missing_bytes(path: str) -> int:
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF":
-            return max(0, _end_of_chunks(file, size) - size)
-        if head[:4] == _EBML:
-            return max(0, _end_of_segment(file) - size)
-        if head[4:8] in _SIZED_BOXES:
-            return max(0, _end_of_boxes(file, size) - size)
-    return 0
+        start = file.read(4)
+        end_of = {b"RIFF": _end_of_chunks, _EBML: _end_of_segment}.get(start, _end_of_boxes)
+        return max(0, end_of(file, size) - size)
 
 
 def is_joined(path: str, pid: int) -> bool:
@@ -84,32 +79,24 @@ def _end_of_chunks(file: BinaryIO, size: int) -> int:
 
 
 def _end_of_boxes(file: BinaryIO, size: int) -> int:
-    """End of the last top-level box of an MP4 or QuickTime file (ISO 14496-12, 4.2)."""
+    """End of the last top-level box of an MP4 or QuickTime file (ISO 14496-12, 4.2); 0 for another file."""
     position = 0
     while position < size:
         file.seek(position)
         head = file.read(16)
-        if head[4:8] not in _SIZED_BOXES:
-            return position  # appended junk, or a box that no frame depends on
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:
-            length = int.from_bytes(head[8:16], "big")
-        if length < 8:  # 0: up to the end of the file
-            return position
+        length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        # Appended junk, or a box that no frame depends on; a length of 0 means up to the end of the file.
+        if head[4:8] not in _SIZED_BOXES or length < 8:
+            break
         position += length
     return position
 
 
-def _end_of_segment(file: BinaryIO) -> int:
+def _end_of_segment(file: BinaryIO, size: int) -> int:
     """End of a Matroska file's one segment (RFC 8794)."""
-    file.seek(len(_EBML))
     header = _read_size(file)
-    if header is None:
-        return 0
-    file.seek(header, os.SEEK_CUR)
-    if file.read(len(_SEGMENT)) != _SEGMENT:
-        return 0
-    segment = _read_size(file)
+    file.seek(header or 0, os.SEEK_CUR)
+    segment = _read_size(file) if file.read(len(_SEGMENT)) == _SEGMENT else None
     return 0 if segment is None else file.tell() + segment
 
 

@@ -13,15 +13,14 @@ from rlvid.types import Clip
 
 Variant = Literal["as_is", "tall", "altered", "tall_altered"]
 N_THUMBNAILS = 6
-THUMBNAIL_HEIGHT = 112  # pixels
+THUMBNAIL_HEIGHT, MAX_WIDTH = 112, 1000  # pixels
 
 
 def probe(clip: Clip, variant: Variant, multiple: int) -> Clip:
     """A variant of `clip` under an id of its own, so that no cache takes one for the other.
 
-    "tall": cut to so few patches that merged T > max(H, W), where position rules differ. "altered": the frames in "
-    "another
-    order, or inverted where all frames are the same; a model that sees the video answers differently.
+    "tall": cut to so few patches that merged T > max(H, W), where position rules differ. "altered": the frames in
+    another order, or inverted where all frames are the same; a model that sees the video answers differently.
     """
     frames = clip.frames
     if variant.startswith("tall"):
@@ -56,14 +55,12 @@ def _long_enough(clip: Clip) -> Clip:
 
 def thumbnails(frames: npt.NDArray[np.uint8]) -> list[bytes]:
     """Up to six frames [T, H, W, 3], evenly chosen, as small JPEG files."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(N_THUMBNAILS, len(frames))).round().astype(int))
     files = []
     for i in chosen:
-        image = Image.fromarray(frames[i])
-        scale = THUMBNAIL_HEIGHT / image.height
-        image = image.resize((max(1, round(image.width * scale)), THUMBNAIL_HEIGHT))
+        image = ImageOps.contain(Image.fromarray(frames[i]), (MAX_WIDTH, THUMBNAIL_HEIGHT))
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=85)
         files.append(buffer.getvalue())

@@ -10,7 +10,6 @@ A file that is damaged where it is read is refused, not salvaged.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
@@ -45,14 +44,11 @@ NAME = f"pyav {av.__version__}"
 _FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg,mpegvideo,m4v,h264,hevc,ivf,mxf,mp3,wav"
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
 _SEEKABLE_FORMATS = frozenset({"mov", "matroska"})
-_TRIM_EVERY = 200  # clips; without malloc_trim a worker grew from 64 to 103 MB over 800 clips (fragmentation, no leak)
 
 av.logging.set_level(None)  # FFmpeg writes pages about a bad file; the reason is in BadClip
 
-_reads = 0
 
-
-class _Unreadable(Exception):
+class _Unreadable(ValueError):
     """A reason for BadClip, found where the path is not known."""
 
 
@@ -60,8 +56,8 @@ class _Damaged(_Unreadable):
     """Part of the file that was read is broken."""
 
 
-class _FrameNotFound(Exception):
-    """A frame does not appear with the time that its packet announces."""
+class _NotSeekable(Exception):
+    """Seeking would not surely give the right frames: packets have no usable times, or a frame has another time."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +89,6 @@ class _Read:
             raise _Unreadable(f"reading took longer than video.timeout_s={self.video.timeout_s:g} s")
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The file's frames as its packets announce them."""
-
-    pts: list[int]  # rising, unique, in units of the stream's time base
-    key_pts: list[int]  # rising
-
-
 def read_frames(medium: Medium, video: VideoConfig, multiple: int) -> DecodedFrames:
     """Read the sampled frames of one file at model resolution, as a player shows them.
 
@@ -114,11 +102,11 @@ def read_frames(medium: Medium, video: VideoConfig, multiple: int) -> DecodedFra
             before the part does.
         UserError: The size does not fit `multiple`.
     """
-    _trim_memory()
     read = _Read(medium, video, multiple, time.monotonic() + video.timeout_s)
     with _as_bad_clip(medium.path):
-        decoded = _read_by_seeking(read)
-        return decoded if decoded is not None else _read_in_order(read)
+        with suppress(_NotSeekable, _Damaged, av.FFmpegError):
+            return _read_by_seeking(read)
+        return _read_in_order(read)
 
 
 def inspect(medium: Medium, video: VideoConfig) -> tuple[Display, str, int]:
@@ -140,7 +128,7 @@ def inspect(medium: Medium, video: VideoConfig) -> tuple[Display, str, int]:
         return Display.of(frame, stream.sample_aspect_ratio), container.format.name, n_frames
 
 
-def average_fps(pts_s: npt.NDArray[np.float64], declared: float | None) -> float:
+def average_fps(pts_s: npt.NDArray[np.float64], declared: float) -> float:
     """Frames per second from the times [n] themselves, or for a single frame the header's rate (1.0 if it has none)."""
     span = float(pts_s[-1] - pts_s[0])
     return (len(pts_s) - 1) / span if span > 0 else declared or 1.0
@@ -150,37 +138,36 @@ def average_fps(pts_s: npt.NDArray[np.float64], declared: float | None) -> float
 def _as_bad_clip(path: str) -> Iterator[None]:
     try:
         yield
-    except _Unreadable as error:
-        raise BadClip(path, str(error)) from None
     except av.FFmpegError as error:
         raise BadClip(path, f"cannot be decoded: {error.strerror}") from error
-    except ValueError as error:  # a display matrix that is not supported, a part that is not inside the file
+    except ValueError as error:  # also: a display matrix that is not supported, a part that is not inside the file
         raise BadClip(path, str(error)) from error
     except LookupError as error:  # unknown codec, no such stream
         raise BadClip(path, f"cannot be decoded: {error}") from error
 
 
-def _read_by_seeking(read: _Read) -> DecodedFrames | None:
-    """Decode from the keyframe before each wanted frame; None where that cannot be trusted."""
+def _read_by_seeking(read: _Read) -> DecodedFrames:
+    """Decode from the keyframe before each wanted frame.
+
+    Raises:
+        _NotSeekable: That cannot be trusted.
+    """
     with _open(read.medium.path) as container:
         stream = _video_stream(container)
         # AVI came out off by one this way, and MPEG-TS loses the leading frames of an open GOP. VP8 has packets that
         # show nothing but have a time.
         if not _SEEKABLE_FORMATS & set(container.format.name.split(",")) or stream.codec_context.name == "vp8":
-            return None
-        index = _read_index(container, stream, read)
-        if index is None:
-            return None
-        pts_s = _seconds(index.pts, stream)
+            raise _NotSeekable
+        pts, key_pts = _read_index(container, stream, read)
+        pts_s = _seconds(pts, stream)
         indices = read.indices(pts_s)
         # The first frame is always decoded: when it does not appear, the file starts with an open GOP or a cut, and
         # every index is off.
-        positions = sorted({0, *indices.tolist()})
-        try:
-            frames = _pick(_seek_frames(container, stream, index, positions, read), stream, indices, read)
-        except (_FrameNotFound, _Damaged, av.FFmpegError):
-            return None
-        return DecodedFrames(frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, _declared_fps(stream)))
+        wanted = {pts[position]: position for position in sorted({0, *indices.tolist()})}
+        frames = _pick(_seek_frames(container, stream, key_pts, wanted, read), stream, indices, read)
+        return DecodedFrames(
+            frames, pts_s[indices], indices, len(pts_s), average_fps(pts_s, float(stream.average_rate or 0))
+        )
 
 
 def _read_in_order(read: _Read) -> DecodedFrames:
@@ -188,7 +175,7 @@ def _read_in_order(read: _Read) -> DecodedFrames:
     with _open(read.medium.path) as container:
         stream = _video_stream(container)
         pts = [frame.pts for frame in _decode(container, stream, read)]
-        declared = _declared_fps(stream)
+        declared = float(stream.average_rate or 0)
         if not pts:
             raise _Unreadable("no frame could be decoded")
         known = [p for p in pts if p is not None]
@@ -222,13 +209,17 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _read_index(container: InputContainer, stream: VideoStream, read: _Read) -> _Index | None:
-    """Read all packets without decoding; None when their times do not identify frames."""
+def _read_index(container: InputContainer, stream: VideoStream, read: _Read) -> tuple[list[int], list[int]]:
+    """Times of all frames and of the keyframes as the packets announce them, rising, in the stream's time base.
+
+    Raises:
+        _NotSeekable: The times do not identify frames.
+    """
     pts: list[int] = []
     key_pts: list[int] = []
     for packet in _demux(container, stream, read):
         if packet.pts is None:
-            return None
+            raise _NotSeekable
         if packet.is_keyframe:
             key_pts.append(packet.pts)
         if not packet.is_discard:  # an edit list hides it: decoded, never shown
@@ -236,39 +227,38 @@ def _read_index(container: InputContainer, stream: VideoStream, read: _Read) -> 
     if not pts:
         raise _Unreadable("has no frames")
     if not key_pts or len(set(pts)) < len(pts):
-        return None
-    return _Index(sorted(pts), sorted(key_pts))
+        raise _NotSeekable
+    return sorted(pts), sorted(key_pts)
 
 
 def _seek_frames(
-    container: InputContainer, stream: VideoStream, index: _Index, positions: list[int], read: _Read
+    container: InputContainer, stream: VideoStream, key_pts: list[int], wanted: dict[int, int], read: _Read
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """The frames at rising `positions` of the index.
+    """The frames at the rising times `wanted`, with the positions that it gives them.
 
     Raises:
-        _FrameNotFound: Decoding from the keyframe before did not show it.
+        _NotSeekable: Decoding from the keyframe before did not show it.
     """
     by_key: dict[int, dict[int, int]] = {}  # time of the keyframe before -> time of the frame -> position
-    for position in positions:
-        wanted = index.pts[position]
-        before = bisect_right(index.key_pts, wanted)
+    for time_of_frame, position in wanted.items():
+        before = bisect_right(key_pts, time_of_frame)
         if before == 0:
-            raise _FrameNotFound
-        by_key.setdefault(index.key_pts[before - 1], {})[wanted] = position
+            raise _NotSeekable
+        by_key.setdefault(key_pts[before - 1], {})[time_of_frame] = position
     for key, group in by_key.items():
         container.seek(key, stream=stream, backward=True)
         found = (f for f in _decode_only(container, stream, group.keys(), read) if f.pts in group)
-        for wanted, position in group.items():
+        for time_of_frame, position in group.items():
             frame = next(found, None)
-            if frame is None or frame.pts != wanted or (frame.interlaced_frame and _is_progressive(stream)):
-                raise _FrameNotFound
+            if frame is None or frame.pts != time_of_frame or (frame.interlaced_frame and _is_progressive(stream)):
+                raise _NotSeekable
             yield position, frame
 
 
 def _decode_only(
     container: InputContainer, stream: VideoStream, wanted: Collection[int], read: _Read
 ) -> Iterator[VideoFrame]:
-    """Decode from where the container stands until all times `wanted` are there, and of the rest only what they need.
+    """Decode from the current position until all times `wanted` are there, and of the rest only what they need.
 
     Pictures that no other one refers to are a third to a half of a file with B-frames: they are left out. After the
     last wanted packet the decoder is emptied, instead of feeding it as many packets as it holds back.
@@ -374,15 +364,3 @@ def _sdr_mapper(width: int, height: int, transfer: int, primaries: int) -> Video
 
 def _seconds(pts: list[int], stream: VideoStream) -> npt.NDArray[np.float64]:
     return (np.array(pts, dtype=np.int64) - pts[0]).astype(np.float64) * float(stream.time_base or 1)
-
-
-def _declared_fps(stream: VideoStream) -> float | None:
-    return float(stream.average_rate) if stream.average_rate else None
-
-
-def _trim_memory() -> None:
-    global _reads
-    _reads += 1
-    if _reads % _TRIM_EVERY == 0:
-        with suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -5,8 +5,8 @@ For `rlvid doctor`. Native code that is broken may crash or hang: call these in 
 
 from __future__ import annotations
 
-import importlib
 import tempfile
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Medium
+from rlvid.video.clip_reader import load_reader
 
 READERS: tuple[str, ...] = get_args(VideoConfig.model_fields["reader"].annotation)
 ENCODERS = {  # codec -> encoders that run on any CPU, the first one found is taken
@@ -66,13 +67,12 @@ def try_codec(codec: str) -> tuple[bool, str]:
 
 def _round_trip(encoder: str, reader_name: str) -> int:
     """Number of frames that were compared."""
-    reader = importlib.import_module(f"rlvid.video.{reader_name}_reader")
     video = VideoConfig.model_validate({"reader": reader_name, "frames": 8, "height": 56, "width": 56})
     levels = np.linspace(20, 230, _N_FRAMES).round()
     with tempfile.TemporaryDirectory(prefix="rlvid-") as folder:
         path = Path(folder) / "clip.mp4"
         _write(path, encoder, levels)
-        decoded = reader.read_frames(Medium(str(path)), video, 28)
+        decoded = load_reader(video.reader).read_frames(Medium(str(path)), video, 28)
     seen = decoded.frames.reshape(len(decoded.frames), -1).mean(axis=1)
     if decoded.n_frames != _N_FRAMES or len(seen) != video.frames:
         raise BadClip(encoder, f"{decoded.n_frames} frames instead of {_N_FRAMES}")
@@ -98,8 +98,6 @@ def _encoder(codec: str) -> str | None:
 
 
 def _has(name: str, mode: Literal["r", "w"]) -> bool:
-    try:
-        av.codec.Codec(name, mode)
-    except UnknownCodecError:
-        return False
-    return True
+    with suppress(UnknownCodecError):
+        return bool(av.codec.Codec(name, mode))
+    return False

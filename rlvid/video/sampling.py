@@ -6,8 +6,6 @@ frames.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -40,7 +38,17 @@ def sample_indices(
     if len(pts_s) == 0:
         raise ValueError("a file without frames cannot be sampled")
     part = _part(pts_s, start_s, end_s)
-    return part.start + _sample(video, pts_s[part])
+    pts_s = pts_s[part]
+    match video.sampling:
+        case "linspace":
+            indices = linspace(len(pts_s), video.frames)
+        case "mid_segment":
+            indices = mid_segment(len(pts_s), video.frames)
+        case "fps":
+            indices = by_fps(pts_s, video.fps, video.frames)
+        case "first_seconds":
+            indices = first_seconds(pts_s, video.seconds, video.frames)
+    return part.start + indices
 
 
 def _part(pts_s: Seconds, start_s: float | None, end_s: float | None) -> slice[int, int, None]:
@@ -59,28 +67,6 @@ def _duration_s(pts_s: Seconds) -> float:
     """The last frame is shown too, as long as the others on average."""
     n = len(pts_s)
     return float(pts_s[-1] - pts_s[0]) * n / (n - 1) if n > 1 else 0.0
-
-
-def _sample(video: VideoConfig, pts_s: Seconds) -> Indices:
-    match video.sampling:
-        case "linspace":
-            return linspace(len(pts_s), video.frames)
-        case "mid_segment":
-            return mid_segment(len(pts_s), video.frames)
-        case "fps":
-            return by_fps(pts_s, video.fps, video.frames)
-        case "first_seconds":
-            return first_seconds(pts_s, video.seconds, video.frames)
-
-
-def sampling_spec(video: VideoConfig) -> dict[str, Any]:
-    """The keys that the chosen rule depends on, for a clip's identity."""
-    spec: dict[str, Any] = {"rule": video.sampling, "frames": video.frames}
-    if video.sampling == "fps":
-        spec["fps"] = video.fps
-    if video.sampling == "first_seconds":
-        spec["seconds"] = video.seconds
-    return spec
 
 
 def linspace(n: int, frames: int) -> Indices:

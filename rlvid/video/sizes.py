@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from rlvid.config import VideoConfig
 from rlvid.errors import UserError
@@ -14,10 +13,10 @@ def target_size(height: int, width: int, video: VideoConfig, multiple: int) -> t
 
     Without a fixed size this is Qwen2-VL's `smart_resize` without a lower limit: the nearest multiples, or if that area
     is above `video.max_pixels` the largest ones below it that keep the aspect ratio. A very long frame is made less
-    long so that it stays below the limit too.
+    long so that it is below the limit too.
 
     Args:
-        height: Of the file as it is displayed (rotation applied), pixels.
+        height: Of the file as it is displayed: turned by its display matrix, with square pixels.
         width: Likewise.
         video: Fixed size or largest area.
         multiple: Patch size times merge size of the model family, pixels.
@@ -28,8 +27,7 @@ def target_size(height: int, width: int, video: VideoConfig, multiple: int) -> t
     if video.height is not None and video.width is not None:
         for key, value in (("video.height", video.height), ("video.width", video.width)):
             if value % multiple:
-                below, above = value // multiple * multiple, -(-value // multiple) * multiple
-                nearest = f"{below} or {above}" if below else f"{above}"
+                nearest = " or ".join(str(n) for n in (value - value % multiple, value + -value % multiple) if n)
                 raise UserError(f"{key}={value} must be a multiple of {multiple} for this model: use {nearest}")
         return video.height, video.width
     if video.max_pixels < multiple**2:
@@ -45,10 +43,3 @@ def target_size(height: int, width: int, video: VideoConfig, multiple: int) -> t
         longest = video.max_pixels // multiple // multiple * multiple
         h, w = min(h, longest), min(w, longest)
     return h, w
-
-
-def size_spec(video: VideoConfig, multiple: int) -> dict[str, Any]:
-    """What the size depends on besides the file, for a clip's identity."""
-    if video.height is not None:
-        return {"height": video.height, "width": video.width, "multiple": multiple}
-    return {"max_pixels": video.max_pixels, "multiple": multiple}

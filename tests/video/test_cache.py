@@ -250,7 +250,7 @@ def test_clip_that_crashes_its_makers_is_refused_for_a_while(cache: FrameCache) 
             cache.get_or_make("a", forbidden)
     put(cache, "b")
     past = time.time() - CRASHES_COUNT_S - 1
-    os.utime(caught.value.record, (past, past))
+    os.utime(caught.value.args[0], (past, past))
     put(cache, "a")
 
 

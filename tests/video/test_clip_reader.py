@@ -71,6 +71,7 @@ def test_whatever_changes_the_frames_changes_the_id(tmp_path: Path) -> None:
         (28, {"sampling": "fps", "fps": 1.0}),
         (28, {"sampling": "fps", "fps": 2.0}),
         (28, {"height": 56}),
+        (28, {"height": 168, "width": 84}),
         (28, {"height": None, "width": None}),
         (28, {"height": None, "width": None, "max_pixels": 28 * 28 * 4}),
         (14, {"height": None, "width": None}),
@@ -261,3 +262,19 @@ def test_workers_stay_light() -> None:
     code = f"import sys, rlvid.video.clip_reader, rlvid.video.pyav_reader; print(sorted({heavy}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("block_s", "is_ended"), [(20.0, True), (0.0, False)])
+def test_process_that_hangs_is_ended_with_its_stack(block_s: float, is_ended: bool) -> None:
+    code = f"""
+import time
+from rlvid.video import clip_reader
+clip_reader.END_SLACK_S = 0.0
+with clip_reader.ends_hung_process([], timeout_s=0.1):
+    time.sleep({block_s})
+time.sleep(0.4)
+print("alive")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (run.returncode != 0) is is_ended and run.stdout == ("" if is_ended else "alive\n")
+    assert ("Timeout" in run.stderr and "line 6" in run.stderr) is is_ended

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlvid.config import VideoConfig
-from rlvid.video.sampling import by_fps, first_seconds, linspace, mid_segment, sample_indices, sampling_spec
+from rlvid.video.sampling import by_fps, first_seconds, linspace, mid_segment, sample_indices
 
 
 def regular(n: int, fps: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -76,14 +76,3 @@ def test_short_files_repeat_frames() -> None:
 def test_no_frames_is_an_error() -> None:
     with pytest.raises(ValueError, match="without frames"):
         sample_indices(VideoConfig(), np.zeros(0))
-
-
-def test_spec_holds_only_what_the_rule_uses() -> None:
-    assert sampling_spec(VideoConfig(fps=1.0)) == sampling_spec(VideoConfig(fps=2.0))
-    assert sampling_spec(VideoConfig(sampling="fps", fps=1.0)) != sampling_spec(VideoConfig(sampling="fps", fps=2.0))
-    assert sampling_spec(VideoConfig(frames=4)) != sampling_spec(VideoConfig(frames=6))
-    assert sampling_spec(VideoConfig(sampling="first_seconds", seconds=5.0)) == {
-        "rule": "first_seconds",
-        "frames": 8,
-        "seconds": 5.0,
-    }

@@ -4,7 +4,7 @@ import pytest
 
 from rlvid.config import VideoConfig
 from rlvid.errors import UserError
-from rlvid.video.sizes import size_spec, target_size
+from rlvid.video.sizes import target_size
 
 AREA_128 = 128 * 28 * 28  # 100352 pixels, the default
 
@@ -44,7 +44,7 @@ def test_fixed_size_is_used_as_it_is() -> None:
     assert target_size(1080, 1920, VideoConfig(height=56, width=84), 28) == (56, 84)
 
 
-def test_fixed_size_that_does_not_fit_the_model_names_key_and_mend() -> None:
+def test_fixed_size_that_does_not_fit_the_model_names_key_and_fix() -> None:
     with pytest.raises(UserError, match=r"video\.width=100 must be a multiple of 28 .* use 84 or 112"):
         target_size(1, 1, VideoConfig(height=56, width=100), 28)
     with pytest.raises(UserError, match=r"video\.height=28 must be a multiple of 32 .* use 32"):
@@ -54,16 +54,3 @@ def test_fixed_size_that_does_not_fit_the_model_names_key_and_mend() -> None:
 def test_max_pixels_below_one_patch_group_is_refused() -> None:
     with pytest.raises(UserError, match=r"video\.max_pixels=784 .* at least 1024"):
         target_size(100, 100, VideoConfig(max_pixels=784), 32)
-
-
-def test_spec_tells_sizes_apart() -> None:
-    specs = [
-        size_spec(VideoConfig(), 28),
-        size_spec(VideoConfig(), 32),
-        size_spec(VideoConfig(max_pixels=28 * 28), 28),
-        size_spec(VideoConfig(height=56, width=84), 28),
-        size_spec(VideoConfig(height=84, width=56), 28),
-    ]
-    assert len({str(spec) for spec in specs}) == len(specs)
-    fixed = VideoConfig(height=56, width=84, max_pixels=784)
-    assert size_spec(fixed, 28) == specs[3]  # max_pixels plays no part then
