@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.attention import TEXT_ATTENTION, VISION_ATTENTION, block_attention, shared_prefix_attention
+from rlvid.models.families import load_family
+from rlvid.models.families.chat import ChatFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,11 +26,12 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         UserError: missing weights or a setting that packed attention cannot follow.
     """
     torchvision_ops.ensure()
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        sees_video = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-        model, loaded = (AutoModelForImageTextToText if sees_video else AutoModelForCausalLM).from_pretrained(
+        family = load_family(folder)
+        kind = AutoModelForImageTextToText if family.media_kinds else AutoModelForCausalLM
+        model, loaded = kind.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
         )
     except OSError as e:
@@ -43,24 +46,19 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     AttentionInterface.register(TEXT_ATTENTION, _text_attention)
     AttentionInterface.register(VISION_ATTENTION, block_attention)
     text_config._attn_implementation = TEXT_ATTENTION
-    if hasattr(model.model, "visual"):  # Qwen-VL's; other towers take whole pictures, each by itself
-        model.model.visual.config._attn_implementation = VISION_ATTENTION
-        embed = model.model.visual.patch_embed
-        embed.proj = _PatchProjection(embed.proj)
-    if hasattr(model.model, "image_tower"):  # Video-LLaVA's second tower, which videos do not pass
-        model.model.image_tower.requires_grad_(False)
+    family.prepare(model)
     return model
 
 
-def freeze_tower(network: nn.Module) -> None:
-    """Train nothing of the vision tower but its projection (Qwen-VL's `merger`, elsewhere a module of its own)."""
-    for tower in ("visual", "vision_model", "video_tower"):
-        for name, parameter in getattr(network.model, tower, nn.Module()).named_parameters():
+def freeze_towers(network: nn.Module, family: ChatFamily) -> None:
+    """Train nothing of the vision towers but their projection (Qwen-VL's `merger`, elsewhere a module of its own)."""
+    for tower in family.towers:
+        for name, parameter in network.get_submodule(f"model.{tower}").named_parameters():
             if "merger" not in name:
                 parameter.requires_grad_(False)
 
 
-class _PatchProjection(nn.Module):
+class PatchProjection(nn.Module):
     """A convolution whose stride is its kernel is one matrix product, under the same parameter names.
 
     torch's Conv3d took a fifth of forward and backward of a 1,000-token prompt on CPU, for the same numbers.

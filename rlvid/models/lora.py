@@ -6,7 +6,7 @@ The adapters are injected into the network, so it keeps its own class and forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,19 +17,19 @@ from rlvid.config import LoraConfig
 from rlvid.errors import UserError
 
 ADAPTER = "default"  # peft's name for the only one
-VISION_PARTS = ("visual", "vision_model", "connector", "video_tower", "image_tower", "multi_modal_projector")
 PEFT_PREFIX = "base_model.model."  # before every name in peft's adapter files
 
 
-def peft_config(cfg: LoraConfig):  # type: ignore[no-untyped-def]  # peft is imported late
-    """peft's configuration. The vision tower is left out: vLLM takes adapters on the language model only."""
+def peft_config(cfg: LoraConfig, excluded: Sequence[str]):  # type: ignore[no-untyped-def]  # peft is imported late
+    """peft's configuration; modules under the names in `excluded` get no adapters (`ChatFamily.no_lora`)."""
     from peft import LoraConfig as PeftConfig
 
-    targets = rf"(?!.*\b(?:{'|'.join(VISION_PARTS)})\b).*\.(?:{'|'.join(cfg.targets)})"
+    nowhere = rf"(?!.*\b(?:{'|'.join(excluded)})\b)" if excluded else ""
+    targets = rf"{nowhere}.*\.(?:{'|'.join(cfg.targets)})"
     return PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def add_adapters(network: nn.Module, cfg: LoraConfig, seed: int = 0) -> None:
+def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str], seed: int = 0) -> None:
     """Freeze the network and put an adapter beside each target layer; at first it changes nothing (B is 0).
 
     Args:
@@ -43,7 +43,7 @@ def add_adapters(network: nn.Module, cfg: LoraConfig, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(peft_config(cfg), network, adapter_name=ADAPTER)
+            inject_adapter_in_model(peft_config(cfg, excluded), network, adapter_name=ADAPTER)
         except ValueError as e:
             raise UserError(f"model.lora.targets={list(cfg.targets)}: {e}") from e
     for name, parameter in network.named_parameters():
@@ -89,7 +89,9 @@ def merged(state: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:
     return plain
 
 
-def save_adapter(folder: Path, state: Mapping[str, Tensor], cfg: LoraConfig, base: str = "") -> None:
+def save_adapter(
+    folder: Path, state: Mapping[str, Tensor], cfg: LoraConfig, excluded: Sequence[str], base: str = ""
+) -> None:
     """Write an adapter file and its configuration.
 
     Args:
@@ -99,7 +101,7 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], cfg: LoraConfig, bas
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = peft_config(cfg)
+    config = peft_config(cfg, excluded)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(str(folder))

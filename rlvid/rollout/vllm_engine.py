@@ -21,7 +21,6 @@ from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
 from rlvid.rollout.weights.buckets import Bucket
@@ -130,7 +129,7 @@ class VllmEngine:
                     max_model_len=cfg.max_model_len,
                     tensor_parallel_size=cfg.tensor_parallel,
                     gpu_memory_utilization=cfg.gpu_memory_utilization,
-                    limit_mm_per_prompt={"video": cfg.max_videos} if isinstance(family, QwenVL) else {},
+                    limit_mm_per_prompt=family.engine_limits(cfg.max_videos),
                     max_num_seqs=cfg.max_sequences,
                     max_num_batched_tokens=cfg.max_batched_tokens,
                     block_size=cfg.block_size or (None if on_gpu else CPU_BLOCK),
@@ -271,7 +270,8 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         with tempfile.TemporaryDirectory(prefix="rlvid-adapter-") as folder:
-            save_adapter(Path(folder), {name: t for bucket in buckets for name, t in bucket.tensors()}, lora)
+            tensors = {name: t for bucket in buckets for name, t in bucket.tensors()}
+            save_adapter(Path(folder), tensors, lora, self.family.no_lora)
             adapter = LoRARequest("policy", 1, folder, load_inplace=True)
             if not self.engine.add_lora(adapter):
                 raise RuntimeError("vLLM did not take the adapter")

@@ -25,7 +25,7 @@ from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.heads import HEAD_FILE, Head
-from rlvid.models.loading import freeze_tower, load_model
+from rlvid.models.loading import freeze_towers, load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.micro_batches import micro_batches, score
@@ -88,9 +88,9 @@ class Learner:
         self.policy: PackedPolicy | PackedScorer = PackedPolicy(network, family)
         self.lora = model.lora
         if self.lora:
-            add_adapters(self.policy.network, self.lora)
+            add_adapters(self.policy.network, self.lora, family.no_lora)
         if model.freeze_vision:
-            freeze_tower(network)
+            freeze_towers(network, family)
         self._head = head
         if head:
             self.policy = PackedScorer(network, family, head)
@@ -255,7 +255,7 @@ class Learner:
             network = self.engine.module.network
             if self.lora:
                 adapters = {file_name(name): t for name, t in state.items() if is_adapter(name)}
-                save_adapter(folder / "adapter", adapters, self.lora, base=str(checkpoint))
+                save_adapter(folder / "adapter", adapters, self.lora, self.policy.family.no_lora, base=str(checkpoint))
                 state = merged(state, self.lora)
             network.save_pretrained(folder, state_dict=state)
             for file in checkpoint.iterdir():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlvid.models.loading import freeze_tower, load_model
+from rlvid.models.families import load_family
+from rlvid.models.loading import freeze_towers, load_model
 
 TOWERS = {
     "qwen2_vl": "model.visual.",
@@ -19,7 +20,7 @@ TOWERS = {
 def test_frozen_tower_leaves_its_projection_and_the_language_model(family: str, tiny_models: dict[str, Path]) -> None:
     network = load_model(tiny_models[family], "float32")
     before = {name for name, p in network.named_parameters() if p.requires_grad}
-    freeze_tower(network)
+    freeze_towers(network, load_family(tiny_models[family]))
     frozen = before - {name for name, p in network.named_parameters() if p.requires_grad}
     assert frozen == {n for n in before if n.startswith(TOWERS[family]) and "merger" not in n}
     assert bool(frozen) == (family != "qwen3")

@@ -11,6 +11,7 @@ import torch
 from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models.families import load_family
+from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.rollout.vllm_engine import Sampling, VllmEngine
@@ -29,7 +30,7 @@ ROLLOUT = RolloutConfig(max_model_len=512, max_sequences=32)
 def policy(tiny_model: Path) -> PackedPolicy:
     """A policy whose adapters do change something."""
     policy = PackedPolicy(load_model(tiny_model, "float32"), load_family(tiny_model), temperature=1.0)
-    add_adapters(policy.network, LORA)
+    add_adapters(policy.network, LORA, VisionFamily.no_lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in policy.network.named_parameters():
@@ -44,7 +45,7 @@ def exported(policy: PackedPolicy, tiny_model: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("merged")
     state = dict(policy.network.named_parameters())
     adapters = {file_name(n): p for n, p in state.items() if is_adapter(n)}
-    save_adapter(folder / "adapter", adapters, LORA, base=str(tiny_model))
+    save_adapter(folder / "adapter", adapters, LORA, VisionFamily.no_lora, base=str(tiny_model))
     policy.network.save_pretrained(folder, state_dict=merged(state, LORA))
     for file in tiny_model.iterdir():
         if not (folder / file.name).exists() and "safetensors" not in file.name:
@@ -121,7 +122,7 @@ def test_peft_loads_the_adapter_file(exported: Path, tiny_model: Path) -> None:
 
 def test_target_that_no_layer_has(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"model\.lora\.targets=\['query'\]"):
-        add_adapters(load_model(tiny_model, "float32"), LoraConfig(targets=("query",)))
+        add_adapters(load_model(tiny_model, "float32"), LoraConfig(targets=("query",)), ())
 
 
 def test_vision_tower_has_no_adapters(policy: PackedPolicy) -> None:

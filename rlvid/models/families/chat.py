@@ -19,9 +19,13 @@ from rlvid.errors import UserError
 from rlvid.types import Clip, Message, Prompt, Sample
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from vllm.inputs import MultiModalInput
 
+    from rlvid.config import TinyModelConfig
+
 END_OF_TURN = "<|im_end|>"
+HEAD_DIM = 64  # of tiny models: vLLM on CPU refuses 16
 ZERO_WIDTH_SPACE = "\u200b"
 
 # ChatML as in Qwen/Qwen2-VL-2B-Instruct.
@@ -50,6 +54,10 @@ class ChatFamily(ABC):
     vllm_module: str | None = None  # where vLLM keeps the class called `architecture`; None: it does not serve it
     default_template = CHAT_TEMPLATE  # where the checkpoint brings none
     banned_tokens: tuple[int, ...]  # a response may not hold these
+    towers: tuple[str, ...] = ()  # modules of `network.model` that are a vision tower
+    no_lora: tuple[str, ...] = ()  # modules without adapters: vLLM takes them on the language model only
+    tiny_tokens: tuple[str, ...] = ("<|im_start|>", END_OF_TURN)  # special tokens of a tiny model's tokenizer
+    tiny_end = END_OF_TURN  # the one of them that ends a turn
     media_kinds: frozenset[str] = frozenset()  # of `Medium.kind`: what it takes
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
@@ -98,6 +106,22 @@ class ChatFamily(ABC):
     @abstractmethod
     def engine_input(self, prompt: Prompt) -> MultiModalInput | dict[str, Any]:
         """What vLLM's `LLMEngine.add_request` takes for `prompt`."""
+
+    def engine_limits(self, max_videos: int) -> dict[str, int]:
+        """vLLM's limit of media in a prompt, by kind."""
+        return {}
+
+    def prepare(self, network: PreTrainedModel) -> None:  # noqa: B027  # most families have nothing to change
+        """Change a loaded network where packed training asks for it."""
+
+    @classmethod
+    @abstractmethod
+    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+        """A random network of this architecture, and its processor (of a text model the tokenizer).
+
+        Args:
+            text: settings of the language model (`rlvid/models/tiny.py`).
+        """
 
     def end_of_turn_token(self) -> str:
         """The special token that ends a response."""

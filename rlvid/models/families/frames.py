@@ -17,11 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rlvid.errors import UserError
+from rlvid.models.families.chat import HEAD_DIM
 from rlvid.models.families.vision import Grid, VisionFamily
 from rlvid.types import Clip, Prompt, Sample, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from rlvid.config import TinyModelConfig
 
 IMAGE, FAKE_AROUND_IMAGE = "<image>", "<fake_token_around_image>"
 VIDEO = "<video>"
@@ -60,6 +64,17 @@ class FrameFamily(VisionFamily):
         return patches.view(t, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(t, 3, h * p, w * p)
 
 
+def _tiny_tower(cfg: TinyModelConfig, image_size: int) -> dict[str, Any]:
+    return {
+        "hidden_size": cfg.vision_size,
+        "intermediate_size": 2 * cfg.vision_size,
+        "num_hidden_layers": cfg.vision_layers,
+        "num_attention_heads": max(1, cfg.vision_size // HEAD_DIM),
+        "image_size": image_size,
+        "patch_size": 14,
+    }
+
+
 class Idefics2(FrameFamily):
     """Idefics2 and Mantis-Idefics2: every frame is a picture of its own, whatever its size, and becomes a fixed number
     of latents. Frames of a clip stand apart by a space, as VideoScore writes them.
@@ -70,6 +85,9 @@ class Idefics2(FrameFamily):
 
     placeholder = IMAGE
     part_type = "image"
+    towers = ("vision_model",)
+    tiny_tokens = ("<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE)
+    tiny_end = "<end_of_utterance>"
     default_template = (
         "{% for message in messages %}{{ message['role'].capitalize() }}"
         "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
@@ -86,7 +104,26 @@ class Idefics2(FrameFamily):
         self._window: int | None = self.config.get("text_config", {}).get("sliding_window")
 
     def end_of_turn_token(self) -> str:
-        return "<end_of_utterance>"
+        return self.tiny_end
+
+    @classmethod
+    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+        import transformers
+
+        heads = text["num_attention_heads"]
+        resampler = {"resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": heads}
+        config = transformers.Idefics2Config(
+            text_config={"model_type": "mistral", **text, "sliding_window": None},
+            vision_config=_tiny_tower(cfg, 140),
+            perceiver_config=resampler
+            | {"hidden_size": cfg.hidden_size, "rms_norm_eps": 1e-6}
+            | {"resampler_head_dim": HEAD_DIM, "num_key_value_heads": heads},
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        )
+        images = transformers.Idefics2ImageProcessor(do_image_splitting=False)
+        template = cls.default_template
+        processor = transformers.Idefics2Processor(images, tokenizer, image_seq_len=8, chat_template=template)
+        return transformers.Idefics2ForConditionalGeneration(config), processor
 
     def check_length(self, sample: Sample, n_tokens: int, n_video: int, max_tokens: int | None) -> None:
         """Mistral sees no further back than its window, which packed attention does not follow."""
@@ -140,6 +177,9 @@ class VideoLlava(FrameFamily):
     """
 
     placeholder = VIDEO
+    towers = ("video_tower",)
+    tiny_tokens = ("</s>", IMAGE, VIDEO)
+    tiny_end = "</s>"
     default_template = (
         "{% for message in messages %}"
         "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -153,7 +193,34 @@ class VideoLlava(FrameFamily):
         self.frame_multiple: int = self.vision.get("image_size", 224)
 
     def end_of_turn_token(self) -> str:
-        return "</s>"
+        return self.tiny_end
+
+    def prepare(self, network: PreTrainedModel) -> None:
+        network.model.image_tower.requires_grad_(False)  # its second tower, which videos do not pass
+
+    @classmethod
+    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+        import transformers
+        from transformers.models.video_llava.video_processing_video_llava import VideoLlavaVideoProcessor
+
+        side = 56
+        config = transformers.VideoLlavaConfig(
+            text_config={"model_type": "llama", **text},
+            vision_config={"model_type": "clip_vision_model", **_tiny_tower(cfg, side)},
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            video_token_id=tokenizer.convert_tokens_to_ids(VIDEO),
+            video_seq_length=8 * ((side // 14) ** 2 + 1),
+        )
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        processor = transformers.VideoLlavaProcessor(
+            image_processor=transformers.CLIPImageProcessor(**size),
+            video_processor=VideoLlavaVideoProcessor(**size),
+            tokenizer=tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            chat_template=cls.default_template,
+        )
+        return transformers.VideoLlavaForConditionalGeneration(config), processor
 
     def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
         side = self.frame_multiple

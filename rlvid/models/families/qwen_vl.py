@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from rlvid.models.families.chat import END_OF_TURN, HEAD_DIM
 from rlvid.models.families.rotary import rotary_positions
 from rlvid.models.families.vision import Grid, VisionFamily
 from rlvid.types import Clip, Prompt, Sample, Span
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
     from vllm.inputs import MultiModalInput
     from vllm.multimodal.inputs import PlaceholderRange
+
+    from rlvid.config import TinyModelConfig
 
 VIDEO_PLACEHOLDER = "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -38,6 +42,9 @@ class QwenVL(VisionFamily):
     vllm_module = "vllm.model_executor.models.qwen2_vl"
     placeholder = VIDEO_PLACEHOLDER
     vision_tokens = VISION_TOKENS
+    towers = ("visual",)
+    tiny_tokens = ("<|im_start|>", END_OF_TURN, *VISION_TOKENS)
+    transformers_name = "Qwen2VL"  # of its classes
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -67,6 +74,63 @@ class QwenVL(VisionFamily):
     @property
     def smallest_grid(self) -> Grid:
         return (1, self.merge_size, self.merge_size)
+
+    def engine_limits(self, max_videos: int) -> dict[str, int]:
+        return {"video": max_videos}
+
+    def prepare(self, network: PreTrainedModel) -> None:
+        """The tower attends within frames by our attention, and cuts its patches by a matrix product."""
+        from rlvid.models.attention import VISION_ATTENTION
+        from rlvid.models.loading import PatchProjection
+
+        tower = network.model.visual
+        tower.config._attn_implementation = VISION_ATTENTION
+        tower.patch_embed.proj = PatchProjection(tower.patch_embed.proj)
+
+    @classmethod
+    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+        import transformers
+
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS}
+        rope = text["rope_parameters"] | cls.tiny_rope()
+        vision = {"depth": cfg.vision_layers, "num_heads": max(1, cfg.vision_size // HEAD_DIM)}
+        config = getattr(transformers, f"{cls.transformers_name}Config")(
+            text_config=text | {"rope_parameters": rope} | cls.tiny_text(),
+            vision_config=vision | cls.tiny_vision(cfg),
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids[VIDEO_PLACEHOLDER],
+            vision_start_token_id=ids[VISION_START],
+            vision_end_token_id=ids[VISION_END],
+            tie_word_embeddings=True,
+        )
+        network = getattr(transformers, f"{cls.transformers_name}ForConditionalGeneration")(config)
+        return network, cls.tiny_processor(tokenizer)
+
+    @classmethod
+    def tiny_rope(cls) -> dict[str, Any]:
+        """The rotary pairs are split over time, height and width about as in the released models."""
+        return {"mrope_section": [8, 12, 12]}
+
+    @classmethod
+    def tiny_text(cls) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def tiny_vision(cls, cfg: TinyModelConfig) -> dict[str, Any]:
+        return {"embed_dim": cfg.vision_size, "hidden_size": cfg.hidden_size, "mlp_ratio": 2}
+
+    @classmethod
+    def tiny_processor(cls, tokenizer: Any) -> Any:
+        import transformers
+        from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
+
+        sizes = {"min_pixels": 28**2, "max_pixels": 512 * 28**2}
+        return getattr(transformers, f"{cls.transformers_name}Processor")(
+            image_processor=transformers.Qwen2VLImageProcessor(**sizes),
+            tokenizer=tokenizer,
+            video_processor=Qwen2VLVideoProcessor(**sizes),
+            chat_template=cls.default_template,
+        )
 
     def network_inputs(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"pixel_values_videos": patches, "video_grid_thw": grid_thw}
@@ -122,6 +186,19 @@ class Qwen25VL(QwenVL):
     """Qwen2.5-VL: time positions follow the clock. (The windows of its tower are the libraries' part.)"""
 
     vllm_module = "vllm.model_executor.models.qwen2_5_vl"
+    transformers_name = "Qwen2_5_VL"
+
+    @classmethod
+    def tiny_vision(cls, cfg: TinyModelConfig) -> dict[str, Any]:
+        return {
+            # Windows of 2 x 2 merged patches in every layer but the last, so that small clips have several.
+            "window_size": 56,
+            "fullatt_block_indexes": [cfg.vision_layers - 1],
+            "tokens_per_second": 2,
+            "out_hidden_size": cfg.hidden_size,
+            "hidden_size": cfg.vision_size,
+            "intermediate_size": 2 * cfg.vision_size,
+        }
 
     def positions(
         self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
@@ -144,7 +221,40 @@ class Qwen3VL(QwenVL):
     """
 
     vllm_module = "vllm.model_executor.models.qwen3_vl"
+    transformers_name = "Qwen3VL"
     default_patch_size = 16
+
+    @classmethod
+    def tiny_rope(cls) -> dict[str, Any]:
+        return {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
+
+    @classmethod
+    def tiny_text(cls) -> dict[str, Any]:
+        return {"head_dim": HEAD_DIM}
+
+    @classmethod
+    def tiny_vision(cls, cfg: TinyModelConfig) -> dict[str, Any]:
+        return {
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": list(range(min(cfg.vision_layers, cfg.layers))),
+            "out_hidden_size": cfg.hidden_size,
+            "hidden_size": cfg.vision_size,
+            "intermediate_size": 2 * cfg.vision_size,
+        }
+
+    @classmethod
+    def tiny_processor(cls, tokenizer: Any) -> Any:
+        import transformers
+        from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
+
+        sizes = {"size": {"shortest_edge": 32**2, "longest_edge": 512 * 32**2}}
+        images = transformers.Qwen2VLImageProcessor(**sizes, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        return transformers.Qwen3VLProcessor(
+            image_processor=images,
+            tokenizer=tokenizer,
+            video_processor=Qwen3VLVideoProcessor(**sizes),
+            chat_template=cls.default_template,
+        )
 
     def expand(self, clip: Clip, grid: Grid) -> tuple[list[int], list[Span]]:
         t, h, w = grid

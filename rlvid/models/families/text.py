@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlvid.errors import UserError
-from rlvid.models.families.chat import ChatFamily, read_json
+from rlvid.models.families.chat import HEAD_DIM, ChatFamily, read_json
 from rlvid.types import Clip, Prompt, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlvid.config import TinyModelConfig
 
 
 class TextModel(ChatFamily):
@@ -52,6 +57,16 @@ class TextModel(ChatFamily):
             positions=np.arange(len(token_ids), dtype=np.int32)[None],
             clip_ids=(),
         )
+
+    @classmethod
+    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+        import transformers
+
+        name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[cfg.family]
+        if cfg.family == "qwen3":
+            text = text | {"head_dim": HEAD_DIM}
+        config = getattr(transformers, f"{name}Config")(**text)
+        return getattr(transformers, f"{name}ForCausalLM")(config), tokenizer
 
     def engine_input(self, prompt: Prompt) -> dict[str, Any]:
         from vllm.inputs import tokens_input

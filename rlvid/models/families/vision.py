@@ -33,6 +33,7 @@ class VisionFamily(ChatFamily):
     placeholder: str  # the token that takes an embedding of the tower
     vision_tokens: tuple[str, ...]  # a sampled one would ask for features that are not there
     media_kinds = frozenset({"video"})
+    no_lora = ("visual", "vision_model", "connector", "video_tower", "image_tower", "multi_modal_projector")
     part_type = "video"  # what the chat template calls a video
     default_patch_size = 14  # where config.json leaves out what transformers has as default
     merge_size = 1  # patches that become one token lie in squares of this side

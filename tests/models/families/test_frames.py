@@ -11,6 +11,7 @@ from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.frames import Idefics2, VideoLlava
+from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import add_adapters
 from rlvid.rollout.vllm_engine import VllmEngine
@@ -102,7 +103,7 @@ def test_an_answer_ends_its_turn(tiny_models: dict[str, Path], model: str) -> No
 @pytest.mark.parametrize("model", ["idefics2", "video_llava"])
 def test_adapters_are_the_language_models_alone(tiny_models: dict[str, Path], model: str) -> None:
     network = load_model(tiny_models[model], "float32")
-    add_adapters(network, LoraConfig(rank=2))
+    add_adapters(network, LoraConfig(rank=2), VisionFamily.no_lora)
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     assert names and all(".text_model." in name or ".language_model." in name for name in names)
 
