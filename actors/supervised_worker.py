@@ -1,8 +1,8 @@
-"""Training on preference pairs: Ray Train workers, each around a `Learner`, fed by Ray Data.
+"""Supervised training: Ray Train workers, each around a `Learner` and a task, fed by Ray Data.
 
-Ray Train starts the workers, starts them anew from the newest checkpoint after a failure, and with a range of workers
-uses as many as the cluster has room for. What a step trains on is a function of seed and step alone: rank r of n takes
-every n-th pair of the step's batch, so neither a restart nor another number of workers changes the batches.
+Ray Train starts the workers, restarts them from the newest checkpoint after a failure, and with a range of workers uses
+as many as the cluster has room for. What a step trains on is a function of seed and step alone (`Plan.batch`). What is
+trained, and how it is evaluated, is the task's (actors/supervised_tasks.py).
 """
 
 from __future__ import annotations
@@ -12,55 +12,58 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from safetensors.numpy import load_file, save_file
 
 from actors.actor_process import enter_process
-from actors.supervised_plan import Event, PreferencePlan, Shards, TrainingRun
+from actors.supervised_plan import Event, Plan, Shards, TrainingRun
+from actors.supervised_tasks import Example
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.ray_stream import open_prompt
 from rlvid.errors import UserError
-from rlvid.training.batch import Group
-from rlvid.types import Preference, Prompt
+from rlvid.reporting.checkpoints import STATE_FILE
+from rlvid.types import Prompt
 
 if TYPE_CHECKING:
-    from rlvid.models.families.chat import ChatFamily
-    from rlvid.training.learner import Learner
+    from rlvid.training.batch import Group
 
-STATE_FILE = "workers.json"
-POLL_S = 0.05  # between two looks of the driver at what came
-SILENCE_S = 60.0  # without news until the driver says so; steps that take long make it more patient
-DRIVER_TIMEOUT_S = 60.0  # to write down what it was told
-Scores = dict[str, npt.NDArray[np.float32]]  # pair id -> reference log-probs [chosen tokens, rejected tokens]
+POLL_S = 0.05  # between two questions of the driver for events
+SILENCE_S = 60.0  # without events until the driver says so; steps that take longer raise it
+DRIVER_TIMEOUT_S = 60.0  # for the driver to write what it was told
 KEPT_BYTES = 2**30  # of held-out prompts that a worker keeps between evaluations
 
 
-class PreferenceTraining:
+class SupervisedTraining:
     """The driver's side of one training. `events` yields what happens, until the end."""
 
-    def __init__(self, plan: PreferencePlan):
+    def __init__(self, plan: Plan):
         self._plan = plan
+        self._is_stopping = False
+        self._stage = ""  # what the workers said last; empty: no worker has started
         # Ray Train looks for checkpoints where it runs: on the machine of the run folder.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1}, scheduling_strategy=here)(TrainingRun)
         self._run = actor.remote()
 
     def stop(self) -> None:
-        """Ask the workers to end after the step under way, with a checkpoint."""
+        """Ask the workers to end after the step in progress, with a checkpoint; at once where none has started."""
+        self._is_stopping = True
         self._run.stop.remote()
 
-    def events(self) -> Iterator[Event]:
-        """
+    def events(self, state: Callable[[], Mapping[str, Any]]) -> Iterator[Event]:
+        """What the workers tell, in order.
+
+        Args:
+            state: of the job after the events so far; checkpoints keep it.
+
         Raises:
             UserError: of a worker.
             Exception: that of a worker, after more failures than `train.max_failures`; its cause is Ray Train's account
@@ -68,20 +71,23 @@ class PreferenceTraining:
         """
         try:
             end = self._run.fit.remote(self._plan, self._run)
-            heard_s, patience_s = time.monotonic(), SILENCE_S
+            last_s, patience_s = time.monotonic(), SILENCE_S
             is_over = False
             while not is_over:
                 is_over = bool(ray.wait([end], timeout=POLL_S)[0])
-                events = ray.get(self._run.take.remote())
-                silent_s = time.monotonic() - heard_s
+                events = ray.get(self._run.take.remote(dict(state())))
+                silent_s = time.monotonic() - last_s
                 if events:
-                    heard_s, patience_s = time.monotonic(), max(SILENCE_S, 3 * silent_s)
+                    last_s, patience_s = time.monotonic(), max(SILENCE_S, 3 * silent_s)
+                elif self._is_stopping and not self._stage:
+                    return
                 elif silent_s > patience_s:
                     patience_s *= 2
-                    yield "note", self._silence(silent_s)
+                    yield "note", self._describe_silence(silent_s)
                 for kind, content in events:
                     if kind == "user error":
                         raise UserError(content)
+                    self._stage = content if kind == "stage" else self._stage
                     yield kind, content
             error, cause = ray.get(end)
             if error is not None:
@@ -89,18 +95,21 @@ class PreferenceTraining:
         finally:
             ray.kill(self._run)
 
-    def _silence(self, seconds: float) -> str:
-        return (
-            f"nothing from the workers for {seconds:.0f} s; they may wait for room: placement.trainer_cpus for each, "
-            f"placement.encode_cpus for each encoder. See `ray status` and {self._plan.folder / 'logs'}"
-        )
+    def _describe_silence(self, seconds: float) -> str:
+        logs = self._plan.folder / "logs"
+        if not self._stage:
+            return (
+                f"no worker has started for {seconds:.0f} s: each needs placement.trainer_cpus, each encoder "
+                f"placement.encode_cpus. `ray status` shows what waits for room"
+            )
+        return f"no news from the workers for {seconds:.0f} s, they were {self._stage}; see {logs}"
 
 
 # --- in the actor that runs Ray Train ---------------------------------------------------------------------------------
 
 
-def make_trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
-    """Ray Train's part: starts the workers, and starts them anew."""
+def make_trainer(plan: Plan, run: Any) -> TorchTrainer:
+    """Ray Train's part: starts and restarts the workers."""
     cfg = plan.cfg
     least, most = cfg.placement.trainer_workers, cfg.train.max_workers
     names = ["train", *(["held_out"] if plan.held_out else []), "all"]
@@ -129,122 +138,95 @@ def make_trainer(plan: PreferencePlan, run: Any) -> TorchTrainer:
 
 
 def work(config: dict[str, Any]) -> None:
-    """One worker, from the newest checkpoint to the exported policy."""
-    plan, run = config["plan"], config["run"]
+    """One worker, from the newest checkpoint to the exported model."""
+    run, context = config["run"], ray.train.get_context()
     try:
-        Worker(plan, run).run()
-    except UserError as e:  # no failure that another try would mend: the driver ends the run
+        Worker(config["plan"], run).work()
+    except UserError as e:  # another try would not fix it: the driver ends the run
         ray.get(run.put.remote(("user error", str(e))))
-        if ray.train.get_context().get_world_size() > 1:
+        if context.get_world_size() > 1:
             raise  # the others wait in a collective
+    except Exception as e:
+        ray.get(run.fail.remote(context.get_world_rank(), f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"))
+        raise
 
 
 class Worker:
-    """One rank of a preference training."""
+    """One rank of a supervised training.
 
-    def __init__(self, plan: PreferencePlan, run: Any):
+    Attributes:
+        learner, family, cfg, plan, rank, world: for the task, as are the methods below "for the task".
+    """
+
+    def __init__(self, plan: Plan, run: Any):
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.plan, self.cfg, self._run = plan, plan.cfg, run
+        self.plan, self.cfg, self.task, self._run = plan, plan.cfg, plan.task, run
+        self.tell("stage", "loading the model")
         enter_process(plan.folder / "logs" / f"trainer-{self.rank}.log", self.cfg.placement.threads)
         if not self.cfg.placement.gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
         from rlvid.models.families import load_family
         from rlvid.training.learner import Learner
 
-        self.family: ChatFamily = load_family(plan.model)
-        self.learner: Learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train)
-        self._held_out: list[Group[Prompt]] = []  # with their reference log-probs, once they have been scored
-        self._stored: Scores | None = None
-        self._frozen: Any = None
+        self.family = load_family(plan.model)
+        self.learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, self.task.head)
+        self._kept: list[list[Group[Prompt]]] = []  # the held-out groups, if they are small enough
 
-    def run(self) -> None:
-        start = self._resume()
-        self._make_reference()
-        self._tell("started", {"world": self.world, "step": start})
+    def work(self) -> None:
+        newest = self.plan.checkpoints.newest()
+        if newest is not None:
+            self.learner.load(newest.path)
+        start = done = newest.step if newest else 0
+        self.task.start(self)
+        if self._agree(self.tell("started", {"world": self.world, "step": start})):
+            return
+        self._evaluate(start)  # if the run was stopped between the checkpoint and it
+        self.tell("stage", "training")
         rows = self._rows("train")
-        if start == 0:
-            self._evaluate(0)
-        step, is_stopping = start, False
-        for step, pairs in self._steps(start):
-            begin = time.monotonic()
-            stats = self._train(step, self._groups(itertools.islice(rows, len(pairs)), self.plan.pairs))
-            stats |= {"time/step": time.monotonic() - begin}
-            is_stopping = self._agree(self._tell("step", {"step": step + 1, **stats}))
+        shares = self.plan.shares(self.rank, self.world, start)
+        for step, share in itertools.groupby(shares, key=lambda item: item[0]):
+            metrics = self._train(step, itertools.islice(rows, len(list(share))))
             done = step + 1
-            if done % self.cfg.evaluate.every == 0 and done < self.cfg.train.steps:
-                self._evaluate(done)
+            is_stopping = self._agree(self.tell("step", {"step": done, **metrics}))
             if done % self.cfg.run.checkpoint_every == 0 or done == self.cfg.train.steps or is_stopping:
                 self._checkpoint(done)
-            if is_stopping:
+            if is_stopping and done < self.cfg.train.steps:
                 return
-        self._evaluate(self.cfg.train.steps)
+            self._evaluate(done)
         self._export()
 
-    def _steps(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        for step, items in itertools.groupby(self.plan.items(self.rank, self.world, start), key=lambda item: item[0]):
-            yield step, [pair for _, pair in items]
-
-    def _train(self, step: int, groups: list[Group[Prompt]]) -> dict[str, float]:
-        """One optimizer step on this rank's share; nothing where a rank has no pair with readable clips."""
-        from rlvid.training.objectives import Preferred
-
-        cfg = self.cfg
-        tokens = sum(len(g.responses[0]) for g in groups)
-        n_pairs, n_tokens, empty = self._sum(len(groups), tokens, not groups)
-        lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
-        if empty:
-            return {"train/pairs": n_pairs, "is_left_out": 1.0}
-        groups = self._with_reference(groups)
-        kl = self._reference_point(groups) if cfg.dpo.loss == "kto" else 0.0
-        groups = [g.with_tokens(weights=_chosen_mask(g) / n_tokens) for g in groups]
-        stats = self.learner.step(groups, Preferred(cfg.dpo, int(n_pairs), kl), lr)
-        names = {
-            "loss": "loss",
-            "pair/loss": "preference/loss",
-            "pair/chosen": "rewards/chosen",
-            "pair/rejected": "rewards/rejected",
-            "pair/margin": "rewards/margins",
-            "pair/accuracy": "rewards/accuracies",
-            "pair/logps_chosen": "logps/chosen",
-            "pair/logps_rejected": "logps/rejected",
-            "pair/length_chosen": "response/length_chosen",
-            "pair/length_rejected": "response/length_rejected",
-            "grad_norm": "train/grad_norm",
-            "lr": "train/lr",
-        }
-        metrics = {name: stats[key] for key, name in names.items()} | {"train/pairs": n_pairs}
-        return metrics | ({"preference/kl": kl} if cfg.dpo.loss == "kto" else {})
+    def _train(self, step: int, rows: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """One optimizer step on this rank's share; none where a rank has no readable clip."""
+        train, begin_s = self.cfg.train, time.monotonic()
+        groups = self._groups(rows, self.plan.train)
+        read_s = time.monotonic()
+        if self.sum(not groups)[0]:
+            return {"is_left_out": 1.0}
+        groups, objective, metrics = self.task.batch(step, groups)
+        lr = train.lr * lr_multiplier(step, train.steps, train.warmup_steps, train.schedule)
+        stats = self.learner.step(groups, objective, lr)
+        names = {**self.task.names, "grad_norm": "train/grad_norm", "lr": "train/lr"}
+        times = {"time/encode": read_s - begin_s, "time/step": time.monotonic() - begin_s}
+        return metrics | {name: stats[key] for key, name in names.items()} | times
 
     def _evaluate(self, step: int) -> None:
-        """Implicit-reward accuracy on the held-out pairs: the share whose chosen response has the larger reward."""
-        if not self.plan.held_out:
+        if not self.plan.is_evaluated_after(step):
             return
-        import torch
-
-        from rlvid.training.objectives import Preferred
-
-        begin = time.monotonic()
-        groups = self._held_out
-        if not groups:
-            groups = self._groups(self._rows("held_out"), self.plan.held_out)
-            if not self._sum(not groups)[0]:
-                groups = self._with_reference(groups)
-        n, empty = self._sum(len(groups), not groups)
-        if empty:
-            self._tell("note", "no evaluation: a worker has no held-out pair with readable clips")
-            return
-        if self._sum(sum(g.prompt.patches.nbytes for g in groups) > KEPT_BYTES)[0] == 0:
-            self._held_out = groups
-        objective = Preferred(self.cfg.dpo, int(n))
-        sums = [0.0, 0.0, 0.0]
-        for group, own in zip(groups, self.learner.logprobs(groups), strict=True):
-            _, stats = objective(torch.from_numpy(own), [group.with_tokens(weights=np.zeros_like(own))])
-            for i, name in enumerate(("pair/accuracy", "pair/margin", "pair/loss")):
-                sums[i] += float(stats[name])
-        correct, margin, loss = self._sum(*sums)
-        metrics = {"eval/accuracy": correct / n, "eval/margin": margin / n, "eval/loss": loss / n, "eval/n": n}
-        self._tell("evaluation", {"step": step, **metrics, "time/evaluation": time.monotonic() - begin})
+        begin_s = time.monotonic()
+        self.tell("stage", "evaluating")
+        own: dict[str, Any] = {}
+        for groups in self._held_out():
+            own |= {g.prompt.sample_id: x for g, x in zip(groups, self.task.score(groups), strict=True)}
+        scored = {name: x for part in self.gather(own) for name, x in part.items()}
+        examples = [e for e in self.plan.held_out if e.sample.id in scored]
+        if examples:
+            metrics = self.task.summarize(examples, [scored[e.sample.id] for e in examples])
+            named = {f"eval/{name}": value for name, value in metrics.items()}
+            self.tell("evaluation", {"step": step, **named, "time/evaluation": time.monotonic() - begin_s})
+        else:
+            self.tell("note", "no evaluation: no held-out sample has readable clips")
+        self.tell("stage", "training")
 
     # --- data
 
@@ -252,161 +234,62 @@ class Worker:
         shard = ray.train.get_dataset_shard(name)
         return iter(shard.iter_rows()) if shard is not None else iter(())
 
-    def _groups(self, rows: Iterator[dict[str, Any]], pairs: Sequence[Preference]) -> list[Group[Prompt]]:
-        """Pairs as groups of two responses; those with a bad clip are reported and left out."""
-        groups = []
-        decodes = hits = 0
+    def _groups(self, rows: Iterator[dict[str, Any]], examples: Sequence[Example]) -> list[Group[Prompt]]:
+        """Groups of the rows; those with a bad clip are reported and left out."""
+        groups, decodes, hits = [], 0, 0
         for row in rows:
             index, prompt, outcome = open_prompt(row)
             decodes, hits = decodes + outcome.decodes, hits + outcome.cache_hits
             if prompt is None:
                 self._run.put.remote(("bad clip", outcome.bad))
             else:
-                groups.append(pair_group(prompt, pairs[index], self.family))
+                groups.append(self.task.group(prompt, examples[index]))
         self._run.put.remote(("clips", (decodes, hits)))
         return groups
 
-    # --- reference
-
-    def _make_reference(self) -> None:
-        dpo = self.cfg.dpo
-        if not dpo.needs_reference:
+    def _held_out(self) -> Iterator[list[Group[Prompt]]]:
+        """The parts of the held-out examples; kept for the next evaluation if they are small."""
+        if self._kept:
+            yield from self._kept
             return
-        if dpo.reference == "precomputed":
-            file = self.plan.folder / "reference.safetensors"
-            if not file.exists():
-                self._precompute(file)
-            self._stored = load_file(file)
-        elif not self._is_own_reference:
-            self._frozen = self._load_frozen()
+        kept: list[list[Group[Prompt]]] = []
+        for groups in self.chunks("held_out", self.cfg.evaluate.batch_size):
+            kept.append(groups)
+            if sum(g.prompt.patches.nbytes for part in kept for g in part) > KEPT_BYTES:
+                kept.clear()
+            yield groups
+        self._kept = kept if self.sum(not kept)[0] == 0 else []
 
-    @property
-    def _is_own_reference(self) -> bool:
-        """Adapters beside the reference's own weights: switched off, they leave the reference."""
-        return self.cfg.model.lora is not None and self.plan.reference == self.plan.model
+    # --- for the task
 
-    def _load_frozen(self) -> Any:
-        from rlvid.models.loading import load_model
-        from rlvid.training.packing import PackedPolicy
+    def chunks(self, name: str, size: int) -> Iterator[list[Group[Prompt]]]:
+        """The groups of a data set in parts of up to `size` on each rank. All ranks get equally many parts, of at least
+        one group: one without readable clips gets a group of another rank."""
+        rows, examples = self._rows(name), self.plan.examples(name)
+        largest_share = -(-len(examples) // self.world)
+        for _ in range(0, largest_share, size):
+            groups = self._groups(itertools.islice(rows, size), examples)
+            if self.sum(not groups)[0]:
+                groups = groups or next((other for other in self.gather(groups[:1]) if other), [])
+            if groups:
+                yield groups
 
-        network = load_model(self.plan.reference, self.cfg.model.dtype)
-        return PackedPolicy(network, self.family).eval().to(self.learner.device)
+    def answers(self, prompts: Sequence[Prompt], max_tokens: int, size: int) -> list[str]:
+        """Greedy answers under the current weights, `size` at a time. All ranks call this together."""
+        from rlvid.rollout.hf_engine import PlainEngine
 
-    def _precompute(self, file: Path) -> None:
-        """Score all pairs once, spread over the ranks; rank 0 writes what they found."""
-        import torch.distributed as dist
+        is_sharded = self.cfg.train.zero_stage == 3 and self.world > 1
+        engine = PlainEngine(self.learner.policy.network, self.family, is_sharded)
+        texts: list[str] = []
+        self.learner.engine.eval()
+        for at in range(0, max(self.gather(len(prompts))), size):
+            ids = engine.answers(prompts[at : at + size] or prompts[:1], max_tokens)
+            texts += [self.family.decode(answer.tolist()) for answer in ids]
+        self.learner.engine.train()
+        return texts[: len(prompts)]
 
-        pairs = (*self.plan.pairs, *self.plan.held_out)
-        frozen = self._load_frozen()
-        own: Scores = {}
-        rows = self._rows("all")
-        while chunk := list(itertools.islice(rows, 64)):
-            groups = self._groups(iter(chunk), pairs)  # none where all their clips are bad
-            for group, scores in zip(groups, self._score(frozen, groups) if groups else [], strict=True):
-                own[group.prompt.sample_id] = scores
-        parts: list[Scores] = [{}] * self.world
-        dist.all_gather_object(parts, own)
-        if self.rank == 0:
-            part = file.with_suffix(".part")
-            save_file({name: scores for scored in parts for name, scores in scored.items()}, part)
-            part.replace(file)
-        dist.barrier()
-
-    def _score(self, policy: Any, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        import torch
-
-        from rlvid.training.micro_batches import score
-
-        with torch.no_grad():
-            return score(lambda row: policy(row.to(self.learner.device))[0], groups, self.cfg.train.micro_batch_tokens)
-
-    def _reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        if self._frozen is not None:
-            return self._score(self._frozen, groups)
-        return self.learner.reference_logprobs(groups)
-
-    def _with_reference(self, groups: list[Group[Prompt]]) -> list[Group[Prompt]]:
-        """The groups with their reference log-probs."""
-        if not self.cfg.dpo.needs_reference:
-            return groups
-        if self._stored is not None:
-            scores = [self._stored[g.prompt.sample_id] for g in groups]
-        else:
-            scores = self._reference_logprobs(groups)
-        return [g.with_tokens(ref_logprobs=s) for g, s in zip(groups, scores, strict=True)]
-
-    def _reference_point(self, groups: Sequence[Group[Prompt]]) -> float:
-        """KTO's z0: the mean log-ratio of responses to other prompts than their own, at least 0."""
-        mismatched = []
-        for group, other in zip(groups, [*groups[1:], groups[0]], strict=True):
-            response = other.responses[0]
-            mismatched.append(_group(group.prompt, (response,)))
-        policy = self.learner.logprobs(mismatched)
-        if self._stored is not None and self._frozen is None and not self._is_own_reference:
-            self._frozen = self._load_frozen()  # what was stored are the pairs' own responses
-        reference = self._reference_logprobs(mismatched)
-        ratios = [float((p - r).sum()) for p, r in zip(policy, reference, strict=True)]
-        if self.cfg.dpo.is_mean:
-            ratios = [x / len(p) for x, p in zip(ratios, policy, strict=True)]
-        total, n = self._sum(sum(ratios), len(ratios))
-        return max(0.0, total / n)
-
-    # --- checkpoints
-
-    def _resume(self) -> int:
-        newest = self.plan.checkpoints.newest()
-        if newest is None:
-            return 0
-        state = json.loads((newest.path / STATE_FILE).read_text())
-        if self.cfg.train.zero_stage and state["world"] != self.world:
-            raise UserError(
-                f"{newest.path} was written by {state['world']} workers: ZeRO {self.cfg.train.zero_stage} cannot go "
-                f"on with {self.world}; set placement.trainer_workers={state['world']}"
-            )
-        if newest.step > self.cfg.train.steps:
-            raise UserError(
-                f"{self.plan.folder} is at step {newest.step} already, train.steps={self.cfg.train.steps} lies before "
-                f"it; give another run.dir, or more steps"
-            )
-        self.learner.load(newest.path)
-        return newest.step
-
-    def _checkpoint(self, step: int) -> None:
-        """All ranks write into one folder, rank 0 opens and closes it."""
-        import torch.distributed as dist
-
-        begin = time.monotonic()
-        if self.rank == 0:  # a run that is killed now goes on from here: the steps before must stand in its metrics
-            while not ray.get(self._run.is_done.remote()) and time.monotonic() < begin + DRIVER_TIMEOUT_S:
-                time.sleep(0.02)
-        writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
-        folder = [str(writing.__enter__()) if self.rank == 0 else ""]
-        dist.broadcast_object_list(folder, src=0)
-        self.learner.save(Path(folder[0]))
-        dist.barrier()
-        if self.rank == 0:
-            (Path(folder[0]) / STATE_FILE).write_text(json.dumps({"world": self.world}))
-            writing.__exit__(None, None, None)
-        dist.barrier()
-        self._tell("checkpoint", {"step": step, "seconds": time.monotonic() - begin})
-
-    def _export(self) -> None:
-        part = self.plan.out.with_name(self.plan.out.name + ".part")
-        self.learner.export(part, self.plan.model)
-        if self.rank == 0:
-            shutil.rmtree(self.plan.out, ignore_errors=True)  # of a run that was killed before its metrics were written
-            part.rename(self.plan.out)
-
-    # --- words between ranks and to the driver
-
-    def _tell(self, kind: str, content: Any) -> bool:
-        """Rank 0 tells the driver; returns whether the driver wants to stop (on rank 0)."""
-        return self.rank == 0 and bool(ray.get(self._run.put.remote((kind, content))))
-
-    def _agree(self, is_stopping: bool) -> bool:
-        return bool(self._sum(is_stopping)[0])
-
-    def _sum(self, *values: float) -> list[float]:
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all ranks, which call this together."""
         import torch
         import torch.distributed as dist
 
@@ -414,16 +297,55 @@ class Worker:
         dist.all_reduce(total)
         return [float(v) for v in total]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, which call this together."""
+        import torch.distributed as dist
 
-def pair_group(prompt: Prompt, pair: Preference, family: ChatFamily) -> Group[Prompt]:
-    """A pair as a group of two responses that share their prompt's forward and are never parted."""
-    return _group(prompt, (family.encode_answer(pair.chosen), family.encode_answer(pair.rejected)))
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
+    def tell(self, kind: str, content: Any) -> bool:
+        """Rank 0 tells the driver; returns whether the driver wants to stop (on rank 0)."""
+        return self.rank == 0 and bool(ray.get(self._run.put.remote((kind, content))))
 
-def _group(prompt: Prompt, responses: tuple[npt.NDArray[np.int32], ...]) -> Group[Prompt]:
-    return Group(prompt, prompt.cost, responses, unit_size=len(responses))
+    # --- checkpoints
 
+    def _agree(self, is_stopping: bool) -> bool:
+        return bool(self.sum(is_stopping)[0])
 
-def _chosen_mask(group: Group[Prompt]) -> npt.NDArray[np.float32]:
-    lengths = [len(ids) for ids in group.responses]
-    return np.repeat(np.array([1.0, 0.0], dtype=np.float32), lengths)
+    def _checkpoint(self, step: int) -> None:
+        """All ranks write into one folder; rank 0 opens and closes it."""
+        import torch.distributed as dist
+
+        state = self._settled_state() if self.rank == 0 else {}
+        with ExitStack() as stack:
+            folder = [""]
+            if self.rank == 0:
+                writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
+                folder = [str(stack.enter_context(writing))]
+            dist.broadcast_object_list(folder, src=0)
+            self.learner.save(Path(folder[0]))
+            dist.barrier()
+            if self.rank == 0:
+                (Path(folder[0]) / STATE_FILE).write_text(json.dumps({**state, "trainer_workers": self.world}))
+        dist.barrier()
+        self.tell("checkpoint", step)
+
+    def _settled_state(self) -> Mapping[str, Any]:
+        """The job's state once the driver has handled the events so far: a run that is killed after the checkpoint
+        resumes from it, so its metrics must have the steps before."""
+        deadline_s = time.monotonic() + DRIVER_TIMEOUT_S
+        while (state := ray.get(self._run.settled_state.remote())) is None:
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"the driver has not written the metrics within {DRIVER_TIMEOUT_S:g} s")
+            time.sleep(0.02)
+        return dict(state)
+
+    def _export(self) -> None:
+        part = self.plan.out.with_name(self.plan.out.name + ".part")
+        self.learner.export(part, self.plan.model)
+        if self.rank == 0:
+            self.task.save(part)
+            shutil.rmtree(self.plan.out, ignore_errors=True)  # of a run that was killed before its metrics were written
+            part.rename(self.plan.out)

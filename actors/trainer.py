@@ -21,9 +21,8 @@ from actors.actor_process import enter_process
 from actors.generator import SentBucket
 from actors.gpu_weight_sync import WeightSender
 from actors.placement import Placement, Slot
-from rlvid.config import JobConfig, RewardModelJobConfig
+from rlvid.config import JobConfig
 from rlvid.errors import UserError
-from rlvid.rewards.videoscore import Rubric
 from rlvid.rollout.weights.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.rollout.weights.shared_memory import SharedBuckets
 from rlvid.training.batch import Group
@@ -72,20 +71,13 @@ class TrainerRank:
             "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
         )
         self._checkpoint, self._cfg = folder, cfg
-        head = Rubric.of(cfg).head if isinstance(cfg, RewardModelJobConfig) else None
-        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, head)
+        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train)
 
     def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         return self._learner.step(fetch(groups), objective, lr)
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.logprobs(fetch(groups))
-
-    def scores(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        return self._learner.scores(fetch(groups))
-
-    def answers(self, groups: Sequence[GroupRef], max_tokens: int) -> list[npt.NDArray[np.int32]]:
-        return self._learner.answers(fetch(groups), max_tokens)
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.reference_logprobs(fetch(groups))
@@ -170,14 +162,6 @@ class TrainerGroup:
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the current weights, one array [sum R] per group, in the order given."""
         return self._score("logprobs", groups)
-
-    def scores(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        """A reward model's scores: [D] of each group's prompt, or [G * D] of its responses one after another."""
-        return self._score("scores", groups)
-
-    def answers(self, groups: Sequence[GroupRef], max_tokens: int) -> list[npt.NDArray[np.int32]]:
-        """Greedy answers [R] to the groups' prompts, where no engine serves the family."""
-        return self._score("answers", groups, max_tokens)
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the reference, which with adapters is part of the trainer."""

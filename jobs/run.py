@@ -18,8 +18,7 @@ import ray
 from actors.actor_process import start_ray
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
-from rlvid.files import naming_write_errors
-from rlvid.reporting.checkpoints import Checkpoint, Checkpoints
+from rlvid.reporting.checkpoints import STATE_FILE, Checkpoint, Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.report.page import write_report
 from rlvid.reporting.run_folder import RunFolder
@@ -28,7 +27,6 @@ from rlvid.reporting.tracker import Tracker
 if TYPE_CHECKING:
     from actors.trainer import TrainerGroup
 
-STATE_FILE = "job.json"  # in a checkpoint, beside weights and optimizer
 TRAIN = "train"  # the phase of a job's own steps
 
 
@@ -101,7 +99,7 @@ class Run:
             tracker = Tracker(self.folder, self.cfg.run, self.cfg.model_dump(mode="json"))
             self._tracker = self._stack.enter_context(tracker)
         self._tracker.log(step, metrics, phase)
-        self._logged = (step, self._state_of_parts()) if phase == TRAIN else None
+        self._logged = (step, self.state_of_parts()) if phase == TRAIN else None
 
     def has_logged(self, step: int, key: str) -> bool:
         """Whether a row of the job's own phase has `key` at `step`: a resumed run must not log it again."""
@@ -128,11 +126,9 @@ class Run:
         """Keep the state of `part` in checkpoints."""
         self._parts.append(part)
 
-    def resume(self, trainer: TrainerGroup) -> int:
-        """Load the newest complete checkpoint if there is one, and forget the metrics of later steps.
-
-        Returns:
-            The number of the job's own steps that are done.
+    def resume_point(self) -> Checkpoint | None:
+        """The newest complete checkpoint, if there is one. Restores the job's state from it, and removes the metrics of
+        later steps.
 
         Raises:
             UserError: the checkpoint cannot be continued with this config.
@@ -140,48 +136,43 @@ class Run:
         checkpoint = self.folder.checkpoints.newest()
         if checkpoint is None:
             self.folder.rewind(None)
-            return 0
+            return None
+        check_resumable(checkpoint, self.cfg)
         self.state = state_of(checkpoint)
-        self._check_resumable(checkpoint)
         for part in self._parts:
             part.restore(self.state)
-        trainer.load(checkpoint.path.resolve())
         self._saved_step = checkpoint.step
         self.folder.rewind(*place_of(checkpoint)[::-1])
         self.console.message(f"resuming after {describe_step(checkpoint)} ({checkpoint.path})")
-        return checkpoint.step
+        return checkpoint
 
-    def _check_resumable(self, checkpoint: Checkpoint) -> None:
-        cfg, ranks = self.cfg, self.state.get("trainer_workers", 1)
-        if cfg.train.zero_stage and cfg.placement.trainer_workers != ranks:
-            raise UserError(
-                f"{checkpoint.path} was written by {ranks} trainer ranks: ZeRO {cfg.train.zero_stage} cannot resume "
-                f"with {cfg.placement.trainer_workers}; set placement.trainer_workers={ranks}"
-            )
-        if checkpoint.step > cfg.train.steps:
-            raise UserError(
-                f"{self.folder.dir} is at step {checkpoint.step} already, which is after train.steps="
-                f"{cfg.train.steps}; give another run.dir, or more steps"
-            )
+    def resume(self, trainer: TrainerGroup) -> int:
+        """Load the checkpoint of `resume_point`; returns the number of the job's own steps that are done."""
+        checkpoint = self.resume_point()
+        if checkpoint is None:
+            return 0
+        trainer.load(checkpoint.path.resolve())
+        return checkpoint.step
 
     def checkpoint(self, step: int, trainer: TrainerGroup) -> None:
         """Write weights, optimizer and the job's state, whole or not at all."""
-        self._checkpoint(step, trainer, self._state_of_parts())
+        self._checkpoint(step, trainer, self.state_of_parts())
 
     def _checkpoint(self, step: int, trainer: TrainerGroup, parts: Mapping[str, Any]) -> None:
         state = {**self.state, **parts, "trainer_workers": self.cfg.placement.trainer_workers}
-        naming = naming_write_errors(
-            f"the checkpoint of step {step} in {self.folder.checkpoints.dir}",
-            "free some space; the earlier checkpoints are whole, and the same command resumes from the newest",
-        )
         writing = self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
-        with self.stage("checkpoint"), naming, writing as folder:
+        with self.stage("checkpoint"), writing as folder:
             trainer.save(folder.resolve())
             (folder / STATE_FILE).write_text(json.dumps(state))
         self._saved_step = step
+        self.report()
+
+    def report(self) -> None:
+        """Write the page of what the run folder holds so far."""
         write_report(self.folder)
 
-    def _state_of_parts(self) -> dict[str, Any]:
+    def state_of_parts(self) -> dict[str, Any]:
+        """What the next checkpoint keeps of the parts."""
         return {key: value for part in self._parts for key, value in part.state().items()}
 
     def checkpoint_if_due(self, step: int, trainer: TrainerGroup) -> None:
@@ -258,6 +249,24 @@ class Run:
         """
         if self.interrupted:
             raise Interrupted(where or how_to_resume(self.folder.dir))
+
+
+def check_resumable(checkpoint: Checkpoint, cfg: JobConfig) -> None:
+    """
+    Raises:
+        UserError: the checkpoint cannot be continued with this config.
+    """
+    ranks = state_of(checkpoint).get("trainer_workers", 1)
+    if cfg.train.zero_stage and cfg.placement.trainer_workers != ranks:
+        raise UserError(
+            f"{checkpoint.path} was written by {ranks} trainer ranks: ZeRO {cfg.train.zero_stage} cannot resume "
+            f"with {cfg.placement.trainer_workers}; set placement.trainer_workers={ranks}"
+        )
+    if checkpoint.step > cfg.train.steps:
+        raise UserError(
+            f"{checkpoint.path} is at step {checkpoint.step} already, which is after train.steps={cfg.train.steps}; "
+            f"give another run.dir, or more steps"
+        )
 
 
 def state_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -151,12 +151,6 @@ def _grpo_roles(cfg: GrpoJobConfig) -> tuple[str, ...]:
     return ("trainer", "generator", *reference, *_reward_models(cfg))
 
 
-def _reward_model_roles(cfg: RewardModelJobConfig) -> tuple[str, ...]:
-    from rlvid.rewards.videoscore import Rubric
-
-    return ("trainer",) if Rubric.of(cfg).has_head else ("trainer", "generator")
-
-
 JOBS: dict[str, JobSpec] = {
     "grpo": JobSpec(
         config=GrpoJobConfig,
@@ -185,7 +179,7 @@ JOBS: dict[str, JobSpec] = {
         config=RewardModelJobConfig,
         module="jobs.reward_model",
         help="a model that scores videos, or answers to questions about them",
-        roles=_reward_model_roles,
+        roles=lambda cfg: ("trainer",),
         load=graded,
     ),
     "isrt": JobSpec(

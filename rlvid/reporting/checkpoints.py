@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from rlvid.files import naming_write_errors
+
+STATE_FILE = "job.json"  # in a checkpoint: the state of the job, beside weights and optimizer
 _COMPLETE = re.compile(r"step_(\d+)")
 
 
@@ -45,7 +48,18 @@ class Checkpoints:
 
         Then all but the newest `keep` complete checkpoints are removed. A checkpoint of the same step is replaced.
         After an error nothing is left of the new checkpoint.
+
+        Raises:
+            UserError: the disk cannot be written.
         """
+        naming = naming_write_errors(
+            f"the checkpoint of step {step} in {self.dir}",
+            "free some space; the earlier checkpoints are whole, and the same command resumes from the newest",
+        )
+        with naming:
+            yield from self._writing(step, keep)
+
+    def _writing(self, step: int, keep: int) -> Iterator[Path]:
         final = self.dir / f"step_{step}"
         unfinished = self.dir / f"step_{step}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)

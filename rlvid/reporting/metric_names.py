@@ -26,6 +26,7 @@ METRICS: dict[str, Metric] = {
     # learning
     "reward/mean": Metric("Reward", column="reward", series="total"),
     "loss": Metric("Loss", column="loss", series="total"),
+    "train/error": Metric("Mean absolute error of scores", column="error"),
     "preference/loss": Metric("Preference loss", series="preference"),
     "train/accuracy": Metric("Accuracy", "percent", column="accuracy", series="training"),
     "eval/accuracy": Metric("Accuracy", "percent", series="held out"),
@@ -83,6 +84,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "Learning": (
         Chart(("reward/mean", "reward/*")),
         Chart(("loss", "preference/loss", "eval/loss")),
+        Chart(("train/error",)),
         Chart(("train/accuracy", "rewards/accuracies", "eval/accuracy")),
         Chart(("eval/accuracy/*",), "Accuracy by kind, held out", "percent"),
         Chart(("eval/spearman", "eval/spearman/*")),
@@ -117,9 +119,11 @@ NO_CHART = ("step", "phase", "time_s", "eval/n", "time/step", "eval/accuracy_low
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # of the console, for the first of these metrics that a step has
     (
-        "rewards/margins",
+        "rewards/chosen",
         ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "train/lr"),
     ),
+    ("rewards/margins", ("loss", "rewards/accuracies", "rewards/margins", "train/lr")),
+    ("train/error", ("loss", "train/error", "train/lr")),
     ("loss", ("loss", "train/accuracy", "train/lr", "samples_per_s")),
     (
         "",

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, normalise, pack
@@ -29,7 +30,7 @@ class PlainEngine:
         is_synced: the network is spread over ranks (ZeRO-3), which generate side by side: none may stop before all do.
     """
 
-    def __init__(self, network: PreTrainedModel, family: VisionFamily, is_synced: bool = False):
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, is_synced: bool = False):
         self.family = family
         self._network, self._is_synced = network, is_synced
         self._queue: list[tuple[str, Prompt, Sampling]] = []
@@ -50,7 +51,7 @@ class PlainEngine:
     def step(self) -> list[tuple[str, list[Rollout]]]:
         """Answer the next prompt."""
         request, prompt, sampling = self._queue.pop(0)
-        ids = self.answer(prompt, sampling.max_tokens)
+        (ids,) = self.answers([prompt], sampling.max_tokens)
         reason = "stop" if len(ids) and ids[-1] == self.family.end_of_turn else "length"
         rollout = Rollout(
             sample_id=prompt.sample_id,
@@ -63,28 +64,38 @@ class PlainEngine:
         return [(request, [rollout])]
 
     @torch.no_grad()
-    def answer(self, prompt: Prompt, max_tokens: int) -> npt.NDArray[np.int32]:
-        """Token ids [R]; the end-of-turn token last, unless `max_tokens` came first."""
-        device = self._network.device
+    def answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[npt.NDArray[np.int32]]:
+        """Greedy token ids [R] for each prompt, generated side by side; the end-of-turn token is last, unless
+        `max_tokens` came first.
+
+        Positions are the prompt's own, as in training: those of transformers differ for some videos.
+        """
+        device, end, longest = self._network.device, self.family.end_of_turn, max(p.length for p in prompts)
+        padding = [longest - p.length for p in prompts]  # on the left
+        ids = [np.pad(p.token_ids, (n, 0), constant_values=end) for p, n in zip(prompts, padding, strict=True)]
+        positions = [np.pad(p.positions, ((0, 0), (n, 0))) for p, n in zip(prompts, padding, strict=True)]
         inputs: dict[str, Any] = {}
-        if len(prompt.patches):
-            pixels = normalise(torch.from_numpy(prompt.patches.copy()).to(device), self.family, self._network.dtype)
-            inputs = self.family.network_inputs(pixels, torch.from_numpy(prompt.grid_thw.copy()).to(device))
-        ids = torch.from_numpy(prompt.token_ids.astype(np.int64)).to(device)[None]
+        if isinstance(self.family, VisionFamily) and any(len(p.patches) for p in prompts):
+            patches = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(device)
+            grids = torch.from_numpy(np.concatenate([p.grid_thw for p in prompts])).to(device)
+            inputs = self.family.network_inputs(normalise(patches, self.family, self._network.dtype), grids)
+        axes = np.stack(positions, axis=1)  # [3, batch, tokens], or [1, batch, tokens]
         with _own_attention(self._network):
             out = self._network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=torch.from_numpy(np.stack(ids).astype(np.int64)).to(device),
+                attention_mask=(torch.arange(longest)[None] >= torch.tensor(padding)[:, None]).long().to(device),
+                position_ids=torch.from_numpy((axes if len(axes) > 1 else axes[0]).astype(np.int64)).to(device),
                 max_new_tokens=max_tokens,
                 do_sample=False,
-                eos_token_id=self.family.end_of_turn,
-                pad_token_id=self.family.end_of_turn,
-                suppress_tokens=list(self.family.banned_tokens),
+                eos_token_id=end,
+                pad_token_id=end,
+                suppress_tokens=list(self.family.banned_tokens) or None,
                 synced_gpus=self._is_synced,
                 **inputs,
             )
-        answered: npt.NDArray[np.int32] = out[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
-        return answered
+        answers: npt.NDArray[np.int32] = out[:, longest:].cpu().numpy().astype(np.int32)
+        lengths = [int(np.argmax(a == end)) + 1 if end in a else len(a) for a in answers]
+        return [a[:n] for a, n in zip(answers, lengths, strict=True)]
 
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-prob of each of `tokens` as the first response token."""

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from rlvid.config import ModelConfig, TrainConfig
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.vision import VisionFamily
 from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
@@ -169,19 +168,6 @@ class Learner:
         )
         self.engine.train()
         return values
-
-    def answers(self, groups: Sequence[Group[Prompt]], max_tokens: int) -> list[npt.NDArray[np.int32]]:
-        """Greedy token ids [R] to each group's prompt, by transformers: for families that vLLM does not serve."""
-        from rlvid.rollout.hf_engine import PlainEngine
-
-        assert isinstance(self.policy, PackedPolicy) and isinstance(self.policy.family, VisionFamily)
-        self.engine.eval()
-        is_spread = self.cfg.zero_stage == 3 and self.world_size > 1
-        engine = PlainEngine(self.policy.network, self.policy.family, is_spread)
-        rounds = self._most(len(groups)) if is_spread else len(groups)
-        made = [engine.answer(groups[min(i, len(groups) - 1)].prompt, max_tokens) for i in range(rounds)]
-        self.engine.train()
-        return made[: len(groups)]
 
     def reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the reference, which is this model with its adapters off, or as `freeze_reference` left them.

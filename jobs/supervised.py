@@ -1,0 +1,152 @@
+"""The driver's side of a supervised training: logs and shows what the workers tell. Shared by sft, dpo, reward-model
+and the preference steps of isrt."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from actors.placement import plan as plan_slots
+from actors.placement import require_room
+from actors.supervised_plan import Plan
+from actors.supervised_tasks import Example, Task
+from actors.supervised_worker import SupervisedTraining
+from jobs.inputs import Inputs
+from jobs.run import Run, check_resumable, how_to_resume
+from rlvid.files import write_atomic
+
+METRICS_FILE = "training.json"  # beside the exported model: what `Training.train` returned
+SHOWN_STEPS = 20  # of a training, about; metrics.jsonl has all
+SHOWN_EVERY_S = 30.0  # a step is shown too when the last one was shown this long ago
+
+Metrics = dict[str, float]
+
+
+def train_job(
+    run: Run, inputs: Inputs, task: Task, train: Sequence[Example], held_out: Sequence[Example], phase: str
+) -> Metrics:
+    """The training of a whole job: from the newest checkpoint of its run folder to `policy`, with every step logged.
+
+    Returns:
+        The last value of each metric, and `eval/accuracy_before` of the evaluation before the first step.
+    """
+    run.resume_point()
+    cfg, out = run.cfg, run.folder.dir.resolve() / "policy"
+    shown = tuple(held_out[: cfg.evaluate.max_samples])
+    plan = Plan(cfg, task, inputs.model.resolve(), tuple(train), shown, out.parent, out)
+    return Training(run, inputs, plan, is_logged=True).train(phase)
+
+
+class Training:
+    """One training, as the driver sees it.
+
+    Args:
+        is_logged: write the metrics of every step and evaluation into the run's.
+    """
+
+    def __init__(self, run: Run, inputs: Inputs, plan: Plan, is_logged: bool = False):
+        self._run, self._inputs, self._is_logged = run, inputs, is_logged
+        self._last: Metrics = {}
+        evaluated = -1
+        for row in run.folder.read_metrics() if is_logged else ():
+            self._keep(row)
+            evaluated = max(evaluated, row["step"]) if "eval/n" in row else evaluated
+        self._plan = replace(plan, evaluated=evaluated)
+        self._done = self._shown = 0
+        self._shown_s = 0.0
+
+    def train(self, phase: str) -> Metrics:
+        """Train and write the model to `plan.out`, whole; returns at once if that is done already.
+
+        Raises:
+            Interrupted: Ctrl-C.
+        """
+        plan, run = self._plan, self._run
+        file = plan.out.with_name(f"{plan.out.name}.{METRICS_FILE}")
+        if plan.out.exists() and file.exists():
+            kept = json.loads(file.read_text())
+            if kept["step"] == plan.cfg.train.steps:
+                return dict(kept)
+        newest = plan.checkpoints.newest()
+        if newest is not None:
+            check_resumable(newest, plan.cfg)
+            self._done = newest.step
+        require_room(plan_slots(plan.cfg, ("trainer",)), plan.cfg.placement)
+        training = SupervisedTraining(plan)
+        run.console.phase(phase, plan.cfg.train.steps, self._done)
+        with run.interruptible(training.stop):
+            for kind, content in training.events(run.state_of_parts):
+                self._handle(kind, content)
+        run.end_if_interrupted(how_to_resume(plan.folder))
+        self._last["step"] = plan.cfg.train.steps
+        write_atomic(file, json.dumps(self._last))
+        return self._last
+
+    def _handle(self, kind: str, content: Any) -> None:
+        if kind == "step":
+            self._step(**content)
+        elif kind == "evaluation":
+            self._evaluation(**content)
+        elif kind == "started":
+            self._started(**content)
+        elif kind == "bad clip":
+            self._inputs.clips.set_aside(*content)
+            self._inputs.clips.refuse_many_bad()
+        elif kind == "clips":
+            self._inputs.clips.count(*content)
+        elif kind == "stage":
+            self._run.console.working(content)
+        elif kind == "checkpoint":
+            self._run.report()
+        else:  # a note, or why a worker failed
+            self._run.console.message(content)
+
+    def _started(self, world: int, step: int) -> None:
+        note = f"{world} worker{'s' * (world > 1)}"
+        if step < self._done:
+            note += f", from step {step}: steps {step + 1} to {self._done} are done again"
+        self._run.console.message(note)
+
+    def _step(self, step: int, **metrics: float) -> None:
+        console = self._run.console
+        if step <= self._done:  # after a worker failed
+            console.working(f"step {step} again")
+            return
+        self._done = step
+        if metrics.pop("is_left_out", None):
+            console.message(f"step {step} is left out: a worker has no sample with readable clips")
+            return
+        metrics |= self._inputs.clip_metrics()
+        self._keep(metrics)
+        if self._is_logged:
+            self._run.log(step, metrics)
+        steps = self._plan.cfg.train.steps
+        is_due = step % max(1, steps // SHOWN_STEPS) == 0 or step == steps
+        if is_due or not self._shown_s or time.monotonic() > self._shown_s + SHOWN_EVERY_S:
+            console.step(step, metrics)
+            self._shown_s = time.monotonic()
+        else:
+            console.working("training", step)
+
+    def _evaluation(self, step: int, **metrics: float) -> None:
+        if step <= self._plan.evaluated:  # after a worker failed
+            return
+        self._plan = replace(self._plan, evaluated=step)
+        self._keep({"step": step, **metrics})
+        if self._is_logged:
+            self._run.log(step, metrics)
+        self._run.console.evaluation(step, metrics)
+
+    def _keep(self, metrics: Metrics) -> None:
+        """Remember the last value of each metric, and the first accuracy."""
+        if metrics.get("step") == 0 and "eval/accuracy" in metrics:
+            self._last["eval/accuracy_before"] = metrics["eval/accuracy"]
+        self._last |= metrics
+
+
+def results(metrics: Metrics, names: dict[str, str]) -> Metrics:
+    """The metrics of a job's result, under their names there; those that the job does not have are left out."""
+    return {key: metrics[name] for key, name in names.items() if name in metrics}
