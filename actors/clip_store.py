@@ -5,10 +5,9 @@ What comes back are references and small rows; pixels stay in the object store a
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from rlvid.config import JobConfig
 from rlvid.data.encoding import Outcome, SampleEncoder, Source
-from rlvid.data.ray_stream import ClipStream
 from rlvid.errors import UserError
 from rlvid.types import Prompt, Sample
 from rlvid.video.clip_reader import hashing_limit_s
@@ -75,8 +73,7 @@ class ClipStore:
         self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
         source = Source.of(cfg, model)
         # Made here too: a size or a cache folder that does not work is an error of the run, not of its first clip.
-        self._reader = source.reader()
-        self._cpus = cfg.placement.encode_cpus
+        source.reader()
         options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
         self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
         self._encoders: list[ActorHandle[Any]] = []  # all that were started
@@ -121,21 +118,6 @@ class ClipStore:
 
     def encode(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Encoded]:
         return self.collect(self.submit(samples, variant))
-
-    def stream(self, samples: Sequence[Sample], seed: int, start: int) -> Generator[Sample]:
-        """The samples from position `start` of the endless shuffled stream on, their clips decoded ahead by Ray Data.
-
-        For supervised epochs, where the order is known far ahead: frames wait in the cache when `encode` asks for them.
-        Samples with a bad clip come too; `encode` leaves them out.
-        """
-        clips = ClipStream(samples, self._reader, seed, cpus_per_task=self._cpus)
-        for epoch in itertools.count(start // len(samples)):
-            for row in clips.epoch(epoch, start % len(samples) if epoch == start // len(samples) else 0):
-                self.decodes += row.n_decoded
-                self.cache_hits += row.n_cached
-                if row.error is not None:
-                    self.set_aside(row.error.path, row.error.reason)
-                yield row.sample
 
     def strips(self, samples: Sequence[Sample]) -> dict[str, list[bytes]]:
         """JPEG frames of each sample, by its id."""

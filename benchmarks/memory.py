@@ -1,12 +1,12 @@
-"""Memory: of the demo, of a prompt in the object store, and of clips streaming through Ray Data.
+"""Memory: of the demo, of a prompt in the object store, and of prompts streaming through Ray Data.
 
 `python -m benchmarks.memory` measures three things, each in processes of its own:
 
   demo    `jobs/configs/demo.yaml` with its own models and engines, few steps: driver, Ray, vLLM, DeepSpeed, reference
   prompt  real prompts of the demo's size and of about 1,000 tokens, encoded, answered by vLLM and trained on, with
           G = 1 and G = 16: what Ray's object store holds for a prompt, over the bytes of its patches and token ids
-  stream  500 real H.264 clips, 16 frames of 224 x 224 each, frames sent along through Ray Data (1.2 GB in all) to a
-          consumer that is slower than the readers: what is added to the idle Ray session, and what Ray has spilled
+  stream  500 real H.264 clips, 16 frames of 224 x 224 each, encoded and sent through Ray Data (1.2 GB in all) to a
+          consumer that is slower than the encoders: what is added to the idle Ray session, and what Ray has spilled
 
 Memory of processes is the sum of their PSS (proportional set size: a page that n processes share counts 1/n in each),
 and the pages of Ray's object store that no living process has mapped any more; page cache of files does not count. It
@@ -248,17 +248,18 @@ def settled_bytes() -> int:
 
 
 def stream(folder: Path) -> dict[str, float]:
+    from benchmarks.tiny import tiny_model
     from rlvid.config import SyntheticConfig, VideoConfig
+    from rlvid.data.encoding import Source
     from rlvid.data.manifest import load_manifest
-    from rlvid.data.ray_stream import ClipStream
+    from rlvid.data.ray_stream import open_prompt, prompt_stream
     from rlvid.synthetic.moving_shapes import make_synthetic
-    from rlvid.video.cache import FrameCache
-    from rlvid.video.clip_reader import ClipReader
 
     sizes = SyntheticConfig(train=STREAM_CLIPS, eval=1, size=224, frames=16)
     manifest, _ = make_synthetic(folder / "data", sizes, seed=0)
     samples = load_manifest(manifest, None, None, "")
-    reader = ClipReader(VideoConfig(frames=16, height=224, width=224), 28, FrameCache(folder / "cache", 10 * GIB))
+    video = VideoConfig(frames=16, height=224, width=224)
+    source = Source(tiny_model(folder / "model"), video, folder / "cache", 10 * GIB, 4096)
     with ray_session(STREAM_STORE_BYTES) as memory:
         time.sleep(3)
         gc.collect()
@@ -266,9 +267,10 @@ def stream(folder: Path) -> dict[str, float]:
         frames_bytes = 0
         with memory, StorePeak() as store:
             begin = time.monotonic()
-            for row in ClipStream(samples, reader, seed=0, with_frames=True).epoch(0):
-                assert row.error is None and row.frames is not None and row.n_decoded == 1
-                frames_bytes += sum(frames.nbytes for frames in row.frames)
+            for row in prompt_stream(ray.put(samples), range(len(samples)), source, 2, 0.5).iter_rows():
+                _, prompt, outcome = open_prompt(row)
+                assert prompt is not None and outcome.decodes == 1
+                frames_bytes += prompt.patches.nbytes
                 time.sleep(0.1)
             seconds = time.monotonic() - begin
         spilled = int(store_stats().spilled_bytes_total)

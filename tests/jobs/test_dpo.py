@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,7 +127,10 @@ def test_workers_follow_the_cluster(config: Path) -> None:
         process.kill()
         cluster.shutdown()
     assert process.returncode == 130, out.read_text() + err
-    assert [line[:9] for line in out.read_text().splitlines() if " workers" in line] == ["1 workers", "2 workers"]
+    started = [line for line in out.read_text().splitlines() if re.match(r"\d workers?", line)]
+    assert started[0] == "1 worker" and re.match(
+        r"2 workers, from step \d+: steps \d+ to \d+ are done again", started[1]
+    )
     steps = [row["step"] for row in steps_of(run)]
     assert steps == list(range(1, len(steps) + 1))  # what was done again is not counted again
 

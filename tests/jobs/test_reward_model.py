@@ -114,3 +114,15 @@ def test_pairs_teach_a_scorer_of_answers(tmp_path: Path) -> None:
     no_folder = tmp_path / "run" / "config.yaml" / "scores.jsonl"
     assert "--out" in rlvid("score", tmp_path / "run", video, "--prompt", "x", "--out", no_folder, code=2).stderr
     assert [row["response"] for row in rows_of(out)] == ["red", "no idea"]
+
+    # As after a kill between the last checkpoint and the evaluation: the same command does it.
+    run = tmp_path / "run"
+    before = rows_of(run / "metrics.jsonl")
+    assert "eval/accuracy" in before[-1]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before[:-1]))
+    (run / "policy.training.json").unlink()
+    again = result(rlvid("reward-model", config))
+    after = rows_of(run / "metrics.jsonl")
+    assert again["accuracy"] == 1.0 and [(r["step"], "loss" in r) for r in after] == [
+        (r["step"], "loss" in r) for r in before
+    ]

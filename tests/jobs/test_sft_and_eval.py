@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from rlvid.config import SyntheticConfig
+from rlvid.synthetic.moving_shapes import make_synthetic
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.timeout(900)
@@ -39,12 +42,38 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     sft = tmp_path / "sft"
     result = run("sft", config, f"run.dir={sft}")
     rows = [json.loads(line) for line in (sft / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 13)) and result["steps"] == 12
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    assert rows[-1]["video/decodes"] == 24  # each clip once, in five epochs
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13)) and result["steps"] == 12
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"] and result["loss"] == steps[-1]["loss"]
+    assert steps[-1]["video/decodes"] == 34  # each of the 24 and 10 clips once, in five epochs
+    held_out = {row["step"]: row for row in rows if "eval/loss" in row}
+    assert list(held_out) == [0, 12] and held_out[12]["eval/loss"] < held_out[0]["eval/loss"]
+    assert held_out[12]["eval/n"] == 10
 
     data = [f"data.eval={sft}/data/eval.jsonl", "data.synthetic=null"]
     evaluation = run(
         "evaluate", config, f"run.dir={tmp_path / 'eval'}", f"model.path={sft / 'policy'}", "model.tiny=null", *data
     )
     assert evaluation["n"] == 10 and 0 <= evaluation["accuracy"] <= 1
+
+
+def test_a_step_without_readable_clips_is_left_out_and_its_checkpoint_is_not(tmp_path: Path) -> None:
+    make_synthetic(tmp_path / "data", SyntheticConfig(train=3, eval=1), seed=0)
+    lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    missing = json.dumps({**json.loads(lines[0]), "video": "clips/missing.mp4"})
+    (tmp_path / "data" / "some.jsonl").write_text("\n".join([missing, *lines[1:]]) + "\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+model: {{tiny: {{layers: 1, vision_layers: 1}}}}
+data: {{train: {tmp_path}/data/some.jsonl, cache_dir: {tmp_path}/cache, max_bad_fraction: 0.5}}
+video: {{height: 56, width: 56}}
+run: {{dir: {tmp_path}/run, wandb: disabled, checkpoint_every: 1, keep_checkpoints: 3}}
+train: {{steps: 3, batch_size: 1}}
+rollout: {{max_tokens: 4, max_model_len: 512}}
+"""
+    )
+    run("sft", config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]

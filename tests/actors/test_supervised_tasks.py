@@ -1,0 +1,57 @@
+"""What the tasks measure, and which responses kto compares: pure parts, hand-computed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from actors.supervised_tasks import Example, Preferred, Supervised, other_response
+from rlvid.config import DpoConfig
+from rlvid.errors import UserError
+from rlvid.types import Medium, Message, Preference, Sample
+
+
+def sample(name: str, question: str, video: str = "") -> Sample:
+    media = (Medium(video),) if video else ()
+    return Sample(name, media, (Message.about(media, question),), "")
+
+
+def pairs(*questions: str) -> list[Example]:
+    return [Example(sample(f"s{i}", q), (f"chosen {i}", f"rejected {i}")) for i, q in enumerate(questions)]
+
+
+def test_kto_compares_with_the_next_pair_of_the_whole_mini_batch() -> None:
+    examples = pairs("a", "b", "c", "d", "e")
+    batch = [4, 0, 2]  # over all workers: which worker has a pair does not matter
+    assert [other_response(examples, batch, place) for place in range(3)] == ["chosen 0", "chosen 2", "chosen 4"]
+
+
+def test_kto_leaves_out_pairs_of_the_same_prompt() -> None:
+    examples = pairs("a", "a", "b", "a")
+    assert [other_response(examples, [0, 1, 2], place) for place in range(3)] == ["chosen 2", "chosen 2", "chosen 0"]
+    assert (
+        other_response(examples, [0, 1, 3], 1) == "chosen 2"
+    )  # one prompt in the mini-batch: the next of the manifest
+    same_text = [Example(sample("x", "a", "1.mp4"), ("one", "")), Example(sample("y", "a", "2.mp4"), ("two", ""))]
+    assert other_response(same_text, [0, 1], 0) == "two"  # another video is another prompt
+
+
+def test_kto_on_a_single_prompt_is_refused(tmp_path: Path) -> None:
+    one = [Preference(sample(name, "a"), "yes", "no") for name in ("x", "y")]
+    with pytest.raises(UserError, match="at least two prompts"):
+        Preferred(DpoConfig(loss="kto"), tmp_path, True, one)
+    Preferred(DpoConfig(), tmp_path, True, one)
+    Preferred(DpoConfig(loss="kto"), tmp_path, True, [*one, Preference(sample("z", "b"), "yes", "no")])
+
+
+def test_the_held_out_loss_of_answers_is_a_mean_over_tokens() -> None:
+    examples = pairs("a", "b")
+    assert Supervised().summarize(examples, [(6.0, 3), (1.0, 1)]) == {"loss": 7 / 4, "n": 2.0}
+
+
+def test_preferences_are_summarised_by_means_over_pairs(tmp_path: Path) -> None:
+    task = Preferred(DpoConfig(), tmp_path, True, [])
+    metrics = task.summarize(pairs("a", "b"), [[1.0, 0.5, 0.25], [0.5, 0.0, math.log(2)]])
+    assert metrics == pytest.approx({"accuracy": 0.75, "margin": 0.25, "loss": (0.25 + math.log(2)) / 2, "n": 2.0})
