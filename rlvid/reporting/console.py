@@ -116,9 +116,12 @@ class Console:
             self._progress.update(self._progress.task_ids[0], completed=step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """One line over n held-out samples: accuracy, and by kind of question; or rank correlation, by dimension."""
+        """One line over n held-out samples: accuracy, and by kind of question; or rank correlation, by dimension; or
+        the loss."""
         n = metrics.get("eval/n")
-        name, form = ("spearman", _tenths) if "eval/spearman" in metrics else ("accuracy", _percent)
+        forms = {"spearman": _tenths, "accuracy": _percent, "loss": _compact}  # of the first that was measured
+        name = next((name for name in forms if f"eval/{name}" in metrics), "accuracy")
+        form = forms[name]
         parts = [f"evaluation after step {step}: {name} {_shown(metrics.get(f'eval/{name}'), form)}"]
         if n is not None:
             parts.append(f"of {n:.0f} samples")
