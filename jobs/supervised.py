@@ -52,7 +52,7 @@ class Training:
         self._last: Metrics = {}
         evaluated = -1
         for row in run.folder.read_metrics() if is_logged else ():
-            self._keep(row)
+            self._keep(row["step"], row)
             evaluated = max(evaluated, row["step"]) if "eval/n" in row else evaluated
         self._plan = replace(plan, evaluated=evaluated)
         self._done = self._shown = 0
@@ -68,8 +68,8 @@ class Training:
         file = plan.out.with_name(f"{plan.out.name}.{METRICS_FILE}")
         if plan.out.exists() and file.exists():
             kept = json.loads(file.read_text())
-            if kept["step"] == plan.cfg.train.steps:
-                return dict(kept)
+            if kept["steps"] == plan.cfg.train.steps:
+                return dict(kept["metrics"])
         newest = plan.checkpoints.newest()
         if newest is not None:
             check_resumable(newest, plan.cfg)
@@ -81,8 +81,7 @@ class Training:
             for kind, content in training.events(run.state_of_parts):
                 self._handle(kind, content)
         run.end_if_interrupted(how_to_resume(plan.folder))
-        self._last["step"] = plan.cfg.train.steps
-        write_atomic(file, json.dumps(self._last))
+        write_atomic(file, json.dumps({"steps": plan.cfg.train.steps, "metrics": self._last}))
         return self._last
 
     def _handle(self, kind: str, content: Any) -> None:
@@ -120,7 +119,7 @@ class Training:
             console.message(f"step {step} is left out: a worker has no sample with readable clips")
             return
         metrics |= self._inputs.clip_metrics()
-        self._keep(metrics)
+        self._keep(step, metrics)
         if self._is_logged:
             self._run.log(step, metrics)
         steps = self._plan.cfg.train.steps
@@ -135,16 +134,16 @@ class Training:
         if step <= self._plan.evaluated:  # after a worker failed
             return
         self._plan = replace(self._plan, evaluated=step)
-        self._keep({"step": step, **metrics})
+        self._keep(step, metrics)
         if self._is_logged:
             self._run.log(step, metrics)
         self._run.console.evaluation(step, metrics)
 
-    def _keep(self, metrics: Metrics) -> None:
+    def _keep(self, step: int, metrics: Metrics) -> None:
         """Remember the last value of each metric, and the first accuracy."""
-        if metrics.get("step") == 0 and "eval/accuracy" in metrics:
-            self._last["eval/accuracy_before"] = metrics["eval/accuracy"]
         self._last |= metrics
+        if step == 0 and "eval/accuracy" in metrics:
+            self._last["eval/accuracy_before"] = metrics["eval/accuracy"]
 
 
 def results(metrics: Metrics, names: dict[str, str]) -> Metrics:
