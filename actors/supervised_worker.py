@@ -83,7 +83,7 @@ class SupervisedTraining:
                     return
                 elif silent_s > patience_s:
                     patience_s *= 2
-                    yield "note", self._describe_silence(silent_s)
+                    yield "note", describe_silence(self._stage, silent_s, self._plan.folder / "logs")
                 for kind, content in events:
                     if kind == "user error":
                         raise UserError(content)
@@ -95,14 +95,19 @@ class SupervisedTraining:
         finally:
             ray.kill(self._run)
 
-    def _describe_silence(self, seconds: float) -> str:
-        logs = self._plan.folder / "logs"
-        if not self._stage:
-            return (
-                f"no worker has started for {seconds:.0f} s: each needs placement.trainer_cpus, each encoder "
-                f"placement.encode_cpus. `ray status` shows what waits for room"
-            )
-        return f"no news from the workers for {seconds:.0f} s, they were {self._stage}; see {logs}"
+
+def describe_silence(stage: str, seconds: float, logs: Path) -> str:
+    """What to tell a person when no event has come for a while.
+
+    Args:
+        stage: the last one that the workers told; empty if none has started.
+    """
+    if stage:
+        return f"no news from the workers for {seconds:.0f} s, they were {stage}; see {logs}"
+    return (
+        f"no worker has started for {seconds:.0f} s: each needs placement.trainer_cpus, each encoder "
+        f"placement.encode_cpus. `ray status` shows what waits for room"
+    )
 
 
 # --- in the actor that runs Ray Train ---------------------------------------------------------------------------------

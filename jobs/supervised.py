@@ -4,6 +4,7 @@ and the preference steps of isrt."""
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +20,8 @@ from jobs.run import Run, check_resumable, how_to_resume
 from rlvid.files import write_atomic
 
 METRICS_FILE = "training.json"  # beside the exported model: what `Training.train` returned
-SHOWN_STEPS = 20  # of a training, about; metrics.jsonl has all
-SHOWN_EVERY_S = 30.0  # a step is shown too when the last one was shown this long ago
+SHOWN_STEPS = 20  # metrics.jsonl has all
+SHOWN_EVERY_S = 30.0
 
 Metrics = dict[str, float]
 
@@ -55,8 +56,8 @@ class Training:
             self._keep(row["step"], row)
             evaluated = max(evaluated, row["step"]) if "eval/n" in row else evaluated
         self._plan = replace(plan, evaluated=evaluated)
-        self._done = self._shown = 0
-        self._shown_s = 0.0
+        self._done = 0
+        self._shown_s = -math.inf
 
     def train(self, phase: str) -> Metrics:
         """Train and write the model to `plan.out`, whole; returns at once if that is done already.
@@ -122,9 +123,7 @@ class Training:
         self._keep(step, metrics)
         if self._is_logged:
             self._run.log(step, metrics)
-        steps = self._plan.cfg.train.steps
-        is_due = step % max(1, steps // SHOWN_STEPS) == 0 or step == steps
-        if is_due or not self._shown_s or time.monotonic() > self._shown_s + SHOWN_EVERY_S:
+        if is_shown(step, self._plan.cfg.train.steps, time.monotonic() - self._shown_s):
             console.step(step, metrics)
             self._shown_s = time.monotonic()
         else:
@@ -144,6 +143,11 @@ class Training:
         self._last |= metrics
         if step == 0 and "eval/accuracy" in metrics:
             self._last["eval/accuracy_before"] = metrics["eval/accuracy"]
+
+
+def is_shown(step: int, steps: int, silent_s: float) -> bool:
+    """Whether a step gets a line: about SHOWN_STEPS of a training do, and one after each pause of SHOWN_EVERY_S."""
+    return step % max(1, steps // SHOWN_STEPS) == 0 or step == steps or silent_s > SHOWN_EVERY_S
 
 
 def results(metrics: Metrics, names: dict[str, str]) -> Metrics:

@@ -7,6 +7,7 @@ from ray.exceptions import RayActorError
 
 from actors.supervised_plan import Plan, TrainingRun, root_error
 from actors.supervised_tasks import Example, Supervised
+from actors.supervised_worker import describe_silence
 from rlvid.config import SftJobConfig
 from rlvid.types import Message, Sample
 
@@ -71,3 +72,9 @@ def test_every_failure_of_a_worker_is_told() -> None:
         "worker 1 failed: ValueError: out of memory",
         "worker 0 failed: RuntimeError: connection closed by peer",
     ]
+
+
+def test_silence_is_put_down_to_room_only_before_a_worker_has_started(tmp_path: Path) -> None:
+    assert "placement.trainer_cpus" in describe_silence("", 60, tmp_path)
+    told = describe_silence("loading the model", 60, tmp_path)
+    assert "loading the model" in told and str(tmp_path) in told and "placement" not in told
