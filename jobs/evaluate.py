@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from actors.clip_store import ClipStore
+from actors.generator_fleet import GeneratorFleet
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.inputs import Inputs, open_job
@@ -11,7 +14,11 @@ from jobs.run import Run
 from jobs.specs import JOBS
 from rlvid.config import EvalJobConfig
 from rlvid.errors import UserError
-from rlvid.evaluation.metrics import accuracy_report
+from rlvid.evaluation.benchmarks.held_out import HeldOut
+from rlvid.evaluation.predictions import Batches, Prediction
+from rlvid.evaluation.predictions import evaluate as evaluate_benchmark
+from rlvid.files import RowFile
+from rlvid.rewards.rules import make_parts
 from rlvid.rollout.vllm_engine import Sampling
 
 
@@ -23,36 +30,37 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
     """
     if not inputs.held_out:
         return {}
+    cfg = inputs.cfg
+    parts = [part for part in make_parts(cfg.rewards) if part.kind.measures_accuracy]
+    benchmark = HeldOut(inputs.held_out[: cfg.evaluate.max_samples], parts, inputs.family.opening)
     with run.stage("evaluation"):
-        metrics = _accuracy(inputs, roles)
+        answer = FleetAnswers(roles.fleet, inputs.clips, cfg.rollout.max_tokens)
+        file = RowFile(run.folder.predictions_file(step))
+        found = evaluate_benchmark(benchmark, answer, file, cfg.evaluate.batch_size)
+    metrics = {f"eval/{name}": value for name, value in found.items()}
     run.log(step, metrics | run.take_times())
     run.console.evaluation(step, metrics)
     return metrics
 
 
-def _accuracy(inputs: Inputs, roles: Roles) -> dict[str, float]:
-    cfg, clips = inputs.cfg, inputs.clips
-    samples = inputs.held_out[: cfg.evaluate.max_samples]
-    verdicts: list[bool | None] = []
-    types: list[str | None] = []
-    lengths: list[int] = []
-    size = cfg.evaluate.batch_size
-    pending = clips.submit(samples[:size])
-    for at in range(0, len(samples), size):
-        prompts = clips.collect(pending)
-        pending = clips.submit(samples[at + size : at + 2 * size])
-        answers = roles.fleet.generate(prompts, Sampling(1, 0.0, cfg.rollout.max_tokens))
-        rewards = roles.rewards([p.sample for p in prompts], answers)
-        verdicts += [reward.is_right for (reward,) in rewards]
-        types += [p.sample.problem_type for p in prompts]
-        lengths += [len(a[0].token_ids) for a in answers]
-    missing = len(samples) - len(verdicts)  # bad clips: no verdict
-    verdicts += [None] * missing
-    types += [None] * missing
-    if all(v is None for v in verdicts):
-        raise UserError(f"none of the {len(samples)} held-out samples could be scored; see bad_clips.jsonl and rewards")
-    metrics = accuracy_report(verdicts, types).as_metrics() | {"length": sum(lengths) / len(lengths)}
-    return {f"eval/{key}": value for key, value in metrics.items()}
+class FleetAnswers:
+    """Greedy answers of a fleet. While it answers one batch, the clips of the next are read."""
+
+    def __init__(self, fleet: GeneratorFleet, clips: ClipStore, max_tokens: int):
+        self._fleet, self._clips, self._sampling = fleet, clips, Sampling(1, 0.0, max_tokens)
+
+    def __call__(self, batches: Batches) -> Iterator[Mapping[str, Prediction]]:
+        coming = (self._clips.submit(batch) for batch in batches)
+        pending = next(coming, None)
+        while pending is not None:
+            following = next(coming, None)
+            prompts = self._clips.collect(pending)
+            answers = self._fleet.generate(prompts, self._sampling)
+            yield {
+                p.sample.id: Prediction(r.text, len(r.token_ids), r.finish_reason)
+                for p, (r,) in zip(prompts, answers, strict=True)
+            }
+            pending = following
 
 
 def run(cfg: EvalJobConfig) -> dict[str, Any]:

@@ -206,7 +206,7 @@ JOBS: dict[str, JobSpec] = {
         config=EvalJobConfig,
         module="jobs.evaluate",
         help="greedy answers to the held-out manifest, scored",
-        roles=lambda cfg: ("generator", *_reward_models(cfg)),
+        roles=lambda cfg: ("generator",),
         load=lambda cfg: SAMPLES,
         scored=("data.eval",),
     ),

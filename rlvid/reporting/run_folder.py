@@ -4,6 +4,7 @@
     run.json           versions, commit, seed, start, hashes of model and data, prompt templates
     metrics.jsonl      one row per step
     rollouts/, frames/ step_000010.parquet: responses with their rewards, and the frames that were shown
+    predictions/       step_000010.jsonl: greedy answers to the held-out samples
     bad_clips.jsonl    clips that could not be read, with the reason
     refused.jsonl      rows of the manifests that a reward model cannot learn from, with the reason
     checkpoints/       step_N, complete by construction (see checkpoints.py)
@@ -122,6 +123,9 @@ class RunFolder:
     def judge_cache_file(self) -> Path:
         return self.dir / "judge_cache.jsonl"
 
+    def predictions_file(self, step: int) -> Path:
+        return self.dir / "predictions" / f"step_{step:06d}.jsonl"
+
     def iteration_dir(self, number: int) -> Path:
         return self.dir / "iterations" / f"{number:02d}"
 
@@ -132,7 +136,7 @@ class RunFolder:
     @property
     def has_results(self) -> bool:
         has_steps = bool(self.checkpoints.complete() or self.rollout_steps()) or self.metrics_file.exists()
-        return has_steps or (self.dir / "iterations").exists()
+        return has_steps or any((self.dir / name).exists() for name in ("iterations", "predictions"))
 
     # --- start and end ------------------------------------------------------------------------------------------------
 
@@ -273,10 +277,10 @@ class RunFolder:
         return rollout_tables.read(self.dir, step)
 
     def rewind(self, step: int | None, phase: str = "train") -> None:
-        """Forget what came after step `step` of `phase`, where the run goes on; None: after the very beginning.
+        """Remove what came after step `step` of `phase`, where the run resumes; None: after the very beginning.
 
-        A killed run has logged steps that its newest checkpoint does not know. They will be done again, and would stand
-        twice in every curve.
+        A killed run has logged steps that its newest checkpoint does not know. They will be done again, and would
+        appear twice in every curve.
         """
 
         def is_kept(row: Mapping[str, Any]) -> bool:
@@ -293,6 +297,9 @@ class RunFolder:
             write_atomic(self.metrics_file, "".join(dumps(row) + "\n" for row in kept))
         last = step if step is not None and phase == _PHASES[-1] else None
         rollout_tables.remove_after(self.dir, -1 if last is None else last)
+        for file in (self.dir / "predictions").glob("step_*.jsonl"):
+            if last is None or int(file.stem.removeprefix("step_")) > last:
+                file.unlink()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
