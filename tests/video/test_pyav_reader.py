@@ -262,7 +262,7 @@ def test_playlists_do_not_open_other_files(tmp_path: Path, script: str) -> None:
 
 
 def test_mp4_without_index_is_refused(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4")  # the index stands at the end
+    path = write_video(tmp_path / "a.mp4")  # the index is at the end
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadClip, match="cannot be opened: Invalid data"):
         read(path)
