@@ -13,20 +13,17 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.metadata
-import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from jobs import data
 from jobs.specs import JOBS
 from rlvid.errors import UserError
-
-if TYPE_CHECKING:
-    from rlvid.config import SyntheticConfig
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -44,18 +41,15 @@ _FLAGS = {"only_data": "build the preference pairs of the first iteration and tr
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a command line (default: `sys.argv`) and return the exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a locale without the letters of a config or a path must not end a job
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     arguments = _parse(list(sys.argv[1:] if argv is None else argv), prog)
     run_dir: list[Path] = []  # filled as soon as the config is known, for the traceback of an unexpected error
     try:
         if arguments.command in JOBS:
             _run_job(arguments, run_dir)
         elif arguments.command == "synth":
-            _make_synthetic(arguments)
+            data.synth(arguments)
         elif arguments.command == "data":
-            _convert(arguments)
+            data.convert(arguments)
         elif arguments.command == "score":
             from jobs.score import main as score
 
@@ -119,8 +113,8 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
             action="store_true",
             help="check everything, print the resolved config and the placement, start nothing",
         )
-    _add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
-    _add_data(commands.add_parser("data", help="make a manifest of a known data set"))
+    data.add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
+    data.add_data(commands.add_parser("data", help="make a manifest of a published set"))
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -140,33 +134,6 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
             arguments.config = Path(words.pop(0))
         arguments.overrides = words
     return arguments
-
-
-def _add_synth(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    command.add_argument("--train", metavar="N", help="training clips")
-    command.add_argument("--eval", metavar="N", help="held-out clips")
-    command.add_argument("--size", metavar="PIXELS", help="width and height")
-    command.add_argument("--frames", metavar="N", help="frames in a clip, 8 a second")
-    command.add_argument("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
-
-
-def _add_data(command: argparse.ArgumentParser) -> None:
-    dialects = command.add_subparsers(dest="dialect", required=True, metavar="DATASET")
-    one = dialects.add_parser("videofeedback", help="VideoFeedback: generated videos with five human scores")
-    one.add_argument("source", type=Path, metavar="IN", help="file of items (JSON list or lines), or a folder of them")
-    one.add_argument("out", type=Path, metavar="OUT", help="gets manifest.jsonl, clips/ and refused.jsonl")
-    one.add_argument("--source", dest="which", choices=("annotated", "real", "both"), default="both")
-    one.add_argument(
-        "--mismatched", type=float, default=0.0, metavar="SHARE", help="so many items again, with a wrong prompt (0)"
-    )
-    one.add_argument("--seed", type=int, default=0, metavar="N", help="of the mismatched items (0)")
-    for name, of in (("hound", "LLaVA-Hound"), ("rlaif", "VLM-RLAIF")):
-        one = dialects.add_parser(name, help=f"{of}: preference pairs")
-        one.add_argument("source", type=Path, metavar="IN", help="file of items (JSON list or lines)")
-        one.add_argument("out", type=Path, metavar="OUT", help="gets manifest.jsonl, clips/ and refused.jsonl")
-        one.add_argument("--videos", type=Path, metavar="DIR", required=True, help="where its videos or frames are")
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
@@ -196,12 +163,10 @@ def _version() -> str:
 
 
 def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
-    from rlvid.config.keys import check_paths
     from rlvid.config.load import dump_config, load_config
 
     job = JOBS[arguments.command]
     cfg = load_config(job.config, arguments.config, arguments.overrides)
-    check_paths(cfg)
     if arguments.dry_run:
         about = job.describe(cfg, job)
         print(dump_config(cfg), *(f"# {line}" for line in about), sep="\n")
@@ -212,36 +177,6 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
     from rlvid.reporting.console import Console
 
     Console().result(result)
-
-
-def _make_synthetic(arguments: argparse.Namespace) -> None:
-    from rlvid.config import SyntheticConfig
-    from rlvid.config.load import config_from_options
-
-    names = ("train", "eval", "size", "frames", "kinds")
-    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if "kinds" in options:
-        options["kinds"] = f"[{options['kinds']}]"
-    cfg: SyntheticConfig = config_from_options(SyntheticConfig, options)
-    if arguments.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
-
-    from rlvid.synthetic.moving_shapes import make_synthetic
-
-    for manifest in make_synthetic(arguments.out_dir, cfg, arguments.seed):
-        print(manifest)
-
-
-def _convert(arguments: argparse.Namespace) -> None:
-    from rlvid.data.dialects import published_pairs, videofeedback
-
-    a = arguments
-    if a.dialect == "videofeedback":
-        manifest, n, refused = videofeedback.convert(a.source, a.out, a.which, a.mismatched, a.seed)
-    else:
-        manifest, n, refused = published_pairs.convert(a.source, a.out, a.videos, a.dialect)
-    note = f"; {refused} item{'s' * (refused > 1)} refused, see {a.out / 'refused.jsonl'}" if refused else ""
-    print(f"{manifest}: {n} rows{note}")
 
 
 def _write_report(arguments: argparse.Namespace) -> None:

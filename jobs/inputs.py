@@ -14,7 +14,7 @@ from actors.placement import describe
 from jobs.run import Run
 from jobs.specs import JOBS, JobSpec, Rows
 from rlvid.config import JobConfig
-from rlvid.data.manifest import load_manifest
+from rlvid.data.manifest import count_media, load_manifest
 from rlvid.data.order import batch_indices
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
@@ -49,9 +49,8 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
     manifests = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
     rows = {key: spec.load(cfg).read(path, cfg.data) for key, path in manifests.items() if path}
     for key, loaded in rows.items():
-        n = sum(bool(s.media) for s in loaded.samples)
         refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
-        lines.append(f"{key}: {len(loaded.samples)} samples, {n} with a video{refused}")
+        lines.append(f"{key}: {count_media(loaded.samples)}{refused}")
     if len(rows) == 2:
         check_disjoint(*(loaded.samples for loaded in rows.values()))
     if spec.scored:
@@ -134,8 +133,7 @@ class Inputs:
         check_scored(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
         run.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
         if self.train:
-            n = sum(bool(s.media) for s in self.train)
-            run.console.message(f"{n} of {len(self.train)} training samples have a video")
+            run.console.message(f"data.train: {count_media(self.train)}")
         self._load_model()
 
     @property

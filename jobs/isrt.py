@@ -27,9 +27,9 @@ from jobs.run import Run
 from jobs.warm_start import warm_start
 from rlvid.config import IsrtJobConfig
 from rlvid.data.order import batch_indices
-from rlvid.data.preferences import pair_row, write_preferences
+from rlvid.data.preferences import pair_row
 from rlvid.errors import UserError
-from rlvid.files import RowFile
+from rlvid.files import RowFile, write_rows
 from rlvid.rewards.answers import normalise
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.part import Group, Response, combine, score_rules
@@ -124,7 +124,7 @@ class Iteration:
                     self._make(model, roles)
         pairs = self._pairs()
         if not is_whole:
-            write_preferences(self.file("pairs"), (pair_row(pair, self.folder) for pair in pairs))
+            write_rows(self.file("pairs"), (pair_row(pair) for pair in pairs))
         return pairs
 
     def _make(self, model: Path, roles: Roles) -> None:

@@ -1,7 +1,8 @@
 """The nouns of the system: what travels between the rooms of the house.
 
 All are frozen and picklable; arrays are numpy, so that Ray's object store hands them out as read-only views without a
-copy. The way of one sample is Sample -> Clip -> Prompt -> Rollout -> Reward (docs/architecture.md).
+copy. Those of a manifest have slots: there are hundreds of thousands. The way of one sample is Sample -> Clip -> Prompt
+-> Rollout -> Reward (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Medium:
     """A video, a part of one, or an image, and how it is read where that differs from the run's `video` keys."""
 
@@ -34,14 +35,14 @@ class Medium:
         return f"{self.path} ({self.start_s or 0:g} s to {end})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MediumRef:
     """The place of `Sample.media[index]` in a message."""
 
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn. `content` keeps the order of text and media."""
 
@@ -58,7 +59,7 @@ class Message:
         return cls("user", (*(MediumRef(i) for i in range(len(media))), text))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One manifest row: what is asked about which media, and what the right answer is."""
 

@@ -1,32 +1,39 @@
-"""Manifests: JSON lines, one sample a row, checked whole before anything starts.
+"""Manifests: one sample a row, as JSON lines, a JSON array or parquet, checked whole before anything starts.
 
 The question form is `{"id", "video", "question", "answer"}`, with `video` a path or a list of paths (left out for text
-only) and, if wanted, `choices` and `problem_type`. The messages form is `{"id", "messages", "answer"}` for several
-turns; a message is `{"role", "content"}`, its content a text or a list of `{"type": "text", "text"}` and
-`{"type": "video", "video"}`. Other fields are kept in `Sample.extra`.
+only) and, if wanted, `choices` and `problem_type`. The media come before the text, unless the question says where with
+one `<video>` for each. The messages form is `{"id", "messages", "answer"}` for several turns; a message is `{"role",
+"content"}`, its content a text or a list of `{"type": "text", "text"}` and `{"type": "video", "video"}`. `video_start`,
+`video_end` (seconds), `fps` and `max_pixels`, on the row or beside the video of a message, say which part of a video is
+read and how. Images are written as videos are, under `image`. Other fields are kept in `Sample.extra`.
 
-Video paths are relative to the manifest's folder and stay under the data root. Whether a file is there and can be read
-is seen later, when the clip is read: one bad clip is quarantined and does not stop a run. A literal `<video>` in a text
-means nothing here.
+Relative paths start at `data.root`, or at the manifest's folder where it is not set, and no path leads out of it.
+Whether a file is there and can be read is seen later, when the clip is read: one bad clip is quarantined and does not
+stop a run.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rlvid.data.answers import read_answer, read_choices
+from rlvid.data.items import Refused, kind_of, read_items, refuse_all
+from rlvid.data.row_media import MEDIA_FIELDS, PLACEHOLDER, READ_AS, MediaReader, check_unread, read_part
 from rlvid.errors import UserError
-from rlvid.rewards.choices import MAX_CHOICES, bring_letters, choice_lines, choices_meant
+from rlvid.rewards.choices import bring_letters, choice_lines
 from rlvid.types import Medium, MediumRef, Message, Sample
 
 ROLES = ("system", "user", "assistant")
-QUESTION_FIELDS = frozenset({"video", "question"})
+QUESTION_FIELDS = MEDIA_FIELDS | {"question"}
 FIELDS = QUESTION_FIELDS | {"id", "messages", "answer", "choices", "problem_type"}
 
 _Content = tuple[str | MediumRef, ...]
+_FIRST = (MediumRef(0),)
+_NO_EXTRA: Mapping[str, Any] = {}  # these are shared: a manifest has many rows
 
 
 def load_manifest(
@@ -34,202 +41,193 @@ def load_manifest(
 ) -> list[Sample]:
     """Read and check a manifest.
 
-    In the question form the videos stand before the text, which is question, choices ("A. red") and suffix, one below
-    the other. In the messages form the suffix goes below the text of the last turn, and choices are not written out.
+    The text of the question form is question, choices ("A. red") and suffix, one below the other. In the messages form
+    the suffix goes below the text of the last turn, and choices are not written out.
 
     Args:
         path: The manifest.
-        root: Folder that video paths must stay under; default the manifest's folder. Judged by the written path:
-            symbolic links inside are followed.
+        root: Folder where relative paths start and that all paths must be below; default the manifest's folder. Judged
+            by the written path: symbolic links inside are followed.
         system_prompt: First turn of every conversation that has no system turn of its own.
         suffix: Put below every question.
         needs_answer: Refuse rows without an answer; otherwise their answer is "".
 
     Returns:
-        The samples in the manifest's order, video paths absolute.
+        The samples in the manifest's order, paths absolute.
 
     Raises:
-        UserError: Naming file and line, what was expected, and the mend.
+        UserError: the file cannot be read, or its first twenty wrong rows: file and line, what was expected, the fix.
     """
-    manifest = Path(os.path.abspath(path.expanduser()))
-    data_root = Path(os.path.abspath(root.expanduser())) if root is not None else manifest.parent
+    file = Path(os.path.abspath(path.expanduser()))
+    base = Path(os.path.abspath(root.expanduser())) if root is not None else file.parent
+    reader = _RowReader(MediaReader(base, root is not None), system_prompt, suffix, needs_answer)
     samples: list[Sample] = []
     line_of_id: dict[str, int] = {}
-    try:
-        lines = manifest.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the manifest ({error.strerror}); give a JSON lines file") from None
-    for line_number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _Row(f"{path}:{line_number}", line, manifest.parent, data_root)
-        sample = row.sample(system_prompt, suffix, needs_answer)
-        if sample.id in line_of_id:
-            row.fail(f"id {sample.id!r} is that of line {line_of_id[sample.id]} already; give every row its own")
-        line_of_id[sample.id] = line_number
-        samples.append(sample)
+    problems, hint = [], ""
+    for line, row in read_items(path.expanduser()):
+        try:
+            if isinstance(row, Refused):
+                raise row
+            sample = reader.sample(row)
+            if (earlier := line_of_id.setdefault(sample.id, line)) != line:
+                raise Refused(f"id {sample.id!r} is that of line {earlier} already; give every row its own")
+        except Refused as refused:
+            problems.append(f"{path}:{line}: {refused}")
+            if isinstance(row, dict):
+                hint = hint or _dialect_hint(path, row)
+        else:
+            samples.append(sample)
+    if problems:
+        refuse_all(problems, hint)
     if not samples:
         raise UserError(f"{path}: the manifest has no rows; expected one JSON object a line")
     return samples
 
 
-class _Row:
-    """One line of a manifest; knows where it stands, for the errors."""
+def count_media(samples: Sequence[Sample]) -> str:
+    """How many samples have a video, for the start of a run."""
+    n = sum(bool(sample.media) for sample in samples)
+    return f"{n} of {len(samples)} samples have a video"
 
-    def __init__(self, where: str, line: bytes, folder: Path, data_root: Path):
-        self.where = where
-        self.folder = folder
-        self.data_root = data_root
-        self.media: list[Medium] = []
-        self.fields = self._parse(line)
 
-    def fail(self, message: str) -> NoReturn:
-        raise UserError(f"{self.where}: {message}")
+def _dialect_hint(path: Path, row: Mapping[str, Any]) -> str:
+    from rlvid.data.dialects import looks_like  # only where a row is wrong: manifests need no dialects
 
-    def _parse(self, line: bytes) -> dict[str, Any]:
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self.fail(f"byte {error.start + 1} is not UTF-8; save the manifest as UTF-8")
-        try:
-            fields = json.loads(text, parse_constant=_refuse_constant)
-            # JSON can escape half of a surrogate pair, which no tokenizer or file takes.
-            json.dumps(fields, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            self.fail("a text holds half of a surrogate pair (\\ud800 to \\udfff); write the character itself")
-        except (ValueError, RecursionError) as error:
-            self.fail(f"not valid JSON ({error}); expected one JSON object a line")
-        if not isinstance(fields, dict):
-            self.fail(f"expected a JSON object with id, question and answer, got a {_kind(fields)}")
-        return fields
+    name = looks_like(row)
+    return f"its rows look like {name}; to read them: rlvid data convert {path} OUT --from {name}" if name else ""
 
-    def sample(self, system_prompt: str | None, suffix: str, needs_answer: bool) -> Sample:
-        sample_id = self._id()
-        choices = self._choices()
-        answer = self._answer(choices, needs_answer)
-        if "messages" in self.fields:
-            messages = self._messages(suffix)
+
+class _RowReader:
+    """Makes samples of a manifest's rows. All of its methods raise `Refused` with the reason."""
+
+    def __init__(self, media: MediaReader, system_prompt: str | None, suffix: str, needs_answer: bool):
+        self._media, self._suffix, self._needs_answer = media, suffix, needs_answer
+        self._system = Message("system", (system_prompt,)) if system_prompt else None
+
+    def sample(self, row: dict[str, Any]) -> Sample:
+        check_unread(row, FIELDS)
+        sample_id = self._id(row.get("id"))
+        choices = read_choices(row.get("choices"))
+        answer = read_answer(row.get("answer"), choices, self._needs_answer)
+        if "messages" in row:
+            messages, media = self._messages(row)
         else:
-            messages = [self._question(choices, suffix)]
-        if system_prompt and messages[0].role != "system":
-            messages.insert(0, Message("system", (system_prompt,)))
-        problem_type = self.fields.get("problem_type")
+            message, media = self._question(row, choices)
+            messages = [message]
+        if self._system and messages[0].role != "system":
+            messages.insert(0, self._system)
+        problem_type = row.get("problem_type")
         if problem_type is not None and not isinstance(problem_type, str):
-            self.fail(f"problem_type must be a text, got a {_kind(problem_type)}")
+            raise Refused(f"problem_type must be a text, got a {kind_of(problem_type)}")
         return Sample(
             id=sample_id,
-            media=tuple(self.media),
+            media=tuple(media),
             messages=tuple(messages),
             answer=answer,
             choices=choices,
-            problem_type=problem_type or None,
-            extra={name: value for name, value in self.fields.items() if name not in FIELDS},
+            problem_type=sys.intern(problem_type) if problem_type else None,
+            extra={name: row[name] for name in row if name not in FIELDS} or _NO_EXTRA,
         )
 
-    def _id(self) -> str:
-        value = self.fields.get("id")
+    def _id(self, value: Any) -> str:
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str) or not value.strip():
-            self.fail("id is missing or empty; give every row an id of its own (a text or a whole number)")
+            raise Refused("id is missing or empty; give every row an id of its own (a text or a whole number)")
         return value
 
-    def _choices(self) -> tuple[str, ...] | None:
-        choices = self.fields.get("choices")
-        if choices is None:
-            return None
-        if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-            self.fail('choices must be a list of texts that are not empty, for example ["red", "blue"]')
-        if not 2 <= len(choices) <= MAX_CHOICES:
-            self.fail(f"choices must be 2 to {MAX_CHOICES}, one a letter; got {len(choices)}")
-        return tuple(choices)
-
-    def _answer(self, choices: tuple[str, ...] | None, needs_answer: bool) -> str:
-        answer = self.fields.get("answer")
-        if isinstance(answer, int | float) and not isinstance(answer, bool):
-            answer = str(answer)
-        if answer in (None, "") and not needs_answer:
-            return ""
-        if not isinstance(answer, str) or not answer.strip():
-            self.fail("answer is missing or empty; expected a text or a number")
-        if choices is not None:
-            meant = choices_meant(answer, choices)
-            if not meant:
-                self.fail(f"answer {answer!r} is not among the choices {list(choices)}; give one's text or letter")
-            if len(meant) > 1:
-                self.fail(
-                    f"answer {answer!r} is one choice's text and another one's letter; give a letter that is no text"
-                )
-        return answer
-
-    def _question(self, choices: tuple[str, ...] | None, suffix: str) -> Message:
-        question = self.fields.get("question")
+    def _question(self, row: dict[str, Any], choices: tuple[str, ...] | None) -> tuple[Message, list[Medium]]:
+        question = row.get("question")
         if not isinstance(question, str) or not question.strip():
-            self.fail("question is missing or empty; expected a text, or messages for several turns")
+            raise Refused("question is missing or empty; expected a text, or messages for several turns")
         if choices and bring_letters(choices):
-            self.fail(f"choices have letters of their own ({choices[0]!r}); leave them out, letters are put before")
-        videos = self.fields.get("video")
-        paths = videos if isinstance(videos, list) else [] if videos is None else [videos]
-        text = "\n".join(part for part in (question, choice_lines(choices or ()), suffix) if part)
-        return Message("user", (*(self._video(path) for path in paths), text))
+            raise Refused(f"choices have letters of their own ({choices[0]!r}); leave them out, letters are put before")
+        media = self._media.of_row(row)
+        before: _Content = _FIRST if len(media) == 1 else tuple(map(MediumRef, range(len(media))))
+        if "<" in question and PLACEHOLDER.search(question):
+            before, question, media = _placed(question, media)
+        text = "\n".join(part for part in (question, choice_lines(choices or ()), self._suffix) if part)
+        return Message("user", (*before, text) if text else before), media
 
-    def _messages(self, suffix: str) -> list[Message]:
-        if both := sorted(QUESTION_FIELDS & self.fields.keys()):
-            self.fail(f"messages and {both[0]} do not go together; videos and questions stand in the messages' content")
-        turns = self.fields["messages"]
+    def _messages(self, row: dict[str, Any]) -> tuple[list[Message], list[Medium]]:
+        if both := sorted(key for key in QUESTION_FIELDS if row.get(key) is not None):
+            raise Refused(
+                f"messages and {both[0]} do not go together; media and questions are in the messages' content"
+            )
+        turns = row["messages"]
         if not isinstance(turns, list) or not turns:
-            self.fail('messages must be a list, for example [{"role": "user", "content": "What moves?"}]')
-        messages = [self._message(turn, index) for index, turn in enumerate(turns)]
+            raise Refused('messages must be a list, for example [{"role": "user", "content": "What moves?"}]')
+        media: list[Medium] = []
+        messages = [self._message(turn, index, media) for index, turn in enumerate(turns)]
         if messages[-1].role != "user":
-            self.fail(f"the last of messages is from the {messages[-1].role}; end with the user turn to be answered")
+            raise Refused(
+                f"the last of messages is from the {messages[-1].role}; end with the user turn to be answered"
+            )
         *before, last = messages[-1].content
-        if suffix:
-            end: _Content = (f"{last}\n{suffix}",) if isinstance(last, str) else (last, suffix)
+        if self._suffix:
+            end: _Content = (f"{last}\n{self._suffix}",) if isinstance(last, str) else (last, self._suffix)
             messages[-1] = Message("user", (*before, *end))
-        return messages
+        return messages, media
 
-    def _message(self, turn: object, index: int) -> Message:
+    def _message(self, turn: object, index: int, media: list[Medium]) -> Message:
         where = f"messages[{index}]"
         if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
-            self.fail(f"{where} must be an object with role and content and nothing else")
+            raise Refused(f"{where} must be an object with role and content and nothing else")
         role, content = turn["role"], turn["content"]
         if role not in ROLES:
-            self.fail(f"{where}.role must be one of {', '.join(ROLES)}; got {role!r}")
+            raise Refused(f"{where}.role must be one of {', '.join(ROLES)}; got {role!r}")
         if role == "system" and index:
-            self.fail(f"{where}: a system turn can only be the first")
+            raise Refused(f"{where}: a system turn can only be the first")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list) or not content:
-            self.fail(f"{where}.content must be a text or a list of text and video parts, and not empty")
-        return Message(role, tuple(self._part(part, f"{where}.content[{i}]", role) for i, part in enumerate(content)))
+            raise Refused(f"{where}.content must be a text or a list of text and media parts, and not empty")
+        parts = (self._part(part, f"{where}.content[{i}]", role, media) for i, part in enumerate(content))
+        return Message(role, tuple(parts))
 
-    def _part(self, part: object, where: str, role: str) -> str | MediumRef:
-        match part:
-            case {"type": "text", "text": str(text), **rest} if text.strip() and not rest:
-                return text
-            case {"type": "video", "video": video, **rest} if not rest:
-                if role != "user":
-                    self.fail(f"{where}: a video can only stand in a user turn, not in one of the {role}")
-                return self._video(video)
-        self.fail(f'{where} must be {{"type": "text", "text": not empty}} or {{"type": "video", "video": a path}}')
-
-    def _video(self, video: object) -> MediumRef:
-        """Append the absolute path to `media`. A path is untrusted: it must not lead out of the data root."""
-        if not isinstance(video, str) or not video.strip() or "\0" in video:
-            self.fail(f"video must be a path or a list of paths, got {video!r:.80}")
-        if os.path.isabs(video):
-            self.fail(f"video {video!r} is absolute; write it relative to the manifest's folder {self.folder}")
-        absolute = Path(os.path.normpath(self.folder / video))
-        if self.data_root not in absolute.parents:
-            self.fail(f"video {video!r} is not under {self.data_root}; set data.root to a folder that holds all videos")
-        self.media.append(Medium(str(absolute)))
-        return MediumRef(len(self.media) - 1)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    def _part(self, part: Any, where: str, role: str, media: list[Medium]) -> str | MediumRef:
+        part = part if isinstance(part, dict) else {}
+        kind = part.get("type")
+        if (
+            kind == "text"
+            and part.keys() == {"type", "text"}
+            and isinstance(part["text"], str)
+            and part["text"].strip()
+        ):
+            if found := PLACEHOLDER.search(part["text"]):
+                raise Refused(f"{where} has {found[0]} in its text; write it as a part of its own")
+            return str(part["text"])
+        how = READ_AS.keys() if kind == "video" else set()
+        if kind in ("video", "image") and kind in part and not part.keys() - {"type", kind, *how}:
+            if role != "user":
+                raise Refused(f"{where}: a {kind} can only be in a user turn, not in one of the {role}")
+            media.append(self._media.medium(part[kind], kind, read_part(part)))
+            return MediumRef(len(media) - 1)
+        raise Refused(
+            f'{where} must be {{"type": "text", "text": not empty}} or {{"type": "video", "video": a path}}, perhaps '
+            f"with {', '.join(READ_AS)}"
+        )
 
 
-def _kind(value: object) -> str:
-    names: Mapping[type, str] = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+def _placed(question: str, media: Sequence[Medium]) -> tuple[_Content, str, list[Medium]]:
+    """Put media where a question has `<video>` or `<image>`: what comes before its last text, that text, the media in
+    this order.
+
+    Raises:
+        Refused: there are more placeholders than media, or fewer.
+    """
+    waiting, placed = list(media), list[Medium]()
+    first, *rest = PLACEHOLDER.split(question)  # text, kind, text, kind, text
+    content: list[str | MediumRef] = [first.strip()] if first.strip() else []
+    for kind, text in zip(rest[::2], rest[1::2], strict=True):
+        medium = next((m for m in waiting if m.kind == kind), None)
+        if medium is None:
+            raise Refused(f"question has more <{kind}> than the row has media of this kind; name the files as {kind!r}")
+        waiting.remove(medium)
+        content.append(MediumRef(len(placed)))
+        placed.append(medium)
+        content.append(text)
+    if waiting:
+        raise Refused(f"question has {len(placed)} placeholders but the row has {len(media)} media; write one for each")
+    before = tuple(part for part in content[:-1] if isinstance(part, MediumRef) or part.strip())
+    return before, rest[-1].strip(), placed

@@ -1,30 +1,30 @@
-"""Lessons on synthetic clips: what a tiny model has to learn before it can judge itself.
+"""Lessons on synthetic clips: what a tiny model is taught before it can judge itself.
 
-Four kinds of row, on the training clips: describe the video, mend a wrong description, answer the question, and choose
-between a right and a wrong answer, the last two with and without the description, in the judge's own words
-(`rlvid/rewards/judge_prompts.py`). Descriptions and choices are right. Answers are taught on few clips, and where no
-description is at hand most of them are careless: one and the same for all clips, as a model answers that goes by its
-prior rather than by what it sees. That is what self-judgement can mend.
+Four kinds of row, on the training clips: describe the video, correct a wrong description, answer the question, and
+choose between a right and a wrong answer. The last two come with and without the description, in the judge's own words
+(`rlvid/rewards/judge_prompts.py`). Descriptions and choices are right. Answers are taught on few clips, and most of
+those without a description are careless: the same for all clips, as a model answers that goes by its prior rather than
+by what it sees. This is what self-judgement can correct.
 
-A choice says what is right, then holds each response against it. The second part is for models this small: with it they
-compare two words after some hundred steps, without it not after a thousand.
+A choice first says what is right, then compares each response with it. The second part is for models this small: with
+it they compare two words after some hundred steps, without it not after a thousand.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlvid.files import write_rows
 from rlvid.rewards.judge_prompts import describe_prompt, pair_prompts, with_context
 from rlvid.synthetic.moving_shapes import possible_answers, wrong_answer
 from rlvid.types import Medium, Message, Sample
 
-ANSWERED = 4  # the question is answered on one clip in so many
+ANSWERED = 4  # the question is answered on one clip in this many
 CARELESS = 0.6  # share of these answers that are careless
 CHOICES_WITH_CONTEXT = 3  # judgements on each clip
 CHOICES_WITHOUT = 1
@@ -36,9 +36,7 @@ def make_lessons(manifest: Path) -> Path:
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     rng = np.random.default_rng(len(rows))
     lessons = [lesson for i, row in enumerate(rows) for lesson in _lessons_on(row, rows, i % ANSWERED == 0, rng)]
-    part = path.with_suffix(f".{os.getpid()}.part")  # trials of a sweep may come here together
-    part.write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
-    part.replace(path)
+    write_rows(path, lessons)
     return path
 
 
@@ -48,7 +46,7 @@ def _lessons_on(
     media = (Medium(row["video"]),)
     sample = Sample(row["id"], media, (Message.about(media, row["question"]),), row["answer"])
     other = rows[int(rng.integers(len(rows)))]["description"]
-    for name, prompt in (("describe", describe_prompt(sample, "")), ("mend", describe_prompt(sample, other))):
+    for name, prompt in (("describe", describe_prompt(sample, "")), ("correct", describe_prompt(sample, other))):
         yield _lesson(row, name, prompt.question, row["description"])
     if is_answered:
         answer = possible_answers(row)[0] if rng.random() < CARELESS else row["answer"]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from rlvid.config import SyntheticConfig
 from rlvid.errors import UserError
+from rlvid.files import dumps, naming_write_errors, write_atomic, write_rows
 
 COLOURS = {
     "red": (230, 40, 40),
@@ -57,12 +58,12 @@ class Figure:
 def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path, Path]:
     """Write clips and two manifests into `out_dir`; return the paths of `train.jsonl` and `eval.jsonl`.
 
-    Beside them stand `train_pairs.jsonl` and `eval_pairs.jsonl`: the same rows with the right answer as `chosen` and a
+    Beside them are `train_pairs.jsonl` and `eval_pairs.jsonl`: the same rows with the right answer as `chosen` and a
     wrong one as `rejected`. A folder that already holds the same set is left as it is; one that holds another set is
     refused.
 
     Raises:
-        UserError: `out_dir` holds something else.
+        UserError: `out_dir` holds something else, or cannot be written.
     """
     stamp = out_dir / "synthetic.json"
     spec = {"seed": seed, **cfg.model_dump(mode="json")}
@@ -73,16 +74,17 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
         raise UserError(
             f"{out_dir} holds a synthetic set made with other settings ({stamp}): remove it or name another folder"
         )
-    (out_dir / "clips").mkdir(parents=True, exist_ok=True)
-    for split, (path, n) in enumerate(zip(manifests, (cfg.train, cfg.eval), strict=True)):
-        # Independent streams: the train set does not change when the eval set grows.
-        rng = np.random.default_rng([seed, split])
-        rows = [_make_clip(out_dir, path.stem, i, cfg, rng) for i in range(n)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        wrong = np.random.default_rng([seed, split, 1])
-        pairs = [{**row, "chosen": row["answer"], "rejected": wrong_answer(row, wrong)} for row in rows]
-        pairs_of(path).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    stamp.write_text(json.dumps(spec))  # last: an interrupted set is made again
+    with naming_write_errors(f"the synthetic set {out_dir}", "make room or name another folder, and start it again"):
+        (out_dir / "clips").mkdir(parents=True, exist_ok=True)
+        for split, (path, n) in enumerate(zip(manifests, (cfg.train, cfg.eval), strict=True)):
+            # Independent streams: the train set does not change when the eval set grows.
+            rng = np.random.default_rng([seed, split])
+            rows = [_make_clip(out_dir, path.stem, i, cfg, rng) for i in range(n)]
+            write_rows(path, rows)
+            wrong = np.random.default_rng([seed, split, 1])
+            pairs = [{**row, "chosen": row["answer"], "rejected": wrong_answer(row, wrong)} for row in rows]
+            write_rows(pairs_of(path), pairs)
+        write_atomic(stamp, dumps(spec))  # last: an interrupted set is made again
     return manifests
 
 
@@ -104,7 +106,7 @@ def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.
 
 
 def _describe(kind: str, figures: list[Figure]) -> str:
-    """What is seen, as far as a question about it could ask."""
+    """What is seen, as far as a question could ask about it."""
     if kind == "count":
         return (
             f"There {'are' if len(figures) > 1 else 'is'} {NUMBERS[len(figures) - 1]} shape{'s' * (len(figures) > 1)}."
@@ -117,7 +119,7 @@ def _describe(kind: str, figures: list[Figure]) -> str:
 
 
 def pairs_of(manifest: Path) -> Path:
-    """Where the pairs of a synthetic manifest stand."""
+    """Where the pairs of a synthetic manifest are."""
     return manifest.with_name(f"{manifest.stem}_pairs.jsonl")
 
 
@@ -178,7 +180,7 @@ def _draw_scene(kind: str, cfg: SyntheticConfig, rng: np.random.Generator) -> tu
         return figures, colours[0]
     shape, direction = str(rng.choice(SHAPES)), str(rng.choice(list(DIRECTIONS)))
     dx, dy = DIRECTIONS[direction]
-    # A form is told by its outline, so it is large and moves little; a direction by its way, so that is long.
+    # A shape is recognised by its outline, so it is large and moves little; a direction needs a long way.
     radius, reach = ((0.28, 0.36), (0.1, 0.2)) if kind == "shape" else ((0.15, 0.2), (0.6, 0.7))
     way = rng.uniform(*reach) * size
     off_axis = rng.uniform(0.42, 0.58) * size

@@ -1,5 +1,6 @@
 import pytest
 
+from rlvid.data import order
 from rlvid.data.order import batch_indices
 
 
@@ -32,6 +33,13 @@ def test_the_order_is_the_same_on_every_machine_and_version() -> None:
     # The draws of PCG64 seeded with (0, 0), whose stream numpy keeps, in units of 1e18:
     # 11.7, 4.98, 0.756, 0.305, 15.0, 16.8. In rising order these are the positions
     assert batch_indices(n=6, seed=0, start=0, count=6) == [3, 2, 1, 0, 4, 5]
+
+
+def test_the_permutation_of_an_epoch_is_made_once() -> None:
+    order._permutation.cache_clear()
+    for start in range(0, 100, 10):
+        batch_indices(n=50, seed=0, start=start, count=10)
+    assert order._permutation.cache_info().misses == 2
 
 
 def test_nonsense_is_refused() -> None:

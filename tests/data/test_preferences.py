@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rlvid.data.preferences import load_preferences, pair_row, write_preferences
+from rlvid.data.preferences import load_preferences, pair_row
 from rlvid.errors import UserError
+from rlvid.files import write_rows
 from rlvid.types import Medium, MediumRef, Message, Preference, Sample
 
 ROW = {"id": "a", "video": "a.mp4", "question": "What moves?", "chosen": "A circle.", "rejected": "A square."}
@@ -26,7 +27,7 @@ def test_a_row_is_a_prompt_and_two_responses(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    write_preferences(tmp_path / "out.jsonl", [ROW, {**ROW, "id": "b", "rejected": "Ein Kreis, größer"}])
+    write_rows(tmp_path / "out.jsonl", [ROW, {**ROW, "id": "b", "rejected": "Ein Kreis, größer"}])
     pairs = load_preferences(tmp_path / "out.jsonl", None, None, "")
     assert [(p.sample.id, p.rejected) for p in pairs] == [("a", "A square."), ("b", "Ein Kreis, größer")]
     assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
@@ -50,6 +51,8 @@ def test_a_bad_pair_is_named(tmp_path: Path, change: dict[str, object], message:
 
 def test_a_pair_written_as_a_row_is_read_as_the_same_pair(tmp_path: Path) -> None:
     video = Medium(str(tmp_path / "clips" / "a.mp4"))
+    part = Medium(video.path, start_s=1.0, end_s=2.5, fps=2.0, max_pixels=5000)
+    outside = Medium(str(tmp_path / "iterations" / "01" / "b.mp4"))
     turns = (
         Message("system", ("Be brief.",)),
         Message("user", (MediumRef(0), "What?")),
@@ -62,10 +65,18 @@ def test_a_pair_written_as_a_row_is_read_as_the_same_pair(tmp_path: Path) -> Non
         Sample("c", (video, video), (Message("user", (MediumRef(0), MediumRef(1), "Which?")),), ""),
         Sample("d", (video,), turns, "lawn"),
         Sample("e", (video,), (Message("user", ("Look: ", MediumRef(0), "What?")),), ""),
+        Sample("f", (part,), (Message("user", (MediumRef(0), "What?")),), ""),
+        Sample("g", (outside,), (Message("user", (MediumRef(0), "What?")),), ""),
     ]
     pairs = [Preference(s, "this one", "that one", {"judge": "me", "iteration": 1}) for s in samples]
     folder = tmp_path / "iterations" / "01"
     folder.mkdir(parents=True)
-    write_preferences(folder / "pairs.jsonl", [pair_row(p, folder) for p in pairs])
+    write_rows(folder / "pairs.jsonl", [pair_row(p) for p in pairs])
     read = load_preferences(folder / "pairs.jsonl", tmp_path, None, "")
     assert [dataclasses.replace(p, sample=dataclasses.replace(p.sample, extra={})) for p in read] == pairs
+
+
+def test_all_bad_pairs_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, {**ROW, "rejected": ""}, {**ROW, "id": "b"}, {**ROW, "id": "c", "rejected": "A circle."})
+    assert [line.split(": ")[1] for line in str(error.value).split("\n")] == ["row 'a'", "row 'c'"]

@@ -19,7 +19,7 @@ def test_lessons_teach_what_the_manifest_says_in_the_judges_words(synthetic: Pat
     for lesson in lessons:
         row = rows[lesson.id.split("#")[0]]
         kinds[lesson.problem_type or ""] = kinds.get(lesson.problem_type or "", 0) + 1
-        if lesson.problem_type in ("describe", "mend"):
+        if lesson.problem_type in ("describe", "correct"):
             assert lesson.answer == row["description"]
         elif lesson.problem_type == "answer":
             assert lesson.question.endswith(row["question"])
@@ -32,7 +32,7 @@ def test_lessons_teach_what_the_manifest_says_in_the_judges_words(synthetic: Pat
             responses = [lesson.question.split(f"<response_{i}> ")[1].split(f" </response_{i}>")[0] for i in (1, 2)]
             assert chosen and responses[chosen - 1] == row["answer"] != responses[2 - chosen]
             assert f"{chosen}: {row['answer']}, right." in lesson.answer and lesson.answer.count(", wrong.") == 1
-    assert kinds["describe"] == kinds["mend"] == len(rows) and kinds["answer"] == 2 * -(-len(rows) // ANSWERED)
+    assert kinds["describe"] == kinds["correct"] == len(rows) and kinds["answer"] == 2 * -(-len(rows) // ANSWERED)
     assert 0 < careless < kinds["answer"] / 2
     content = path.read_bytes()
     assert make_lessons(manifest).read_bytes() == content

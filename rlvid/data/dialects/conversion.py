@@ -1,19 +1,12 @@
-"""Files of items that others have published, item by item: what the converters to manifests share.
-
-An item that is refused stands in `refused.jsonl` with the reason; the others are kept. Frames that come as pictures
-become one lossless clip (FFV1), so that everything behind sees a video like any other.
-"""
+"""From published items to a manifest. Videos stay where they are; pictures become lossless clips (FFV1) beside it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,126 +15,153 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row
+from rlvid.data.items import read_items, refuse_all
 from rlvid.errors import UserError
+from rlvid.files import naming_write_errors, write_rows
 
-MANIFEST = "manifest.jsonl"
-
-
-class Refused(ValueError):
-    """An item that cannot be used. The message says why."""
+MANIFEST, REFUSED, CLIPS = "manifest.jsonl", "refused.jsonl", "clips"
 
 
-def convert_items(
-    source: Path, out: Path, row_of: Callable[[str, Any, Path], dict[str, Any] | None], wanted: str = ""
-) -> tuple[list[dict[str, Any]], int]:
-    """The rows of all items, and how many were refused; those are written to `out/refused.jsonl`.
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` has written."""
+
+    manifest: Path
+    n_rows: int
+    n_refused: int
+    root: Path | None  # what `data.root` has to be; None where all media are below the manifest's folder
+
+
+def convert(
+    source: Path,
+    out: Path,
+    dialect: Dialect,
+    *,
+    videos: Path | None = None,
+    mapped: Sequence[tuple[str, str]] = (),
+    only: str | None = None,
+    mismatched: float = 0.0,
+    seed: int = 0,
+) -> Converted:
+    """Write `manifest.jsonl`, `refused.jsonl` with the items that cannot be used, and `clips/` where there are
+    medium. Nothing is written before all items are read.
 
     Args:
-        source: a file of items (JSON list or JSON lines), or a folder of such files.
-        row_of: given an item's id, the item and its file's folder, its manifest row, or None if it is not wanted.
-            Raises `Refused`.
-        wanted: said where nothing is left: which items were asked for.
+        source: A file of items, or a folder of such files.
+        videos: Where relative paths start; default the folder of the items' file.
+        mapped: (old, new) beginnings of paths.
+        only: Keep the rows of this source.
+        mismatched: Share of the rows that come again with the text of another video.
+        seed: Of the mismatched rows.
 
     Raises:
-        UserError: nothing to read, or nothing left.
+        UserError: an option that the dialect does not have, nothing to read, nothing left, `out` cannot be written.
     """
-    (out / "clips").mkdir(parents=True, exist_ok=True)
-    items = list(_items(source))
-    first = {name_of(item): where for where, _, item in reversed(items)}
-
-    def made(where: str, file: Path, item: Any) -> dict[str, Any] | Refused | None:
-        try:
-            if not (name := name_of(item)):
-                raise Refused("expected an object with an id")
-            if (earlier := first[name]) != where:
-                raise Refused(f"it has the same id as {earlier}")
-            return row_of(name, item, file.parent)
-        except Refused as e:
-            return e
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and encoding let go of the interpreter
-        outcomes = list(pool.map(made, *zip(*items, strict=True))) if items else []
-    rows = [row for row in outcomes if isinstance(row, dict)]
-    refused = [
-        {"id": name_of(item) or None, "where": where, "reason": str(outcome)}
-        for (where, _, item), outcome in zip(items, outcomes, strict=True)
-        if isinstance(outcome, Refused)
-    ]
-    write_rows(out / "refused.jsonl", refused)
-    if not rows:
-        why = f"; the first: {refused[0]['where']}: {refused[0]['reason']}" if refused else ""
-        raise UserError(f"{source}: no item left{wanted}, {len(refused)} refused{why}")
-    return rows, len(refused)
+    if only is not None and only not in dialect.sources:
+        raise UserError(f"--source {only}: expected one of {', '.join(dialect.sources) or 'none in this dialect'}")
+    if not 0 <= mismatched <= 1:
+        raise UserError(f"--mismatched is a share from 0 to 1, got {mismatched:g}")
+    if mismatched and dialect.mismatch is None:
+        raise UserError("--mismatched: this dialect has no rows that could be mismatched")
+    rows, refused = _read(source, dialect, videos, tuple(mapped))
+    rows = {where: row for where, row in rows.items() if only in (None, row.get("source"))}
+    _check_some_left(f"{source}{f' of source {only}' if only else ''}", rows, refused)
+    more = dialect.mismatch([*rows.values()], mismatched, np.random.default_rng(seed)) if dialect.mismatch else []
+    with naming_write_errors(f"the converted set {out}", "make room or name another folder, and start it again"):
+        places = _places({medium for row in rows.values() for medium in _media(row)}, out.absolute())
+        for where, row in list(rows.items()):
+            if reasons := [str(places[m]) for m in _media(row) if isinstance(places[m], Refused)]:
+                refused[where] = {"id": row["id"], "where": where, "reason": reasons[0]}
+                del rows[where]
+        _check_some_left(str(source), rows, refused)
+        ids = {row["id"] for row in refused.values()}
+        kept = [*rows.values(), *(row for row in more if row["id"].removesuffix("-mismatched") not in ids)]
+        written, root = _written(kept, places, out.absolute())
+        out.mkdir(parents=True, exist_ok=True)
+        write_rows(out / REFUSED, refused.values())
+        write_rows(out / MANIFEST, written)
+    return Converted(out / MANIFEST, len(written), len(refused), root)
 
 
-def _items(source: Path) -> Iterator[tuple[str, Path, Any]]:
-    """(where, file, item) of all files."""
-    files = sorted(f for p in ("*.json", "*.jsonl") for f in source.rglob(p)) if source.is_dir() else [source]
+def _read(
+    source: Path, dialect: Dialect, videos: Path | None, mapped: tuple[tuple[str, str], ...]
+) -> tuple[dict[str, Row], dict[str, Row]]:
+    """Rows, and what is told about refused items, both by file and line."""
+    patterns = ("*.json", "*.jsonl", "*.parquet")
+    files = sorted(f for p in patterns for f in source.rglob(p)) if source.is_dir() else [source]
     if not files:
-        raise UserError(f"{source} holds no *.json or *.jsonl file of items")
+        raise UserError(f"{source} holds no file of items ({', '.join(patterns)})")
+    rows, refused, first = dict[str, Row](), dict[str, Row](), dict[str, str]()
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-            items = (
-                json.loads(text)
-                if text.lstrip().startswith("[")
-                else [json.loads(x) for x in text.split("\n") if x.strip()]
-            )
-        except (OSError, ValueError) as e:
-            raise UserError(f"{file} cannot be read as a JSON list or JSON lines: {e}") from e
-        yield from ((f"{file}: item {i}", file, item) for i, item in enumerate(items))
+        roots = Roots((videos or file.parent).absolute(), mapped)
+        for number, item in read_items(file):
+            where, name = f"{file}:{number}", ""
+            try:
+                if isinstance(item, Refused):
+                    raise item
+                name = _id(item)
+                row = {"id": name, **dialect.read(item, roots)}
+                if not row["id"]:
+                    raise Refused("expected an object with an id")
+                if (earlier := first.setdefault(row["id"], where)) != where:
+                    raise Refused(f"it has the same id as {earlier}")
+                rows[where] = row
+            except Refused as reason:
+                refused[where] = {"id": name or None, "where": where, "reason": str(reason)}
+    return rows, refused
 
 
-def name_of(item: Any) -> str:
-    """An item's id as text; "" where it has none."""
-    value = item.get("id") if isinstance(item, dict) else None
+def _id(item: Item) -> str:
+    value = item.get("id")
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-def copied(file: Path, name: str, out: Path) -> str:
-    """Put a video file under `out/clips`; returns its path relative to `out`. One that is there is kept."""
-    target = Path("clips") / f"{_stem(name)}{file.suffix}"
-    if not (out / target).exists():
-        _place(lambda part: shutil.copyfile(file, part), out / target)
-    return str(target)
+def _check_some_left(source: str, rows: Mapping[str, Row], refused: Mapping[str, Row]) -> None:
+    if not rows:
+        first = [f"{row['where']}: {row['reason']}" for row in refused.values()]
+        refuse_all([f"no item left of {source}, {len(refused)} refused", *first])
 
 
-def joined(files: Sequence[Path], name: str, out: Path, fps: int) -> str:
-    """Make one clip of pictures under `out/clips`; returns its path relative to `out`. One that is there is kept.
+def _media(row: Row) -> list[Path | Pictures]:
+    video = row.get("video")
+    return video if isinstance(video, list) else [] if video is None else [video]
 
-    Raises:
-        Refused: a picture cannot be read, or their sizes differ.
-    """
-    target = Path("clips") / f"{_stem(name)}.mkv"
-    if not (out / target).exists():
-        frames = [_picture(file) for file in files]
+
+def _written(rows: Sequence[Row], places: Mapping[Any, Any], out: Path) -> tuple[list[Row], Path | None]:
+    """Rows with paths as text, and the folder above all of them where that is not `out`."""
+    paths = {places[medium] for row in rows for medium in _media(row)}
+    is_inside = all(path.is_relative_to(out) for path in paths)
+    texts = {path: os.path.relpath(path, out) if is_inside else str(path) for path in paths}
+    written = []
+    for row in rows:
+        own = [texts[places[medium]] for medium in _media(row)]
+        written.append({**row, "video": own if isinstance(row["video"], list) else own[0]} if own else row)
+    return written, None if is_inside else Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _places(media: Collection[Path | Pictures], out: Path) -> dict[Path | Pictures, Path | Refused]:
+    """Where each medium is: a video where it was, pictures as a clip under `out/clips`, or why they are none."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and encoding release the interpreter
+        return dict(zip(media, pool.map(lambda m: _clip(m, out) if isinstance(m, Pictures) else m, media), strict=True))
+
+
+def _clip(pictures: Pictures, out: Path) -> Path | Refused:
+    """Make one clip of pictures; one that is there is kept."""
+    name = hashlib.sha256("\n".join(map(str, (pictures.fps, *pictures.files))).encode()).hexdigest()[:32]
+    clip = out / CLIPS / f"{name}.mkv"
+    if not clip.exists():
+        try:
+            frames = [_picture(file) for file in pictures.files]
+        except Refused as refused:
+            return refused
         if len({f.shape for f in frames}) > 1:
-            raise Refused("its frames differ in size")
-        _place(lambda part: write_lossless(part, np.stack(frames), fps), out / target)
-    return str(target)
-
-
-def _stem(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]{1,100}", name) else hashlib.sha256(name.encode()).hexdigest()
-
-
-def inside(
-    folder: Path, name: str, otherwise: Path | None = None, is_there: Callable[[Path], bool] = Path.is_file
-) -> Path:
-    """A file under `folder`, at `name` or `otherwise`.
-
-    Raises:
-        Refused: there is none.
-    """
-    for path in (Path(name), otherwise):
-        if path is None:
-            continue
-        absolute = Path(os.path.normpath(folder.absolute() / path))
-        if folder.absolute() not in absolute.parents:
-            raise Refused(f"{name} is not under {folder}")
-        if is_there(absolute):
-            return absolute
-    raise Refused(f"there is no file {name}")
+            return Refused("its frames differ in size")
+        clip.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = clip.with_suffix(".part")
+        write_lossless(unfinished, np.stack(frames), pictures.fps)
+        unfinished.replace(clip)
+    return clip
 
 
 def _picture(file: Path) -> npt.NDArray[np.uint8]:
@@ -162,16 +182,3 @@ def write_lossless(path: Path, frames: npt.NDArray[np.uint8], fps: int) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _place(write: Callable[[Path], object], target: Path) -> None:
-    """Whole or not at all."""
-    part = target.with_name(f"{target.name}.{threading.get_ident()}.part")  # two items may share a video
-    write(part)
-    part.replace(target)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)

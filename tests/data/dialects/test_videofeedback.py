@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from rlvid.data.dialects.conversion import write_lossless
-from rlvid.data.dialects.videofeedback import caption_of, convert, labels_of, mismatch
+from rlvid.data.dialects.conversion import convert, write_lossless
+from rlvid.data.dialects.videofeedback import DIALECT, caption_of, labels_of, mismatch
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import ALIGNMENT, DIMS, NoScore, five_scores_question
@@ -45,7 +45,7 @@ def item(folder: Path, name: str = "a1", caption: str = "a dog", **change: Any) 
 def converted(folder: Path, items: list[Any], **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and refused items."""
     (folder / "items.json").write_text(json.dumps(items))
-    convert(folder / "items.json", folder / "out", **options)
+    convert(folder / "items.json", folder / "out", DIALECT, **options)
     return tuple(  # type: ignore[return-value]
         [json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
         for name in ("manifest.jsonl", "refused.jsonl")
@@ -72,11 +72,11 @@ def test_conversation_form_and_frames_without_their_folder(tmp_path: Path) -> No
     assert not refused and rows[0]["labels"] == SCORES and rows[0]["prompt"] == "a cat"
 
 
-def test_video_file_is_copied_and_its_caption_may_be_a_field(tmp_path: Path) -> None:
+def test_video_stays_where_it_is_and_its_caption_may_be_a_field(tmp_path: Path) -> None:
     write_mp4(tmp_path / "v.mp4", np.zeros((4, 32, 32, 3), dtype=np.uint8), 8)
     rows, _ = converted(tmp_path, [{"id": 7, "video": "v.mp4", "text_prompt": " a cat ", "labels": SCORES}])
     assert rows[0]["id"] == "7" and rows[0]["prompt"] == "a cat"
-    assert (tmp_path / "out" / rows[0]["video"]).read_bytes() == (tmp_path / "v.mp4").read_bytes()
+    assert rows[0]["video"] == str(tmp_path / "v.mp4") and not (tmp_path / "out" / "clips").exists()
 
 
 def test_caption_with_the_prompts_own_words_stays_whole(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_caption_with_the_prompts_own_words_stays_whole(tmp_path: Path) -> None:
         ({"labels": [1, 2, 3, 4, 2]}, "labels is missing"),
         ({"images": ["images/a1/none.png"]}, "there is no file"),
         ({"images": ["../../etc/passwd"]}, "not under"),
-        ({"images": []}, "neither images"),
-        ({"images": None}, "neither images"),
+        ({"images": []}, "images must be a list of files"),
+        ({"images": None}, "images must be a list of files"),
         ({"images": ["items.json"]}, "cannot be read"),
         ({"prompt": "how good is it?"}, "not VideoFeedback's prompt"),
         ({"prompt": five_scores_question("  ")}, "caption is empty"),
@@ -111,7 +111,7 @@ def test_wrong_item_is_refused_alone_with_its_reason(tmp_path: Path, change: dic
     rows, refused = converted(tmp_path, [before, item(tmp_path, **change), after])
     assert [row["id"] for row in rows] == ["good", "also"]
     assert rows[1]["labels"]["dynamic degree"] == 1.0  # nothing has shifted
-    assert len(refused) == 1 and reason in refused[0]["reason"] and "item 1" in refused[0]["where"]
+    assert len(refused) == 1 and reason in refused[0]["reason"] and refused[0]["where"] == f"{tmp_path}/items.json:2"
 
 
 def test_frames_of_two_sizes_are_no_clip(tmp_path: Path) -> None:
@@ -123,17 +123,31 @@ def test_frames_of_two_sizes_are_no_clip(tmp_path: Path) -> None:
 def test_annotated_and_real(tmp_path: Path) -> None:
     items = [item(tmp_path, "a1"), item(tmp_path, "p005353"), item(tmp_path, "x", source="real")]
     names = {
-        which: [r["id"] for r in converted(tmp_path, items, which=which)[0]] for which in ("annotated", "real", "both")
+        which: [r["id"] for r in converted(tmp_path, items, only=which)[0]] for which in ("annotated", "real", None)
     }
-    assert names == {"annotated": ["a1"], "real": ["p005353", "x"], "both": ["a1", "p005353", "x"]}
+    assert names == {"annotated": ["a1"], "real": ["p005353", "x"], None: ["a1", "p005353", "x"]}
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="1 refused; the first: .*item 0: labels is missing"):
+    with pytest.raises(UserError, match=r"1 refused\n.*items.json:1: labels is missing"):
         converted(tmp_path, [item(tmp_path, labels=None)])
     with pytest.raises(UserError, match="JSON"):
         (tmp_path / "broken.json").write_text("[{")
-        convert(tmp_path / "broken.json", tmp_path / "out")
+        convert(tmp_path / "broken.json", tmp_path / "out", DIALECT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_options_are_found_before_anything_is_written(tmp_path: Path) -> None:
+    items = [item(tmp_path)]
+    for options, message in (
+        ({"mismatched": -1.0}, "--mismatched is a share from 0 to 1, got -1"),
+        ({"only": "fake"}, "--source fake: expected one of annotated, real"),
+        ({"only": "real"}, "no item left of .* of source real"),
+        ({"mismatched": 1.0}, "same caption"),
+    ):
+        with pytest.raises(UserError, match=message):
+            converted(tmp_path, items, **options)
+        assert not (tmp_path / "out").exists()
 
 
 def test_mismatched_rows_have_anothers_caption_and_alignment_1() -> None:
@@ -170,10 +184,10 @@ def test_ffv1_keeps_every_pixel(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data/videoscore is not on this machine")
 def test_real_items_keep_their_labels_by_name(tmp_path: Path) -> None:
-    _, n, refused = convert(REAL, tmp_path)
+    made = convert(REAL, tmp_path, DIALECT)
     items = {i["id"]: i for i in json.loads((REAL / "train.json").read_text())}
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
-    assert (n, refused) == (4, 0)
+    assert (made.n_rows, made.n_refused) == (4, 0)
     for row in rows:
         assert row["labels"] == items[row["id"]]["labels"] and list(row["labels"]) == list(DIMS)
         assert row["prompt"] in items[row["id"]]["prompt"]

@@ -10,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from rlvid.data.dialects.published_pairs import Dialect, convert
+from rlvid.data.dialects import DIALECTS
+from rlvid.data.dialects.conversion import convert
 from rlvid.data.preferences import load_preferences
 from rlvid.errors import UserError
 from rlvid.synthetic.moving_shapes import write_mp4
@@ -44,13 +45,13 @@ def videos(tmp_path: Path) -> Path:
     return folder
 
 
-def converted(videos: Path, items: list[Any], dialect: Dialect) -> tuple[list[Preference], list[dict[str, Any]]]:
+def converted(videos: Path, items: list[Any], dialect: str) -> tuple[list[Preference], list[dict[str, Any]]]:
     source, out = videos.parent / "items.jsonl", videos.parent / "out"
     source.write_text("".join(json.dumps(item) + "\n" for item in items))
-    manifest, n, refused = convert(source, out, videos, dialect)
-    pairs = load_preferences(manifest, None, None, "")
+    made = convert(source, out, DIALECTS[dialect], videos=videos)
+    pairs = load_preferences(made.manifest, made.root, None, "")
     said = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
-    assert (n, refused) == (len(pairs), len(said))
+    assert (made.n_rows, made.n_refused) == (len(pairs), len(said))
     return pairs, said
 
 
@@ -68,8 +69,8 @@ def test_hounds_frame_folder_becomes_one_clip_for_all_its_questions(videos: Path
     assert first.sample.media == second.sample.media and second.meta["chosen_score"] == 5
     for i, frame in enumerate(frames_of(first.sample.media[0].path)):
         assert (frame == np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).all()
-    assert Path(third.sample.media[0].path).read_bytes() == (videos / "v_mp4.mp4").read_bytes()
-    assert not list((videos.parent / "out" / "clips").glob("*.part"))
+    assert third.sample.media[0].path == str(videos / "v_mp4.mp4")  # where it was
+    assert [file.suffix for file in (videos.parent / "out" / "clips").iterdir()] == [".mkv"]
 
 
 def test_rlaifs_preference_names_the_better_output(videos: Path) -> None:
@@ -101,7 +102,7 @@ def test_frames_of_one_folder_may_be_those_of_several_videos(videos: Path) -> No
         ("rlaif", {**RLAIF, "images": []}, "images must be a list"),
     ],
 )
-def test_a_wrong_item_is_refused_alone(videos: Path, dialect: Dialect, item: dict[str, Any], reason: str) -> None:
+def test_a_wrong_item_is_refused_alone(videos: Path, dialect: str, item: dict[str, Any], reason: str) -> None:
     good = {**(HOUND if dialect == "hound" else RLAIF), "id": "good"}
     pairs, refused = converted(videos, [item, good], dialect)
     assert [p.sample.id for p in pairs] == ["good"]
@@ -109,5 +110,32 @@ def test_a_wrong_item_is_refused_alone(videos: Path, dialect: Dialect, item: dic
 
 
 def test_nothing_left_is_the_users_error(videos: Path) -> None:
-    with pytest.raises(UserError, match="no item left, 1 refused; the first: .*preference must be 1 or 2"):
+    with pytest.raises(UserError, match=r"no item left of .*, 1 refused\n.*items.jsonl:1: preference must be 1 or 2"):
         converted(videos, [{**RLAIF, "preference": None}], "rlaif")
+    assert not (videos.parent / "out").exists()
+
+
+def test_pictures_that_cannot_be_read_leave_nothing_either(videos: Path) -> None:
+    (videos / "v_abc" / "c01_0002.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"items.jsonl:1: frame c01_0002.png cannot be read"):
+        converted(videos, [RLAIF], "rlaif")
+    assert not (videos.parent / "out").exists()
+
+
+def test_paths_are_relative_to_the_manifest_where_all_are_below_it(videos: Path) -> None:
+    source = videos.parent / "items.jsonl"
+    source.write_text(json.dumps({**HOUND, "video": "v_mp4"}) + "\n")
+    made = convert(source, videos.parent, DIALECTS["hound"], videos=videos)
+    assert made.root is None and json.loads(made.manifest.read_text())["video"] == "videos/v_mp4.mp4"
+    made = convert(source, videos.parent / "out", DIALECTS["hound"], videos=videos)
+    assert made.root == videos and json.loads(made.manifest.read_text())["video"] == str(videos / "v_mp4.mp4")
+
+
+def test_beginnings_of_paths_are_mapped(videos: Path) -> None:
+    source = videos.parent / "lists" / "items.jsonl"
+    source.parent.mkdir()
+    source.write_text(json.dumps({**HOUND, "video": "/data/them/v_mp4"}) + "\n")
+    with pytest.raises(UserError, match="/data/them/v_mp4.mp4 is not under"):
+        convert(source, videos.parent / "out", DIALECTS["hound"])
+    made = convert(source, videos.parent / "out", DIALECTS["hound"], mapped=[("/data/them", str(videos))])
+    assert json.loads(made.manifest.read_text())["video"] == str(videos / "v_mp4.mp4")

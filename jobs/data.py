@@ -1,0 +1,96 @@
+"""`rlvid data convert` and `rlvid synth`: make manifests of published sets, and a synthetic set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rlvid.errors import UserError
+
+SYNTHETIC_KEYS = ("train", "eval", "size", "frames", "kinds")
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    """Arguments of `rlvid data`."""
+    from rlvid.data.dialects import DIALECTS
+
+    commands = command.add_subparsers(dest="data_command", required=True, metavar="convert")
+    one = commands.add_parser(
+        "convert",
+        help="make a manifest of a published set",
+        description="Make a manifest of a published set. Videos stay where they are.",
+        epilog="dialects:\n" + "\n".join(f"  {name:<14} {dialect.about}" for name, dialect in DIALECTS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument(
+        "source", type=Path, metavar="IN", help="file of items (JSON lines, JSON array, parquet), or folder"
+    )
+    one.add_argument("out", type=Path, metavar="OUT", help="gets manifest.jsonl, refused.jsonl, and clips/ of pictures")
+    one.add_argument("--from", dest="dialect", choices=DIALECTS, required=True, metavar="DIALECT", help="see below")
+    one.add_argument(
+        "--videos", type=Path, metavar="DIR", help="where relative paths start; default: the file's folder"
+    )
+    one.add_argument(
+        "--map", action="append", default=[], metavar="OLD=NEW", help="paths that begin with OLD begin with NEW instead"
+    )
+    one.add_argument("--source", dest="only", metavar="NAME", help="annotated or real items of videofeedback alone")
+    one.add_argument(
+        "--mismatched", type=float, default=0.0, metavar="SHARE", help="add this share of rows with a wrong prompt (0)"
+    )
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="of the mismatched rows (0)")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Convert, and say what was written."""
+    from rlvid.data.dialects import DIALECTS
+    from rlvid.data.dialects.conversion import convert
+
+    a = arguments
+    if wrong := [text for text in a.map if not text.partition("=")[0] or not text.partition("=")[2]]:
+        raise UserError(f"--map {wrong[0]}: expected OLD=NEW")
+    made = convert(
+        a.source,
+        a.out,
+        DIALECTS[a.dialect],
+        videos=a.videos,
+        mapped=[(text.partition("=")[0], text.partition("=")[2]) for text in a.map],
+        only=None if a.only == "both" else a.only,
+        mismatched=a.mismatched,
+        seed=_seed(a),
+    )
+    n = made.n_refused
+    note = f"; {n} item{'s' * (n > 1)} refused, see {a.out / 'refused.jsonl'}" if n else ""
+    print(f"{made.manifest}: {made.n_rows} rows{note}")
+    if made.root is not None:
+        print(f"its videos are elsewhere: set data.root={made.root}")
+
+
+def add_synth(command: argparse.ArgumentParser) -> None:
+    """Arguments of `rlvid synth`."""
+    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    command.add_argument("--train", metavar="N", help="training clips")
+    command.add_argument("--eval", metavar="N", help="held-out clips")
+    command.add_argument("--size", metavar="PIXELS", help="width and height, a multiple of 2")
+    command.add_argument("--frames", metavar="N", help="frames in a clip, 8 a second")
+    command.add_argument("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
+
+
+def synth(arguments: argparse.Namespace) -> None:
+    """Make a synthetic set, and print the files."""
+    from rlvid.config import SyntheticConfig
+    from rlvid.config.load import config_from_options
+    from rlvid.synthetic.moving_shapes import make_synthetic, pairs_of
+
+    options = {name: value for name in SYNTHETIC_KEYS if (value := getattr(arguments, name)) is not None}
+    if "kinds" in options:
+        options["kinds"] = f"[{options['kinds']}]"
+    cfg = config_from_options(SyntheticConfig, options)
+    for manifest in make_synthetic(arguments.out_dir, cfg, _seed(arguments)):
+        print(manifest, pairs_of(manifest), sep="\n")
+
+
+def _seed(arguments: argparse.Namespace) -> int:
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
+    return int(arguments.seed)

@@ -1,0 +1,112 @@
+"""What a dialect is: a function from one published item to one row of a manifest, and what it may use.
+
+The function is pure: it writes nothing and copies no video. It names files by `Roots.find`, which checks that they are
+there, and gives `Pictures` where a video comes as frames; `conversion.convert` makes a clip of these.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlvid.data.items import Refused
+from rlvid.data.row_media import PLACEHOLDER
+
+Item = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where the files are that items name."""
+
+    folder: Path  # absolute; where their relative paths start
+    mapped: tuple[tuple[str, str], ...] = ()  # (old, new) beginnings of paths
+
+    def find(self, *names: str, is_there: Callable[[Path], bool] = Path.is_file) -> Path:
+        """The first of `names` that is there, as absolute path.
+
+        Raises:
+            Refused: none is, or it is outside the folder and the mapped roots.
+        """
+        allowed = [str(self.folder), *(os.path.abspath(new) for _, new in self.mapped)]
+        for name in names:
+            old, new = next((pair for pair in self.mapped if name.startswith(pair[0])), ("", ""))
+            path = Path(os.path.abspath(self.folder / (new + name.removeprefix(old))))
+            if not any(path.is_relative_to(root) for root in allowed):
+                raise Refused(f"{name} is not under {' or '.join(allowed)}")
+            if is_there(path):
+                return path
+        raise Refused(f"there is no file {names[0]} under {self.folder}")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The frames of a video as picture files: they become one lossless clip. Rows with equal ones share it."""
+
+    files: tuple[Path, ...]
+    fps: int
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One published form of items.
+
+    Attributes:
+        read: The row of an item, with "video" an absolute path, `Pictures`, or a list of these; the item's id is its id
+            unless it has another one. Raises `Refused` with the reason why an item cannot be used.
+        about: For the help.
+        keys: An item with all of these is taken for one of this dialect, in the message about a wrong manifest.
+        sources: Values of the rows' field "source", which `--source` selects.
+        mismatch: More rows for a share of the rows, whose text is that of another video.
+    """
+
+    read: Callable[[Item, Roots], Row]
+    about: str
+    keys: frozenset[str]
+    sources: tuple[str, ...] = ()
+    mismatch: Callable[[Sequence[Row], float, np.random.Generator], list[Row]] | None = None
+
+
+def text_of(item: Item, key: str) -> str:
+    """
+    Raises:
+        Refused: it is no text, or empty.
+    """
+    value = item.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise Refused(f"{key} is missing or empty")
+    return value
+
+
+def pictures_of(item: Item) -> list[str]:
+    """
+    Raises:
+        Refused: "images" is no list of names.
+    """
+    images = item.get("images")
+    if not isinstance(images, list) or not images or not all(isinstance(name, str) for name in images):
+        raise Refused("images must be a list of files that is not empty")
+    return images
+
+
+def question_of(text: str) -> str:
+    """A question without its placeholders: in a manifest the media come before it."""
+    return PLACEHOLDER.sub("", text).strip()
+
+
+def sides(chosen: str, rejected: str) -> Row:
+    """
+    Raises:
+        Refused: one is empty, or both are the same.
+    """
+    if not chosen.strip() or not rejected.strip():
+        raise Refused("a side is empty")
+    if chosen == rejected:
+        raise Refused("both sides are the same")
+    return {"chosen": chosen, "rejected": rejected}

@@ -1,0 +1,37 @@
+"""The preference pairs of LLaVA-Hound (sft_dpo_17k.jsonl).
+
+`{"id", "video", "prompt", "answer", "chosen", "rejected"}`, perhaps with `chosen_score` and `rejected_score`; `video`
+names a folder of frames, taken twice a second, or a video file without its suffix.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row, question_of, sides, text_of
+from rlvid.data.row_media import PICTURES, VIDEOS
+
+FPS = 2  # ffmpeg fps=2 in its setup
+
+
+def read(item: Item, roots: Roots) -> Row:
+    video = text_of(item, "video")
+    return {
+        "video": _video(roots, video),
+        "question": question_of(text_of(item, "prompt")),
+        **sides(text_of(item, "chosen"), text_of(item, "rejected")),
+        **{k: item[k] for k in ("answer", "chosen_score", "rejected_score") if item.get(k) is not None},
+    }
+
+
+def _video(roots: Roots, name: str) -> Path | Pictures:
+    path = roots.find(*(name + suffix for suffix in VIDEOS), name, is_there=lambda p: p.is_file() or p.is_dir())
+    if path.is_file():
+        return path
+    files = tuple(sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES))
+    if not files:
+        raise Refused(f"{path.name} holds no frames")
+    return Pictures(files, FPS)
+
+
+DIALECT = Dialect(read, "LLaVA-Hound: preference pairs", frozenset({"prompt", "video", "chosen", "rejected"}))

@@ -1,0 +1,129 @@
+"""Reads files of items: JSON lines, a JSON array or parquet. A file of another kind is named, with what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlvid.errors import UserError
+
+SHOWN = 20  # errors of one file
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+
+
+class Refused(ValueError):
+    """A row or an item that cannot be used. The message says why."""
+
+
+def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    """The items of a file in their order, each with its number from 1: of its line in JSON lines, else of the item.
+
+    An item that is no JSON object is a `Refused`, so that the caller can report several.
+
+    Raises:
+        UserError: the file cannot be read, or holds neither JSON nor parquet.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096).removeprefix(BYTE_ORDER_MARK)
+            file.seek(0)
+            _check_kind(path, head)
+            if head.startswith(b"PAR1"):
+                yield from enumerate(_parquet(path), start=1)
+            elif head.lstrip().startswith(b"["):
+                for number, item in enumerate(_parsed(file.read()), start=1):
+                    yield number, item if isinstance(item, dict) else _no_object(item)
+            else:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield number, _item(line)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot read the file ({reason}); give JSON lines, a JSON array or parquet") from None
+    except Refused as refused:
+        raise UserError(f"{path}: {refused}") from None
+
+
+def refuse_all(problems: Sequence[str], hint: str = "") -> NoReturn:
+    """
+    Raises:
+        UserError: the first problems, how many more there are, and the hint.
+    """
+    more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    raise UserError("\n".join([*problems[:SHOWN], *more, *filter(None, [hint])]))
+
+
+def _check_kind(path: Path, head: bytes) -> None:
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} is compressed ({name}); unpack it, and give JSON lines, a JSON array or parquet")
+    if path.suffix in (".tsv", ".csv") or (b"\t" in head.split(b"\n")[0].strip() and head.lstrip()[:1] not in b"{["):
+        raise UserError(
+            f"{path} is a table of text; write it as JSON lines, for example with pandas: "
+            f"read_csv(..., sep='\\t').to_json(..., orient='records', lines=True)"
+        )
+
+
+def _item(line: bytes) -> dict[str, Any] | Refused:
+    try:
+        item = _parsed(line)
+    except Refused as refused:
+        return refused
+    return item if isinstance(item, dict) else _no_object(item)
+
+
+def _no_object(item: Any) -> Refused:
+    return Refused(f"expected a JSON object with id, question and answer, got a {kind_of(item)}")
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        value = _DECODER.decode(content.removeprefix(BYTE_ORDER_MARK).decode())
+        if b"\\u" in content:  # JSON can escape half of a surrogate pair, which no tokenizer or file takes
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeDecodeError as error:
+        raise Refused(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise Refused("a text has half of a surrogate pair (\\ud800 to \\udfff); write the character itself") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"not valid JSON ({error}); expected one JSON object a line, or an array of them") from None
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    """Missing values are left out: a column has a value in every row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return [_without_nulls(item) for item in pyarrow.parquet.read_table(path).to_pylist()]
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls it."""
+    names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null", bytes: "binary"}
+    return names.get(type(value), "number")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

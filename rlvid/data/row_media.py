@@ -1,0 +1,136 @@
+"""The media of a manifest row: which files, which part of them, and what looks like a medium but is not read."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from rlvid.data.items import Refused
+from rlvid.types import Medium
+
+PLACEHOLDER = re.compile(r"<(video|image)>")
+READ_AS = {"video_start": "start_s", "video_end": "end_s", "fps": "fps", "max_pixels": "max_pixels"}
+MEDIA_FIELDS = frozenset({"video", "image", *READ_AS})
+NOT_SUPPORTED = {"nframes", "min_frames", "max_frames", "min_pixels", "total_pixels", "resized_height", "resized_width"}
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
+SOUNDS = (".wav", ".mp3", ".flac", ".m4a", ".ogg")
+_WORDS = r"(?:videos?|images?|clips?|frames?|pictures?|photos?|media|medium|audios?|movies?|films?)"
+_NAMES_MEDIA = re.compile(rf"(?:.*[_-])?{_WORDS}(?:[_-].*)?", re.IGNORECASE)
+_IS_MEDIA = re.compile(rf"{_WORDS}(?:[_-]?(?:paths?|files?|urls?|bytes|list))?", re.IGNORECASE)
+
+
+class MediaReader:
+    """Reads the media of rows whose relative paths are below `base`; no path may lead out of it."""
+
+    def __init__(self, base: Path, is_chosen: bool):
+        """`is_chosen`: the user has set `data.root`, to `base`."""
+        self._base, self._is_chosen = str(base), is_chosen
+        self._prefix = self._base.rstrip("/") + "/"
+        self._whole: dict[tuple[str, object], Medium] = {}  # by kind and path: many rows ask about one video
+
+    def of_row(self, row: Mapping[str, Any]) -> list[Medium]:
+        """Videos, then images.
+
+        Raises:
+            Refused: one of them cannot be meant, or leads out of the root.
+        """
+        paths = {kind: _as_list(row.get(kind)) for kind in ("video", "image")}
+        part = read_part(row)
+        if part and not paths["video"]:
+            raise Refused(f"{next(k for k in READ_AS if k in row)} is given, but there is no video")
+        if len(paths["video"]) > 1 and ("start_s" in part or "end_s" in part):
+            raise Refused(
+                "video_start and video_end are of one video; with several write messages, with them beside each"
+            )
+        videos = [self.medium(path, "video", part) for path in paths["video"]]
+        return videos + [self.medium(path, "image", {}) for path in paths["image"]]
+
+    def medium(self, path: object, kind: Literal["video", "image"], part: Mapping[str, Any]) -> Medium:
+        """A path is untrusted: it must not lead out of the base."""
+        if not part and isinstance(path, str):
+            if (kind, path) not in self._whole:
+                self._whole[kind, path] = Medium(self._absolute(path, kind), kind)
+            return self._whole[kind, path]
+        return Medium(self._absolute(path, kind), kind, **part)
+
+    def _absolute(self, path: object, kind: str) -> str:
+        if not isinstance(path, str) or not path.strip() or "\0" in path:
+            raise Refused(f"{kind} must be a path or a list of paths, got {path!r:.80}")
+        if "://" in path:
+            raise Refused(f"{kind} {path!r} is a URL; download it and give its path")
+        if kind == "video" and path.lower().endswith(PICTURES):
+            raise Refused(f"video {path!r} is a picture; make a video of the frames, or name it as image")
+        absolute = os.path.normpath(os.path.join(self._base, path))
+        if not absolute.startswith(self._prefix) or absolute == self._prefix:
+            is_set = "data.root is this folder; set it" if self._is_chosen else "set data.root"
+            fix = f"{is_set} to one above all videos, where relative paths start"
+            raise Refused(f"{kind} {path!r} is not under {self._base}; {fix}")
+        return absolute
+
+
+def read_part(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Which part of a video is read and how: arguments of `Medium`.
+
+    Raises:
+        Refused: a value cannot be meant, or is not supported.
+    """
+    if other := NOT_SUPPORTED & fields.keys():
+        raise Refused(f"{min(other)} of a single video is not supported; {', '.join(READ_AS)} are")
+    part: dict[str, Any] = {}
+    if not fields.keys() & READ_AS.keys():
+        return part
+    for key, name in READ_AS.items():
+        if (value := fields.get(key)) is None:
+            continue
+        least = 0 if name in ("start_s", "end_s") else 1e-9 if name == "fps" else 1
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
+            raise Refused(f"{key} must be a number of at least {least:g}, got {value!r:.40}")
+        if name == "max_pixels" and value != int(value):
+            raise Refused(f"max_pixels must be a whole number, got {value!r}")
+        part[name] = int(value) if name == "max_pixels" else float(value)
+    if "end_s" in part and part["end_s"] <= part.get("start_s", 0.0):
+        raise Refused(f"video_end ({part['end_s']:g}) must be after video_start ({part.get('start_s', 0.0):g})")
+    return part
+
+
+def check_unread(row: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Refuse fields that would be ignored although they look like a medium, or like a field that the row lacks.
+
+    Raises:
+        Refused: there is one.
+    """
+    has_media = row.get("video") is not None or row.get("image") is not None
+    for key in row.keys() - known:
+        value = row[key]
+        if value in (None, "", []) or key in NOT_SUPPORTED:
+            continue
+        near = _nearest(key, known)
+        if near is not None and row.get(near) is None:
+            raise Refused(f"{key!r} is not read; write it as {near!r}")
+        if _IS_MEDIA.fullmatch(key) and isinstance(value, str | list | dict):
+            raise Refused(f"{key!r} is not read; name media as 'video' or 'image', or take the field out")
+        if _names_file(value) and (not has_media or _NAMES_MEDIA.fullmatch(key)):
+            raise Refused(f"{key!r} holds a medium but is not read; name it as 'video' or 'image', or take it out")
+
+
+@lru_cache
+def _nearest(key: str, known: frozenset[str]) -> str | None:
+    near = difflib.get_close_matches(key.casefold(), sorted(known), n=1, cutoff=0.9)
+    return near[0] if near else None
+
+
+def _names_file(value: object) -> bool:
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, dict):
+        return "bytes" in value or "path" in value
+    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(VIDEOS + PICTURES + SOUNDS))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
