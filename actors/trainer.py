@@ -242,7 +242,7 @@ class TrainerGroup:
 def balance(groups: Sequence[GroupRef], n: int) -> list[list[GroupRef]]:
     """Spread groups over n ranks by cost."""
     if len(groups) < n:
-        raise UserError(f"{len(groups)} usable prompts in a step for {n} trainer ranks: raise train.batch_size")
+        raise UserError(f"{len(groups)} usable prompts in a step for {n} ranks: lower placement.trainer_workers")
     return [[groups[i] for i in share] for share in balance_indices([g.cost for g in groups], n)]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.metadata
+import io
 import os
 import sys
 import traceback
@@ -41,6 +42,9 @@ _FLAGS = {"only_data": "build the preference pairs of the first iteration and tr
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a command line (default: `sys.argv`) and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a locale without the letters of a config or a path must not end a job
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     arguments = _parse(list(sys.argv[1:] if argv is None else argv), prog)
     run_dir: list[Path] = []  # filled as soon as the config is known, for the traceback of an unexpected error
     try:
@@ -163,10 +167,12 @@ def _version() -> str:
 
 
 def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
+    from rlvid.config.keys import check_paths
     from rlvid.config.load import dump_config, load_config
 
     job = JOBS[arguments.command]
     cfg = load_config(job.config, arguments.config, arguments.overrides)
+    check_paths(cfg)
     if arguments.dry_run:
         about = job.describe(cfg, job)
         print(dump_config(cfg), *(f"# {line}" for line in about), sep="\n")

@@ -23,7 +23,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
-import yaml
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
@@ -33,7 +32,8 @@ from jobs.inputs import texts_of
 from jobs.run import Interrupted
 from jobs.specs import JOBS
 from rlvid.config import JobConfig, SpaceConfig, TuneJobConfig
-from rlvid.config.load import dump_config, load_config
+from rlvid.config.keys import check_paths
+from rlvid.config.load import dump_config, dump_yaml, load_config, read_yaml
 from rlvid.errors import UserError
 from rlvid.files import read_rows, write_atomic
 from rlvid.reporting.checkpoints import Checkpoints
@@ -146,14 +146,14 @@ class Trial(tune.Trainable):
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.copytree(Path(checkpoint_dir) / "run", self.run_dir)
         file = self.run_dir / "config.yaml"
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file.read_text(encoding="utf-8"))
         for key, value in {**self._values, "run.dir": str(self.run_dir)}.items():
             *sections, name = key.split(".")
             section = config
             for part in sections:
                 section = section[int(part) if isinstance(section, list) else part]
             section[name] = value
-        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        file.write_text(dump_yaml(config), encoding="utf-8")
         rows = self._judged_rows()
         self._n_seen = len(rows)
         if rows:  # a run that was taken over at its last step ends without another value
@@ -249,7 +249,9 @@ def _load_base(cfg: TuneJobConfig) -> JobConfig:
     config_class = JOBS[cfg.job].config
     for key, space in cfg.space.items():  # the job refuses what it does not know, and says what is near
         load_config(config_class, cfg.config, [*cfg.overrides, f"{key}={json.dumps(_example(space))}"])
-    return load_config(config_class, cfg.config, list(cfg.overrides))
+    base: JobConfig = load_config(config_class, cfg.config, list(cfg.overrides))
+    check_paths(base)
+    return base
 
 
 def describe(cfg: TuneJobConfig) -> list[str]:
@@ -427,9 +429,9 @@ def _row(plan: Plan, result: Any) -> TrialRow:
 
 def _write_best(file: Path, plan: Plan, best: TrialRow, base: JobConfig) -> None:
     """The best trial's whole config, with the run folder of the job's own config."""
-    config = yaml.safe_load((plan.folder / "trials" / best.trial_id / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml((plan.folder / "trials" / best.trial_id / "config.yaml").read_text(encoding="utf-8"))
     config["run"]["dir"] = str(base.run.dir)
-    write_atomic(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_atomic(file, dump_yaml(config))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlvid.config.sections import Section
+from rlvid.config.sections import Checkpoint, GreedyOrTemperature, Section, changeable
 
 DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
 """Dimensions of VideoScore."""
@@ -16,7 +16,7 @@ DIMS2 = ("visual quality", "text-to-video alignment", "physical/common-sense con
 
 
 class GrpoConfig(Section):
-    """Groups, clipping, KL term and averages."""
+    """Groups, clipping, KL term and loss averages."""
 
     group_size: int = Field(8, ge=2)
     """Responses per prompt."""
@@ -31,27 +31,33 @@ class GrpoConfig(Section):
     clip_high: float = Field(0.2, ge=0)
     """The importance ratio is clipped above at 1 + clip_high."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL to the reference model in the loss. 0: no reference model is started."""
+    """Weight of the KL divergence to the reference model in the loss. 0: no reference model is started."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL from samples (Schulman, joschu.net/blog/kl-approx.html)."""
+    """Estimator of the KL divergence from samples (Schulman, joschu.net/blog/kl-approx.html)."""
     loss_average: Literal["token", "sequence"] = "token"
-    """Mean over all response tokens of the batch, or over each response first."""
+    """token: mean over all response tokens of the batch. sequence: mean over each response first."""
     old_logprobs: Literal["rollout", "trainer"] = "rollout"
-    """Log-probs that the ratio is taken to: the engine's own, or the trainer's before its first update (one more
-    forward, unless there is only one update)."""
+    """Denominator of the importance ratio. rollout: the engine's log-probs. trainer: the trainer's log-probs before its
+    first update (one more forward, unless there is only one update)."""
+
+    @model_validator(mode="after")
+    def _estimator_is_used(self) -> GrpoConfig:
+        if self.kl_estimator != "k3" and not self.kl_coef:
+            raise ValueError(f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef")
+        return self
 
 
 class DpoConfig(Section):
-    """Loss on preference pairs and its reference."""
+    """Loss on preference pairs, and its reference model."""
 
     loss: Literal["sigmoid", "ipo", "robust", "kto", "simpo", "orpo"] = "sigmoid"
     """sigmoid: DPO (arXiv 2305.18290), with `label_smoothing` cDPO. robust: arXiv 2403.00409. ipo: arXiv 2310.12036.
     kto: arXiv 2402.01306, each pair as a desirable and an undesirable response. simpo: arXiv 2405.14734. orpo: arXiv
-    2403.07691 (set sft_weight=1). The last two need no reference."""
+    2403.07691 (set sft_weight=1). simpo and orpo need no reference."""
     beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios; for orpo the weight of its odds-ratio term."""
+    """Scale of the log-ratios. orpo: weight of the odds-ratio term."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs that are taken to be the wrong way round (sigmoid, robust)."""
+    """sigmoid, robust: assumed share of pairs whose chosen and rejected responses are swapped."""
     simpo_margin: float = Field(0.5, ge=0)
     """simpo: target of the reward difference (gamma in the paper)."""
     chosen_weight: float = Field(1.0, ge=0)
@@ -61,18 +67,28 @@ class DpoConfig(Section):
     loss_weight: float = Field(1.0, ge=0)
     """Weight of the preference loss (alpha of LLaVA-Hound)."""
     sft_weight: float = Field(0.0, ge=0)
-    """Weight of the chosen responses' negative log-likelihood, a mean over tokens (gamma of LLaVA-Hound)."""
+    """Weight of the chosen responses' negative log-likelihood, averaged over tokens (gamma of LLaVA-Hound)."""
     logprobs: Literal["auto", "sum", "mean"] = "auto"
-    """Log-probs of a response: summed over its tokens or their mean. auto: mean for ipo, simpo and orpo, else sum."""
+    """Log-prob of a response: the sum over its tokens or their mean. auto: mean for ipo, simpo and orpo, otherwise
+    sum."""
     reference: Literal["frozen", "precomputed"] = "frozen"
-    """frozen: a second copy of the model in each worker; with `model.lora` none, the adapters are switched off.
-    precomputed: all pairs are scored once before the first step and kept in the run folder."""
-    reference_path: Path | None = None
-    """Checkpoint folder of the reference; empty: the model that training starts from."""
+    """frozen: a second copy of the model in each worker; with `model.lora` the same model with its adapters off.
+    precomputed: the log-probs of all pairs are computed once before the first step and kept in the run folder."""
+    reference_path: Checkpoint | None = None
+    """Checkpoint folder of the reference. Empty: the model that training starts from."""
+
+    needs: ClassVar = {
+        "label_smoothing": {"loss": ("sigmoid", "robust")},
+        "simpo_margin": {"loss": ("simpo",)},
+        "chosen_weight": {"loss": ("kto",)},
+        "rejected_weight": {"loss": ("kto",)},
+        "reference": {"loss": ("sigmoid", "ipo", "robust", "kto")},
+        "reference_path": {"loss": ("sigmoid", "ipo", "robust", "kto")},
+    }
 
     @property
     def is_mean(self) -> bool:
-        """Log-probs per token rather than summed."""
+        """Whether the log-prob of a response is a mean over its tokens, not their sum."""
         return self.loss in ("ipo", "simpo", "orpo") if self.logprobs == "auto" else self.logprobs == "mean"
 
     @property
@@ -84,11 +100,9 @@ class DpoConfig(Section):
         if self.loss in ("simpo", "orpo") and not self.is_mean:
             raise ValueError(f"loss={self.loss} is defined on mean log-probs: leave logprobs at auto")
         if self.loss == "orpo" and not self.sft_weight:
-            raise ValueError("loss=orpo is an odds ratio beside the chosen response's likelihood: set sft_weight to 1")
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise ValueError(f"label_smoothing belongs to sigmoid and robust, not to {self.loss}")
+            raise ValueError("loss=orpo adds an odds ratio to the chosen response's likelihood: set sft_weight to 1")
         if not self.loss_weight and not self.sft_weight:
-            raise ValueError("loss_weight and sft_weight are both 0: nothing would be learned")
+            raise ValueError("loss_weight and sft_weight are both 0: there is nothing to train on")
         return self
 
 
@@ -96,17 +110,27 @@ class RewardModelConfig(Section):
     """What a reward model scores, and how."""
 
     kind: Literal["regression", "generation", "thinking", "bradley_terry"] = "regression"
-    """regression: a number per dimension from a head on the prompt's last token, mean squared error to the labels
-    (VideoScore). generation: the scores as text, a line `name: integer` per dimension. thinking: reasoning, then the
-    scores (VideoScore2); the manifest's answers are learned. bradley_terry: one number from a head on the last token of
-    a response, -log sigmoid of chosen minus rejected."""
+    """regression: a number per dimension from a head on the prompt's last token, trained with mean squared error to the
+    labels (VideoScore). generation: the scores as text, a line `name: integer` per dimension. thinking: reasoning, then
+    the scores (VideoScore2), trained on the manifest's answers. bradley_terry: one number from a head on the last token
+    of a response, trained with -log sigmoid of chosen minus rejected."""
     template: Literal["integer", "float", "thinking", "question"] = "integer"
-    """The prompt around a row's `prompt`, in training and later in scoring alike. integer, float: VideoScore's two.
-    thinking: VideoScore2's. question: the manifest's own question, nothing around it."""
+    """The prompt around a row's `prompt`, the same in training and in scoring. integer, float: the two of VideoScore.
+    thinking: that of VideoScore2. question: only the manifest's own question. If it is not given, kind=thinking implies
+    thinking and kind=bradley_terry implies question."""
     dims: tuple[str, ...] = ()
     """Names of the dimensions, the keys of a row's `labels`. Empty: those of the template."""
     scale: tuple[int, int] | None = None
-    """Lowest and highest score; empty: 1 to 4, for thinking 1 to 5. A label off the scale is refused."""
+    """Lowest and highest score. Empty: 1 to 4, for thinking 1 to 5. A label outside is refused."""
+
+    needs: ClassVar = {name: {"kind": ("regression", "generation", "thinking")} for name in ("dims", "scale")}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_implies_template(cls, data: Any) -> Any:
+        implied = {"thinking": "thinking", "bradley_terry": "question"}
+        kind = data.get("kind") if isinstance(data, dict) else None
+        return {"template": implied[kind], **data} if kind in implied else data
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +148,7 @@ class RewardModelConfig(Section):
         if self.kind == "bradley_terry" and self.template != "question":
             raise ValueError("kind=bradley_terry scores answers to the manifest's questions: set template to question")
         if (self.kind == "thinking") != (self.template == "thinking"):
-            raise ValueError(f"kind={self.kind} and template={self.template} do not go together: thinking needs both")
+            raise ValueError(f"kind={self.kind} does not go with template={self.template}: thinking needs both")
         fixed = {"integer": DIMS, "float": DIMS, "thinking": DIMS2}.get(self.template)
         if fixed and self.dims and self.dims != fixed:
             raise ValueError(f"template={self.template} asks for {', '.join(fixed)}: leave dims empty, or set template")
@@ -136,33 +160,46 @@ class RewardModelConfig(Section):
 
 
 class JudgeConfig(Section):
-    """Who compares responses, and what happens when it cannot."""
+    """The judge that compares responses, and the limit of failed verdicts."""
 
     backend: Literal["policy", "local", "endpoint"] = "policy"
-    """policy: the model that is trained judges itself. local: another checkpoint (`path`) judges, the same for the
-    whole run. endpoint: an OpenAI-compatible server (`url`)."""
-    path: Path | None = None
+    """policy: the trained model judges its own responses. local: another checkpoint (`path`), the same for the whole
+    run. endpoint: an OpenAI-compatible server (`url`)."""
+    path: Checkpoint | None = None
     """local: folder of the judge's checkpoint."""
     url: str | None = None
-    """endpoint: where the API begins, for example http://localhost:8000/v1."""
+    """endpoint: base URL of the API, for example http://localhost:8000/v1."""
     model: str | None = None
-    """endpoint: name of the model there. Pin a version: another one is another judge."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """endpoint: environment variable that holds the key, if the server wants one."""
+    """endpoint: name of the model. Name a fixed version: another version is another judge."""
+    api_key_env: str = changeable("OPENAI_API_KEY", "transport")
+    """endpoint: environment variable that holds the key, if the server requires one."""
     send_frames: bool = False
-    """endpoint: send up to six frames of each video as JPEG. Otherwise it judges by the texts alone."""
-    concurrency: int = Field(8, ge=1)
+    """endpoint: send up to six frames of each video as JPEG. Otherwise the server judges by the texts alone."""
+    concurrency: int = changeable(8, "transport", ge=1)
     """endpoint: requests at a time."""
-    timeout_s: float = Field(60.0, gt=0)
-    """endpoint: deadline of one try."""
-    deadline_s: float = Field(300.0, gt=0)
-    """endpoint: deadline of one question with all its tries; after it the verdict is invalid."""
-    temperature: float = Field(0.0, ge=0)
-    """Sampling temperature of the judge; 0 is greedy."""
+    timeout_s: float = changeable(60.0, "a deadline", gt=0)
+    """endpoint: deadline of one request."""
+    deadline_s: float = changeable(300.0, "a deadline", gt=0)
+    """endpoint: deadline of one question with all its retries. After it the verdict is invalid."""
+    temperature: GreedyOrTemperature = 0.0
+    """Sampling temperature of the judge; 0 is greedy decoding."""
     max_tokens: int = Field(64, ge=1)
     """Longest answer of the judge, tokens."""
-    max_invalid_fraction: float = Field(0.25, ge=0, le=1)
+    max_invalid_fraction: float = changeable(0.25, "when to give up", ge=0, le=1)
     """The run stops when more than this share of the verdicts is unparsed or failed."""
+
+    needs: ClassVar = {"path": {"backend": ("local",)}} | {
+        name: {"backend": ("endpoint",)}
+        for name in ("url", "model", "api_key_env", "send_frames", "concurrency", "timeout_s", "deadline_s")
+    }
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_complete(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.endswith("/chat/completions"):
+            raise ValueError(f"{url!r} is not the base URL of an API, expected for example http://localhost:8000/v1")
+        return url
 
     @model_validator(mode="after")
     def _backend_is_named(self) -> JudgeConfig:
@@ -176,31 +213,37 @@ class JudgeConfig(Section):
 class IsrtConfig(Section):
     """Iterations of self-judgement and preference training."""
 
-    iterations: int = Field(9, ge=1)
-    """Rounds of contexts, responses, judgements and DPO; the released checkpoints are of the ninth."""
+    iterations: int = changeable(9, "a run may be made longer or shorter", ge=1)
+    """Rounds of contexts, responses, judgements and DPO. The published checkpoints are of the ninth."""
     reference: Literal["iteration_start", "sft"] = "iteration_start"
-    """The reference of DPO: the model that the iteration starts with, or always the first one."""
+    """Reference model of DPO. iteration_start: the model that the iteration starts with. sft: always the first one."""
     context: Literal["none", "judge", "judge_and_responses"] = "judge"
-    """Who is shown the visual context, the model's own description of the video, refined in every iteration."""
+    """Whose prompts contain the visual context, the model's own description of the video, which every iteration
+    refines."""
     prompts: Literal["reuse", "split"] = "reuse"
-    """The same training samples in every iteration, or the next `max_prompts` of the shuffled ones in each."""
+    """reuse: the same training samples in every iteration. split: the next `max_prompts` of the shuffled samples."""
     max_prompts: int | None = Field(None, ge=1)
-    """Training samples of an iteration, drawn by `seed`; empty: all."""
+    """Training samples of an iteration, drawn by `seed`. Empty: all."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over an iteration's pairs in its DPO, whose number is not known before (LLaVA-Hound: 3). Empty:
-    `train.steps` steps, which otherwise count for nothing."""
+    """Passes over an iteration's pairs in its DPO (LLaVA-Hound: 3); the number of pairs varies. If it is given,
+    `train.steps` has no effect. Empty: `train.steps` steps."""
     context_tokens: int = Field(256, ge=1)
     """Longest visual context, tokens."""
-    context_temperature: float = Field(0.0, ge=0)
-    """Sampling temperature of the visual context; 0 is greedy. That of responses is `rollout.temperature`."""
+    context_temperature: GreedyOrTemperature = 0.0
+    """Sampling temperature of the visual context; 0 is greedy decoding. Responses use `rollout.temperature`."""
     top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus of responses and contexts (LLaVA-Hound sampled its pairs with temperature 1 and 0.95)."""
+    """Nucleus sampling of responses and contexts (LLaVA-Hound sampled its pairs with temperature 1 and top_p 0.95)."""
     tries: int = Field(4, ge=1)
-    """Two responses are drawn so many times until they differ; a prompt whose responses never do gives no pair."""
-    chunk_size: int = Field(256, ge=1)
-    """Rows that are made and written at a time: what an interrupted run has to do again."""
+    """Largest number of draws to get two different responses. A prompt whose responses never differ gives no pair."""
+    chunk_size: int = changeable(256, "what is sampled depends on seed and id only", ge=1)
+    """Rows that are generated and written at a time. An interrupted run repeats at most this number."""
     judge: JudgeConfig = JudgeConfig()
-    """Who compares the responses."""
+    """The judge that compares the responses."""
+
+    needs: ClassVar = {
+        "context_tokens": {"context": ("judge", "judge_and_responses")},
+        "context_temperature": {"context": ("judge", "judge_and_responses")},
+    }
 
     @model_validator(mode="after")
     def _parts_have_a_size(self) -> IsrtConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from rlvid.config.rewards import ExactPart, ModelPart, RewardPartsConfig
 from rlvid.config.sections import (
     DataConfig,
     EvaluateConfig,
+    InputFile,
+    LocalPath,
     ModelConfig,
     PlacementConfig,
     RolloutConfig,
@@ -21,24 +23,35 @@ from rlvid.config.sections import (
     TrainConfig,
     VideoConfig,
     WarmStartConfig,
+    changeable,
 )
+
+NO_ENGINE = ("idefics2", "video_llava")
+"""Tiny families that vLLM does not serve."""
+SHORTEST_TEXT = 16
+"""Tokens: no chat template with a question is shorter."""
 
 
 class JobConfig(Section):
     """Keys that every job shares."""
 
+    manifest: ClassVar[Literal["train", "eval"]] = "train"
+    """The manifest of `data` that the job cannot do without."""
+
     seed: int = Field(0, ge=0)
-    """Seeds the data order, the synthetic clips, the weights of a tiny model and sampling."""
-    run: RunConfig = RunConfig()
+    """Seed of the data order, the synthetic clips, the weights of a tiny model and sampling."""
+    run: RunConfig = changeable(RunConfig(), "where and how often results are written")
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = Field(default_factory=DataConfig)  # its paths need a home folder, importing must not
     video: VideoConfig = VideoConfig()
     train: TrainConfig = TrainConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardPartsConfig = (ExactPart(kind="exact"),)
     """Parts of the reward. The reward of a response is the weighted sum of the parts that cover its sample."""
-    evaluate: EvaluateConfig = EvaluateConfig()
-    placement: PlacementConfig = PlacementConfig()
+    evaluate: EvaluateConfig = changeable(EvaluateConfig(), "evaluation does not affect training")
+    placement: PlacementConfig = changeable(
+        PlacementConfig(), "a run may continue on other machines; trainer_workers only with train.zero_stage=0"
+    )
 
     @property
     def reward_models(self) -> tuple[ModelPart, ...]:
@@ -47,7 +60,7 @@ class JobConfig(Section):
 
     @property
     def last_step(self) -> int:
-        """The `step` of a whole run's last metrics."""
+        """The `step` of the last metrics of a complete run."""
         return self.train.steps
 
     @property
@@ -61,11 +74,13 @@ class JobConfig(Section):
         if most < least:
             raise ValueError(f"train.max_workers={most} is less than placement.trainer_workers={least}")
         if self.train.batch_size < most:
-            raise ValueError(f"train.batch_size={self.train.batch_size} gives {most} workers less than one sample each")
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} is less than one sample for each of {most} workers"
+            )
         if most > least and stage:
             raise ValueError(
-                f"train.zero_stage={stage} keeps a part of the optimizer in each worker, which another number of "
-                f"workers cannot load: set it to 0, or leave train.max_workers empty"
+                f"train.zero_stage={stage} keeps a part of the optimizer in each worker, and another number of workers "
+                f"cannot load it: set it to 0, or leave train.max_workers empty"
             )
         return self
 
@@ -77,9 +92,12 @@ class JobConfig(Section):
                 f"rollout.max_model_len={self.rollout.max_model_len}"
             )
         if self.placement.gpus > 1 and self.placement.gpus % 1:
-            raise ValueError(f"placement.gpus={self.placement.gpus:g}: fractions of GPUs go up to 1")
+            raise ValueError(f"placement.gpus={self.placement.gpus:g}: above 1 it must be a whole number")
         if self.placement.colocate and self.placement.gpus and self.rollout.tensor_parallel > 1:
-            raise ValueError("an engine over several GPUs shares none: set placement.colocate to false")
+            raise ValueError(
+                f"rollout.tensor_parallel={self.rollout.tensor_parallel}: an engine on several GPUs cannot share them "
+                f"with the trainer: set placement.colocate to false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -106,9 +124,27 @@ class JobConfig(Section):
     def _has_model_and_data(self) -> JobConfig:
         if self.model.path is None and self.model.tiny is None:
             raise ValueError("model.path is empty: give a checkpoint folder, or model.tiny to make a tiny random model")
-        if self.data.train is None and self.data.synthetic is None and self.data.eval is None:
-            raise ValueError("data.train is empty: give a manifest, or data.synthetic to make a synthetic set")
+        if getattr(self.data, self.manifest) is None and self.data.synthetic is None:
+            raise ValueError(
+                f"data.{self.manifest} is empty: give a manifest, or data.synthetic to make a synthetic set"
+            )
         return self
+
+
+def _check_engine(cfg: JobConfig) -> None:
+    """For jobs that generate: what is known before any clip or model is made. Real prompts are measured later."""
+    tiny, video, rollout = cfg.model.tiny, cfg.video, cfg.rollout
+    if cfg.model.path is None and tiny is not None and tiny.family in NO_ENGINE:
+        raise ValueError(f"model.tiny.family={tiny.family} cannot generate, vLLM does not serve it: use another one")
+    if cfg.data.train is None and cfg.data.eval is None and video.sampling != "fps":  # the prompts of a synthetic set
+        # A token of a Qwen-VL model covers two frames of at least 32 x 32 pixels.
+        tokens = video.frames // 2 * max((video.height or 0) // 32, 1) * max((video.width or 0) // 32, 1)
+        least = tokens + SHORTEST_TEXT + rollout.max_tokens
+        if rollout.max_model_len < least:
+            raise ValueError(
+                f"rollout.max_model_len={rollout.max_model_len} is less than {least}: {video.frames} frames are at "
+                f"least {tokens} tokens, a question {SHORTEST_TEXT}, a response rollout.max_tokens={rollout.max_tokens}"
+            )
 
 
 class SftJobConfig(JobConfig):
@@ -118,7 +154,7 @@ class SftJobConfig(JobConfig):
 class DpoJobConfig(JobConfig):
     """`rlvid dpo`: direct preference optimisation and its relatives on pairs of responses.
 
-    The manifests' rows have `chosen` and `rejected`; see rlvid/data/preferences.py.
+    The rows of its manifests have `chosen` and `rejected`; see rlvid/data/preferences.py.
     """
 
     dpo: DpoConfig = DpoConfig()
@@ -141,7 +177,7 @@ class IsrtJobConfig(JobConfig):
     """`rlvid isrt`: iterative self-retrospective judgement (Ahn et al. 2024, arXiv 2406.11280): the model describes,
     answers, judges its own answers and is trained on its verdicts.
 
-    `train` and `dpo` are those of each iteration's DPO.
+    `train` and `dpo` configure the DPO of each iteration.
     """
 
     warm_start: WarmStartConfig = WarmStartConfig()
@@ -153,7 +189,7 @@ class IsrtJobConfig(JobConfig):
         return self.isrt.iterations
 
     def dpo_job(self, iteration: int, n_pairs: int) -> DpoJobConfig:
-        """Step 4 of an iteration as a job of its own, with another order of its pairs in each."""
+        """The DPO of an iteration as a job of its own. The order of the pairs differs between iterations."""
         train = self.train
         if self.isrt.epochs is not None:
             steps = math.ceil(self.isrt.epochs * n_pairs / train.batch_size)
@@ -165,19 +201,20 @@ class IsrtJobConfig(JobConfig):
     @model_validator(mode="after")
     def _rewards_are_rules(self) -> IsrtJobConfig:
         if self.reward_models:
-            raise ValueError("rewards: isrt uses them to evaluate only, leave out those of kind model")
+            raise ValueError("rewards: isrt uses them for evaluation only; leave out those of kind model")
         return self
 
     @model_validator(mode="after")
     def _iterations_can_run(self) -> IsrtJobConfig:
+        _check_engine(self)
         _check_kto_batch(self.dpo, self.train)
         if self.dpo.reference_path is not None:
-            raise ValueError("dpo.reference_path: here isrt.reference says what the reference is; leave it empty")
+            raise ValueError("dpo.reference_path: isrt.reference sets the reference of this job; leave it empty")
         longest = max(self.isrt.context_tokens, self.isrt.judge.max_tokens, self.rollout.max_tokens)
         if longest >= self.rollout.max_model_len:
             raise ValueError(
-                f"rollout.max_model_len={self.rollout.max_model_len} leaves no room for a prompt beside {longest} "
-                f"tokens (isrt.context_tokens, isrt.judge.max_tokens, rollout.max_tokens)"
+                f"rollout.max_model_len={self.rollout.max_model_len} leaves no room for a prompt and a response of "
+                f"{longest} tokens (isrt.context_tokens, isrt.judge.max_tokens, rollout.max_tokens)"
             )
         return self
 
@@ -191,14 +228,21 @@ class RewardModelJobConfig(JobConfig):
     def _prompt_is_the_template(self) -> RewardModelJobConfig:
         if self.data.suffix or self.data.system_prompt:
             raise ValueError(
-                "data.suffix and data.system_prompt do not go with reward_model: the model would be asked without them "
-                "later; write them into the manifest's questions and set reward_model.template to question"
+                "data.suffix and data.system_prompt do not go with reward_model: the model will be asked without "
+                "them. Write them into the manifest's questions and set reward_model.template to question"
             )
         return self
 
 
 class EvalJobConfig(JobConfig):
     """`rlvid eval`: greedy answers to the held-out manifest."""
+
+    manifest = "eval"
+
+    @model_validator(mode="after")
+    def _engine_can_answer(self) -> EvalJobConfig:
+        _check_engine(self)
+        return self
 
 
 class GrpoJobConfig(JobConfig):
@@ -209,33 +253,36 @@ class GrpoJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> GrpoJobConfig:
+        _check_engine(self)
         if self.train.max_workers is not None:
-            raise ValueError("train.max_workers: grpo has placement.trainer_workers ranks, always; leave it empty")
+            raise ValueError(
+                "train.max_workers: grpo is not elastic, it has placement.trainer_workers ranks; leave it empty"
+            )
         if self.train.batch_size % self.grpo.minibatches:
             raise ValueError(
                 f"grpo.minibatches={self.grpo.minibatches} must divide train.batch_size={self.train.batch_size}"
             )
         if self.train.batch_size < self.placement.trainer_workers * self.grpo.minibatches:
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} gives {self.placement.trainer_workers} trainer ranks and "
-                f"{self.grpo.minibatches} mini-batches less than one prompt each"
+                f"train.batch_size={self.train.batch_size} is less than one prompt for each of "
+                f"{self.placement.trainer_workers} trainer ranks and {self.grpo.minibatches} mini-batches"
             )
         return self
 
 
 class SpaceConfig(Section):
-    """Where a hyperparameter is drawn from: exactly one of these."""
+    """The distribution that a hyperparameter is drawn from: exactly one of these."""
 
     uniform: tuple[float, float] | None = None
-    """Evenly between two numbers."""
+    """Uniform between two numbers."""
     loguniform: tuple[float, float] | None = None
-    """Evenly between the logarithms of two numbers above 0."""
+    """Uniform between the logarithms of two positive numbers."""
     randint: tuple[int, int] | None = None
-    """A whole number from the first up to, not including, the second."""
-    choice: tuple[Any, ...] | None = None
+    """A whole number from the first up to, but not including, the second."""
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
     """One of these values."""
-    grid: tuple[Any, ...] | None = None
-    """Each of these values; several grids are crossed, and `trials` says how often the whole is repeated."""
+    grid: tuple[Any, ...] | None = Field(None, min_length=1)
+    """Each of these values. Several grids are crossed; `trials` says how often the whole grid is repeated."""
 
     @model_validator(mode="after")
     def _is_one(self) -> SpaceConfig:
@@ -243,12 +290,12 @@ class SpaceConfig(Section):
         if len(given) != 1:
             raise ValueError(f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(given)}")
         ((name, value),) = given.items()
-        if name in ("choice", "grid") and not value:
-            raise ValueError(f"{name} is empty")
+        if any(isinstance(item, float) and not math.isfinite(item) for item in value):
+            raise ValueError(f"{name} must have finite numbers, got {value}")
         if name in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
             raise ValueError(f"{name}: {value[0]} is not below {value[1]}")
         if name == "loguniform" and value[0] <= 0:
-            raise ValueError("loguniform needs numbers above 0")
+            raise ValueError("loguniform needs positive numbers")
         return self
 
 
@@ -256,49 +303,66 @@ class TuneJobConfig(Section):
     """`rlvid tune`: Ray Tune over any job's config."""
 
     seed: int = Field(0, ge=0)
-    """Seeds the search. The jobs' own seed is a key of theirs."""
-    dir: Path = Path("runs/tune")
-    """Folder of the sweep: trials, their run folders, sweep.html, best.yaml. Started again it goes on."""
+    """Seed of the search. The trials' seed is a key of the job's config."""
+    dir: LocalPath = Path("runs/tune")
+    """Folder of the sweep: trials, their run folders, sweep.html, best.yaml. The same command resumes the sweep."""
     job: Literal["grpo", "sft", "dpo", "isrt", "reward-model"]
     """What a trial runs."""
-    config: Path
-    """The job's config file; relative to the current directory."""
+    config: InputFile
+    """The job's config file."""
     overrides: tuple[str, ...] = ()
     """Overrides for all trials, key.sub=value."""
     space: dict[str, SpaceConfig]
-    """Keys of the job's config and where their values are drawn from: train.lr: {loguniform: [1e-7, 1e-5]}."""
+    """Keys of the job's config, each with its distribution: train.lr: {loguniform: [1e-7, 1e-5]}."""
     metric: str = "eval/accuracy"
-    """Name in metrics.jsonl that trials are compared by; a trial is judged each time it appears."""
+    """Name in metrics.jsonl that trials are compared by. A trial is compared each time the metric is logged."""
     mode: Literal["max", "min"] = "max"
-    """Whether more of it is better."""
+    """Whether a larger or a smaller metric is better."""
     trials: int = Field(8, ge=1)
-    """How many values are drawn."""
+    """Number of trials."""
     parallel: int = Field(1, ge=1)
-    """Trials at a time. Their actors find room by placement groups; those that find none wait."""
+    """Trials at a time. Each has placement groups of its own; trials wait while the cluster has no room for them."""
     search: Literal["random", "optuna"] = "random"
-    """random (and grids), or Optuna's tree-structured Parzen estimator."""
+    """random: random values, and grids. optuna: Optuna's tree-structured Parzen estimator."""
     scheduler: Literal["none", "asha", "pbt"] = "asha"
-    """asha: stops trials that lag behind at each rung (arXiv 1810.05934). pbt: weak trials take over weights and, with
-    changes, values of strong ones (arXiv 1711.09846). none: all run to their end."""
+    """asha: stops the worst trials at each rung (arXiv 1810.05934). pbt: weak trials copy the weights of strong ones,
+    and their values with changes (arXiv 1711.09846). none: all trials run to their end."""
     grace_steps: int = Field(10, ge=1)
-    """asha: first step at which a trial may be stopped. pbt: steps between two changes. The step of a job's metrics; of
-    isrt an iteration."""
+    """asha: first step at which a trial may be stopped. pbt: steps between two changes. A step is that of the job's
+    metrics; for isrt it is an iteration."""
     reduction_factor: float = Field(2.0, gt=1)
-    """asha: of the trials at a rung one in so many goes on; each rung lies so many times as far as the last."""
+    """asha: one in this number of the trials continues after a rung, and each rung is this many times as far as the
+    previous one."""
+
+    needs: ClassVar = {"grace_steps": {"scheduler": ("asha", "pbt")}, "reduction_factor": {"scheduler": ("asha",)}}
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> TuneJobConfig:
         if self.job == "isrt" and self.scheduler == "pbt":
-            raise ValueError("population based training takes over checkpoints between steps, isrt has iterations")
+            raise ValueError(
+                "scheduler=pbt copies checkpoints between steps, job=isrt has iterations: use asha or none"
+            )
         if not self.space:
-            raise ValueError("space is empty: name at least one key of the job and where its values are drawn from")
+            raise ValueError("space is empty: give at least one key of the job and its distribution")
         if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):
-            raise ValueError(f"{fixed[0]} stands in overrides and in space: leave one out")
+            raise ValueError(f"{fixed[0]} is in overrides and in space: remove one")
         if "run.dir" in {*self.space, *(o.split("=")[0] for o in self.overrides)}:
-            raise ValueError("run.dir of a trial is the sweep's matter: set dir, the sweep's own")
+            raise ValueError("run.dir: the sweep sets the run folders of its trials; set dir, the folder of the sweep")
         grids = [key for key, space in self.space.items() if space.grid is not None]
         if grids and self.search == "optuna":
-            raise ValueError(f"space.{grids[0]}: Optuna takes no grid, give choice")
+            raise ValueError(f"space.{grids[0]}: search=optuna has no grid, use choice")
         if grids and self.scheduler == "pbt":
-            raise ValueError(f"space.{grids[0]}: population based training takes no grid, give choice")
+            raise ValueError(f"space.{grids[0]}: scheduler=pbt has no grid, use choice")
         return self
+
+
+JOB_CONFIGS: dict[str, type[Section]] = {
+    "sft": SftJobConfig,
+    "dpo": DpoJobConfig,
+    "reward-model": RewardModelJobConfig,
+    "grpo": GrpoJobConfig,
+    "isrt": IsrtJobConfig,
+    "eval": EvalJobConfig,
+    "tune": TuneJobConfig,
+}
+"""Command -> its config, in the order of docs/configuration.md."""

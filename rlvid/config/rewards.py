@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rlvid.config.sections import Section
+from rlvid.config.sections import Checkpoint, Section
 
 TAG_NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -30,7 +29,7 @@ class RewardPart(Section):
 
     kind: str
     """What the part scores."""
-    weight: float = Field(1.0, allow_inf_nan=False)
+    weight: float = 1.0
     """Factor in the total."""
     name: str | None = None
     """Name in metrics and report; default is the kind."""
@@ -105,7 +104,7 @@ class ModelPart(RewardPart):
 
     kind: Literal["model"]
     """model: the score of a reward model."""
-    path: Path
+    path: Checkpoint
     """Folder `policy` of a run of `rlvid reward-model` of kind bradley_terry."""
 
 

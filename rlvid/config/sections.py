@@ -1,34 +1,130 @@
 """Sections that most jobs share: model, data, video, training, rollout, placement.
 
-A default is stated here, in `algorithms.py` or in `jobs.py`, and nowhere else. Each key's docstring is its meaning in
-docs/configuration.md.
+A default is stated here, in `algorithms.py`, `rewards.py` or `jobs.py`, and nowhere else. Each key's docstring is its
+meaning in docs/configuration.md.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+
+def changeable(default: Any, why: str, **bounds: Any) -> Any:
+    """A field whose value may change when a run is resumed. `why` is printed in docs/configuration.md."""
+    return Field(default, json_schema_extra={"on_resume": why}, **bounds)
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are refused, values are checked on assignment too."""
+    """A group of keys. Unknown keys, infinite numbers and keys without an effect are refused; assignments are checked
+    too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    needs: ClassVar[dict[str, dict[str, tuple[Any, ...]]]] = {}
+    """Key -> what it has an effect with: another key and its values. Elsewhere the key must stay at its default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_not_booleans(cls, data: Any) -> Any:
+        """pydantic takes `true` for 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            types = repr(cls.model_fields[key].annotation) if key in cls.model_fields else "bool"
+            items = value if isinstance(value, list | tuple) else (value,)
+            if any(isinstance(item, bool) for item in items) and re.search(r"\b(int|float)\b", types):
+                raise ValueError(f"{key} must be a number, got {'a list with ' * (items is value)}true or false")
+        return data
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Section:
+        for key, conditions in self.needs.items():
+            for switch, values in conditions.items():
+                is_default = getattr(self, key) == type(self).model_fields[key].get_default()
+                if not is_default and getattr(self, switch) not in values:
+                    fitting = " or ".join("empty" if value is None else str(value) for value in values)
+                    raise ValueError(
+                        f"{key} has no effect with {switch}={getattr(self, switch)}: it needs {switch}={fitting}. "
+                        f"Leave it out"
+                    )
+        return self
+
+
+# --- types of values --------------------------------------------------------------------------------------------------
+
+
+def _check_local(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+            raise ValueError(f"{value} is a URL; expected a path on a local or mounted disk")
+        if not str(value).strip():
+            raise ValueError("the path is empty text; write null for no path")
+    return value
+
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder for {path}; write the path in full") from None
+
+
+def _local_path(kind: str) -> Any:
+    """Marks a path. `kind` is its `format` in the JSON schema, which `keys.check_paths` reads."""
+    return WithJsonSchema({"type": "string", "format": kind})
+
+
+_LocalPath = Annotated[Path, AfterValidator(_expand_home), BeforeValidator(_check_local)]
+LocalPath = Annotated[_LocalPath, _local_path("path")]
+"""A path that a job may create. A leading `~` is the home folder."""
+InputFile = Annotated[_LocalPath, _local_path("file-path")]
+"""A file that must exist before a job starts."""
+InputFolder = Annotated[_LocalPath, _local_path("directory-path")]
+"""A folder that must exist before a job starts."""
+Checkpoint = Annotated[_LocalPath, _local_path("checkpoint-path")]
+"""A Hugging Face checkpoint folder that must exist before a job starts."""
+
+MIN_TEMPERATURE = 0.01  # vLLM raises a smaller one to this, and its log-probs would differ from the trainer's
+
+
+def _check_temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature {value:g} is below {MIN_TEMPERATURE}, the lowest that vLLM samples with; 0 is greedy"
+        )
+    return value
+
+
+GreedyOrTemperature = Annotated[float, Field(ge=0), AfterValidator(_check_temperature)]
+"""A sampling temperature; 0 is greedy decoding."""
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
 
 
 class TinyModelConfig(Section):
-    """A random model of the family's real architecture with a tokenizer trained on the manifest's text.
+    """A random model with the family's real architecture and a tokenizer trained on the manifest's texts.
 
-    Built into `model.path` (or the run folder) when there is none: nothing is downloaded.
+    Built in the run folder when `model.path` is empty. Nothing is downloaded.
     """
 
     family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2", "qwen3"] = "qwen2_vl"
-    """Architecture. Idefics2 and Video-LLaVA, which vLLM does not serve, cannot answer in a run. The last two see no
-    video."""
+    """Architecture. vLLM does not serve idefics2 and video_llava: grpo, isrt and eval refuse them. qwen2 and
+    qwen3 take text only."""
     hidden_size: int = Field(128, ge=64, multiple_of=64)
-    """Width of the language model. One head per 64 (vLLM on CPU refuses a head size of 16)."""
+    """Width of the language model. One attention head per 64 (vLLM on CPU refuses a head size of 16)."""
     layers: int = Field(4, ge=1)
     """Layers of the language model."""
     vision_size: int = Field(128, ge=16)
@@ -40,8 +136,8 @@ class TinyModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters on the language model (LoRA, arXiv 2106.09685): only they are trained and sent to the engines,
-    and the reference is the model with the adapters off."""
+    """Low-rank adapters on the language model (LoRA, arXiv 2106.09685). Only the adapters are trained and sent to the
+    engines; the reference is the model with the adapters off."""
 
     rank: int = Field(16, ge=1, le=512)
     """Rank of the adapters."""
@@ -52,115 +148,115 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The policy's checkpoint, or a tiny random model in its place."""
+    """The policy's checkpoint, or a tiny random model instead."""
 
-    path: Path | None = None
-    """Folder of a Hugging Face checkpoint (config, safetensors, tokenizer). Empty: `tiny` must be given."""
+    path: Checkpoint | None = None
+    """Folder of a Hugging Face checkpoint (config, safetensors, tokenizer). Empty: `tiny` is required."""
     tiny: TinyModelConfig | None = None
-    """Make a tiny random model where `path` is empty."""
+    """Make a tiny random model if `path` is empty."""
     lora: LoraConfig | None = None
     """Train adapters instead of the whole model."""
     freeze_vision: bool = False
-    """Leave the vision tower as it is; what projects its features into the language model is trained all the same."""
+    """Do not train the vision tower. The projector, which maps its features into the language model, is still
+    trained."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of weights and activations. float32 on CPU (bfloat16 dies with SIGILL on many), bfloat16 on GPU."""
+    """Number format of weights and activations. Use float32 on CPU (bfloat16 stops with SIGILL on many), bfloat16 on
+    GPU."""
 
 
 class SyntheticConfig(Section):
-    """Clips of moving shapes with exact questions and answers, made as real H.264 files."""
+    """Clips of moving shapes with exact questions and answers, written as real H.264 files."""
 
     train: int = Field(1024, ge=1)
-    """Training clips."""
+    """Number of training clips."""
     eval: int = Field(256, ge=1)
-    """Held-out clips."""
+    """Number of held-out clips."""
     size: int = Field(56, ge=28, multiple_of=2)
     """Width and height, pixels."""
     frames: int = Field(16, ge=4)
-    """Frames in a file, 8 a second."""
-    kinds: tuple[Literal["colour", "shape", "direction", "order", "count"], ...] = (
-        "colour",
-        "shape",
-        "direction",
-        "order",
-        "count",
+    """Frames in a file, at 8 per second."""
+    kinds: tuple[Literal["colour", "shape", "direction", "order", "count"], ...] = Field(
+        ("colour", "shape", "direction", "order", "count"), min_length=1
     )
     """Kinds of question, in equal shares."""
 
-    @model_validator(mode="after")
-    def _has_kinds(self) -> SyntheticConfig:
-        if not self.kinds:
-            raise ValueError("kinds is empty: name at least one kind of question")
-        return self
-
 
 class DataConfig(Section):
-    """Manifests, the clips they name, and how many bad ones are borne."""
+    """Manifests, the clips they name, and the share of bad clips that is tolerated."""
 
-    train: Path | None = None
-    """Manifest of training samples (JSON lines). Empty: the `synthetic` set is made."""
-    eval: Path | None = None
-    """Manifest of held-out samples. Ids shared with `train` are refused."""
-    root: Path | None = None
-    """Folder where relative paths of manifests start and all paths end up. Empty: the manifest's folder."""
+    train: InputFile | None = None
+    """Manifest of training samples (JSON lines, a JSON list or parquet). Empty: the `synthetic` set is made."""
+    eval: InputFile | None = None
+    """Manifest of held-out samples. An id that `train` has too is an error."""
+    root: InputFolder | None = None
+    """Folder where relative paths of manifests start, and that all of them must stay in. Empty: the manifest's folder."""
     synthetic: SyntheticConfig | None = None
-    """Make a synthetic set where `train` is empty."""
-    max_bad_fraction: float = Field(0.25, ge=0.0, le=1.0)
+    """Make a synthetic set if `train` is empty."""
+    max_bad_fraction: float = changeable(0.25, "when to give up", ge=0.0, le=1.0)
     """The run stops when more than this share of the manifests' clips cannot be read."""
-    cache_dir: Path = Path("~/.cache/rlvid/frames")
-    """Decoded frames, shared by all runs."""
-    cache_gib: float = Field(50.0, gt=0)
-    """Size limit of the frame cache; the least recently used clips go first."""
+    cache_dir: LocalPath = changeable(
+        Path("~/.cache/rlvid/frames"), "a cached clip equals a decoded one", validate_default=True
+    )
+    """Folder of decoded frames, shared by all runs."""
+    cache_gib: float = changeable(50.0, "a cached clip equals a decoded one", gt=0)
+    """Size limit of the frame cache. The least recently used clips are removed first."""
     system_prompt: str | None = None
-    """Put before every conversation that has no system turn of its own."""
+    """System turn of every conversation that has none."""
     suffix: str = ""
-    """Put after every question, for example how to format the answer."""
+    """Text after every question, for example how to format the answer."""
 
 
 class VideoConfig(Section):
     """How clips are read: decoder, which frames, what size."""
 
     reader: Literal["pyav", "decord"] = "pyav"
-    """Decoder. decord returns wrong frames for some files without an error: for comparison only."""
+    """Decoder. decord returns wrong frames for some files without an error: use it for comparison only."""
     sampling: Literal["linspace", "mid_segment", "fps", "first_seconds"] = "linspace"
-    """Which frames: first to last evenly, middle of equal segments, by frame rate with a cap, or evenly in the first
-    seconds."""
-    frames: int = Field(8, ge=2)
-    """Frames for linspace, mid_segment and first_seconds; cap for fps. Even: two frames make one patch."""
+    """Which frames. linspace: evenly from first to last. mid_segment: the middle of equal segments. fps: by frame rate
+    up to `frames`. first_seconds: evenly in the first seconds."""
+    frames: int = Field(8, ge=2, multiple_of=2)
+    """Number of frames for linspace, mid_segment and first_seconds; upper limit for fps. Even: two frames make one
+    patch."""
     fps: float = Field(2.0, gt=0)
-    """Frames a second for fps sampling."""
+    """sampling=fps: frames per second."""
     seconds: float = Field(10.0, gt=0)
-    """Length for first_seconds sampling."""
+    """sampling=first_seconds: length in seconds."""
     height: int | None = Field(None, ge=28)
-    """Fixed height, pixels. Height and width go together."""
+    """Fixed height, pixels. Give height and width together."""
     width: int | None = Field(None, ge=28)
     """Fixed width, pixels."""
     max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)
-    """Largest area of a frame when no fixed size is given; the aspect ratio is kept."""
-    timeout_s: float = Field(60.0, gt=0)
-    """A clip that takes longer to read is bad (native decoders cannot be interrupted: the worker is stopped)."""
+    """Largest area of a frame if no fixed size is given. The aspect ratio is kept."""
+    timeout_s: float = changeable(60.0, "a deadline", gt=0)
+    """A clip that takes longer to read is bad. Its process is stopped, because native decoders cannot be
+    interrupted."""
+
+    needs: ClassVar = {
+        "fps": {"sampling": ("fps",)},
+        "seconds": {"sampling": ("first_seconds",)},
+        "max_pixels": {"height": (None,)},
+    }
 
     @model_validator(mode="after")
     def _sizes_go_together(self) -> VideoConfig:
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together: give both or none")
-        if self.frames % 2:
-            raise ValueError(f"frames must be even, two frames make one patch; got {self.frames}")
         return self
 
 
 class RunConfig(Section):
     """Run folder, checkpoints and tracking."""
 
-    dir: Path = Path("runs/run")
+    dir: LocalPath = Path("runs/run")
     """Run folder: configuration, metrics, rollouts, checkpoints, report."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases mode."""
     project: str = "rlvid"
     """Weights & Biases project."""
     checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints. One more is made at the end and at Ctrl-C."""
+    """Steps between checkpoints. A checkpoint is also written at the end and at Ctrl-C."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The newest so many checkpoints are kept."""
+    """Number of checkpoints to keep, the newest ones."""
     log_rollouts_every: int = Field(10, ge=1)
     """Steps between rollout tables (parquet) for the report."""
 
@@ -171,7 +267,7 @@ class ScheduleConfig(Section):
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up, over the phase's steps."""
+    """Learning rate after the warm-up, over the phase's steps."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from 0."""
 
@@ -179,28 +275,28 @@ class ScheduleConfig(Section):
 class TrainConfig(ScheduleConfig):
     """Steps, batches, optimizer and memory of the trainer."""
 
-    steps: int = Field(100, ge=0)
-    """Rollout batches (GRPO) or optimizer steps (SFT)."""
+    steps: int = changeable(100, "a run may be made longer or shorter", ge=0)
+    """Rollout batches (grpo) or optimizer steps (other jobs)."""
     batch_size: int = Field(32, ge=1)
-    """Prompts (GRPO) or samples (SFT) in a step."""
+    """Prompts (grpo), pairs or samples (other jobs) in a step."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW; of the warm start too, which uses the same optimizer."""
+    """AdamW's betas. The warm start uses the same optimizer."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW."""
+    """AdamW's weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Tokens in one forward, padding and vision patches counted."""
+    micro_batch_tokens: int = changeable(16384, "memory; the gradient is the same up to rounding", ge=1)
+    """Tokens in one forward, padding and vision patches included."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
-    shared_prefix: bool = True
+    shared_prefix: bool = changeable(True, "memory and speed; the gradient is the same up to rounding")
     """Forward a group's prompt once for all its responses."""
-    max_workers: int | None = Field(None, ge=1)
+    max_workers: int | None = changeable(None, "a run may continue with another number of workers", ge=1)
     """Elastic training of sft, dpo, reward-model and isrt: up to this number of workers while the cluster has room, at
     least `placement.trainer_workers`. Empty: exactly `placement.trainer_workers`."""
-    resize_interval_s: float = Field(60.0, ge=0)
+    resize_interval_s: float = changeable(60.0, "when workers may be added", ge=0)
     """Elastic: seconds between two checks for room for more workers. All workers restart from the last checkpoint."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = changeable(3, "when to give up", ge=0)
     """sft, dpo, reward-model and isrt: worker failures after which the run stops. Before, all workers restart from the
     last checkpoint."""
 
@@ -208,11 +304,11 @@ class TrainConfig(ScheduleConfig):
 class WarmStartConfig(ScheduleConfig):
     """Supervised steps on the training manifest's answers before reinforcement learning, with the same optimizer."""
 
-    data: Path | None = None
+    data: InputFile | None = None
     """Manifest of the warm start's samples. Empty: those of `data.train`; for `rlvid isrt` on a synthetic set its
     lessons, which teach to describe, to answer and to judge."""
     steps: int = Field(0, ge=0)
-    """Optimizer steps; 0 leaves it out."""
+    """Optimizer steps; 0 for no warm start."""
     batch_size: int = Field(32, ge=1)
     """Samples in a step."""
 
@@ -220,59 +316,60 @@ class WarmStartConfig(ScheduleConfig):
 class RolloutConfig(Section):
     """Generation: sampling, lengths, engines and their deadlines."""
 
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; the trainer's log-probs are tempered alike."""
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE)
+    """Sampling temperature. The trainer divides its logits by the same value. vLLM raises a temperature below 0.01 to
+    0.01, so a smaller one would make the two disagree."""
     max_tokens: int = Field(64, ge=1)
     """Longest response, tokens."""
-    max_model_len: int = Field(4096, ge=16)
-    """Context of the engine: prompt and response. A longer prompt is an error, never cut."""
-    replicas: int = Field(1, ge=1)
-    """Engines."""
-    max_sequences: int = Field(256, ge=1)
-    """Sequences that an engine decodes at a time."""
-    max_batched_tokens: int = Field(8192, ge=16)
+    max_model_len: int = changeable(4096, "memory of an engine", ge=16)
+    """Context of the engine: prompt and response, tokens. A longer prompt is an error, prompts are never cut."""
+    replicas: int = changeable(1, "which engine answers does not change the distribution of answers", ge=1)
+    """Number of engines."""
+    max_sequences: int = changeable(256, "memory of an engine", ge=1)
+    """Sequences that an engine decodes at the same time."""
+    max_batched_tokens: int = changeable(8192, "memory of an engine", ge=16)
     """Tokens of one engine step."""
-    block_size: int | None = Field(None, ge=1)
-    """Tokens in a block of the key-value cache, the unit in which a group shares its prompt; empty: 32 on CPU, vLLM's
+    block_size: int | None = changeable(None, "memory of an engine", ge=1)
+    """Tokens in a block of the key-value cache, the unit in which a group shares its prompt. Empty: 32 on CPU, vLLM's
     choice on GPU."""
-    max_videos: int = Field(8, ge=1)
-    """Most videos in a prompt."""
-    tensor_parallel: int = Field(1, ge=1)
-    """GPUs an engine is spread over."""
-    kv_cache_gib: int = Field(1, ge=1)
-    """Key-value cache of a CPU engine."""
-    gpu_memory_utilization: float = Field(0.45, gt=0, le=1)
+    max_videos: int = changeable(8, "memory of an engine", ge=1)
+    """Largest number of videos in a prompt."""
+    tensor_parallel: int = changeable(1, "a run may continue on other machines", ge=1)
+    """GPUs that an engine is split over."""
+    kv_cache_gib: int = changeable(1, "memory of an engine", ge=1)
+    """Key-value cache of an engine on CPU."""
+    gpu_memory_utilization: float = changeable(0.45, "memory of an engine", gt=0, le=1)
     """Share of a GPU's memory for an engine."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = changeable(600.0, "a deadline", gt=0)
     """Deadline of one generate call."""
-    weight_transfer: Literal["auto", "buckets", "nccl", "ipc"] = "auto"
+    weight_transfer: Literal["auto", "buckets", "nccl", "ipc"] = changeable("auto", "transport of the same weights")
     """How weights reach the engines. buckets: through Ray's object store, on CPU and GPU. nccl: from GPU to GPU. ipc:
     between processes on the same GPU. auto: buckets on CPU and for adapters; ipc where trainer and engine share a GPU;
-    else nccl."""
-    sync_timeout_s: float = Field(300.0, gt=0)
+    otherwise nccl."""
+    sync_timeout_s: float = changeable(300.0, "a deadline", gt=0)
     """Deadline of one weight update."""
-    max_restarts: int = Field(3, ge=0)
-    """A replica that died more often stays dead; the run stops when none is left."""
+    max_restarts: int = changeable(3, "when to give up", ge=0)
+    """Restarts of a replica. One that fails again stays dead. The run stops when no replica is left."""
 
 
 class EvaluateConfig(Section):
-    """Greedy answers to the held-out manifest while a run goes on."""
+    """Greedy answers to the held-out manifest during a run."""
 
     every: int = Field(50, ge=1)
-    """Steps between greedy evaluations; one is always made before the first and after the last step."""
+    """Steps between greedy evaluations. There is always one before the first and one after the last step."""
     max_samples: int | None = Field(None, ge=1)
-    """Use only so many held-out samples, the first of the manifest."""
+    """Evaluate only the first samples of the held-out manifest, up to this number."""
     batch_size: int = Field(256, ge=1)
     """Prompts given to the engines at a time."""
 
 
 class PlacementConfig(Section):
-    """Where the actors go. Every replica and the trainer group get placement groups of their own."""
+    """Where the actors run. Every replica and the trainer group have placement groups of their own."""
 
     colocate: bool = True
-    """Trainer rank i and generator i share a GPU, half each, or have their own."""
+    """Trainer rank i and generator i share a GPU, half each. false: each has its own."""
     gpus: float = Field(0, ge=0)
-    """GPUs of one trainer rank, and of one generator per `rollout.tensor_parallel`; 0 runs on CPU."""
+    """GPUs of one trainer rank, and of one generator per `rollout.tensor_parallel`. 0: everything runs on CPU."""
     trainer_workers: int = Field(1, ge=1)
     """Trainer ranks."""
     trainer_cpus: float = Field(0.5, gt=0)
@@ -290,6 +387,6 @@ class PlacementConfig(Section):
     reward_cpus: float = Field(0.1, gt=0)
     """CPUs reserved per reward worker."""
     timeout_s: float = Field(900.0, gt=0)
-    """How long to wait for room in the cluster; nodes may have to be started."""
+    """How long to wait for room in the cluster. Nodes may have to start first."""
     threads: int | None = Field(None, ge=1)
-    """Torch threads of each actor on CPU; default: the machine's cores."""
+    """Torch threads of each actor on CPU. Empty: the machine's number of cores."""

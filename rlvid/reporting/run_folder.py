@@ -13,8 +13,8 @@
     judge_cache.jsonl  answers of judges, by a hash of what they were asked
     report.html        the page made of all this
 
-Two invariants: one writing process at a time (a lock that dies with its process), and one config per folder (what may
-differ when a run is taken up again stands in MAY_CHANGE_ON_RESUME).
+Two invariants: one writing process at a time (a lock that ends with its process), and one config per folder (a key says
+itself in `rlvid/config` whether it may change when a run is resumed).
 """
 
 from __future__ import annotations
@@ -31,44 +31,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlvid.config.load import dump_config
+from rlvid.config.keys import flatten, may_change_on_resume
+from rlvid.config.load import dump_config, read_yaml
 from rlvid.errors import BadClip, UserError
 from rlvid.files import append_row, cut_torn_line, dumps, read_rows, write_atomic
 from rlvid.reporting import rollout_tables
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.provenance import git_commit, versions
-
-MAY_CHANGE_ON_RESUME = {
-    "run": "where and how often something is written, not what is learned",
-    "train.steps": "a run may be made longer or shorter",
-    "train.max_workers": "a run may continue with another number of workers",
-    "train.resize_interval_s": "when workers may be added, not what is learned",
-    "train.max_failures": "when to give up, not what is learned",
-    "train.micro_batch_tokens": "how a batch is cut into forwards; the gradient is the same up to rounding",
-    "evaluate": "evaluation only looks on",
-    "placement": "a run may go on with other machines (trainer_workers only without ZeRO, see Session.resume)",
-    "data.cache_dir": "a cached clip equals a decoded one",
-    "data.cache_gib": "a cached clip equals a decoded one",
-    "data.max_bad_fraction": "when to give up, not what is learned",
-    "video.timeout_s": "when to give up, not what is learned",
-    "rollout.replicas": "which engine answers does not change the distribution of answers",
-    "rollout.tensor_parallel": "a run may go on with other machines",
-    "rollout.kv_cache_gib": "memory of an engine",
-    "rollout.gpu_memory_utilization": "memory of an engine",
-    "isrt.iterations": "a run may be made longer or shorter",
-    "isrt.chunk_size": "how much is written at a time; what is sampled is a function of seed and id",
-    "isrt.judge.max_invalid_fraction": "when to give up, not what is learned",
-    "isrt.judge.concurrency": "how many wait at a time",
-    "isrt.judge.timeout_s": "a deadline",
-    "isrt.judge.deadline_s": "a deadline",
-    "rollout.timeout_s": "a deadline",
-    "rollout.sync_timeout_s": "a deadline",
-    "rollout.max_restarts": "when to give up, not what is learned",
-}
-"""Key, or section with all its keys -> why a run may be taken up with another value."""
 
 _PHASES = ("warm_start", "train")  # in their order of time; rows of metrics.jsonl without a phase are of the last one
 # What a folder may hold and still count as unused: leftovers of a start that came to nothing.
@@ -224,11 +195,11 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """Content of `config.yaml` as plain data; empty if there is none."""
         try:
-            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            content = read_yaml(self.config_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config_file}: not valid YAML: {str(error).splitlines()[0]}") from None
+        except ValueError as error:
+            raise UserError(f"{self.config_file}: not valid YAML: {error}") from None
         return content if isinstance(content, dict) else {}
 
     # --- rows ---------------------------------------------------------------------------------------------------------
@@ -345,7 +316,7 @@ class RunFolder:
         saved = self.config()
         with contextlib.suppress(ValidationError):  # a key that is newer than the saved file has its default there
             saved = type(cfg).model_validate(saved).model_dump(mode="json")
-        differences = _differences(saved, yaml.safe_load(dump_config(cfg)))
+        differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
         if not differences:
             return
         shown = [f"  {key}: {old} there, {new} now" for key, old, new in differences[:12]]
@@ -354,7 +325,7 @@ class RunFolder:
         raise UserError(
             f"{self.dir} holds a run of another config:\n"
             + "\n".join(shown)
-            + f"\nGive another run.dir, set the keys back to go on with that run, or delete {self.dir}."
+            + f"\nGive another run.dir, set the keys back to resume that run, or delete {self.dir}."
         )
 
     def _write_new(self, cfg: BaseModel, job: str) -> None:
@@ -402,23 +373,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict) or not data:
-        return {prefix: data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, old value, new value) of the keys that must not change when a run is taken up again."""
-    flat_old, flat_new = _flat(old), _flat(new)
+def _differences(cls: type[BaseModel], old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, old value, new value) of the keys that must not change when a run is resumed."""
+    flat_old, flat_new = flatten(old), flatten(new)
     found = []
     for key in dict.fromkeys((*flat_new, *flat_old)):
-        sections = [key[:end] for end, letter in enumerate(key) if letter == "."]
-        if flat_old.get(key) == flat_new.get(key) or {key, *sections} & MAY_CHANGE_ON_RESUME.keys():
-            continue
-        old_text, new_text = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
-        found.append((key, old_text, new_text))
+        if flat_old.get(key) != flat_new.get(key) and not may_change_on_resume(cls, key):
+            old_text, new_text = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
+            found.append((key, old_text, new_text))
     return found

@@ -61,7 +61,7 @@ def test_answer_outside_the_choices(refused: Refused, tmp_path: Path) -> None:
     [
         ("[]", "rewards is empty"),
         ("[{kind: model}]", "rewards.0.path is missing"),
-        ("[{kind: model, path: nowhere/policy}]", "rewards.0 (model): nowhere/policy/reward_model/rubric.json"),
+        ("[{kind: model, path: nowhere/policy}]", "rewards.0.path: nowhere/policy does not exist"),
         (
             "[{kind: number}]",
             "data.train: sample 'a' (problem_type None): reward part number: the sample's answer 'red'",

@@ -90,7 +90,7 @@ def test_another_config_is_refused_and_names_the_keys(folder: RunFolder) -> None
 def test_many_differing_keys_are_cut_short(folder: RunFolder) -> None:
     with_results(folder)
     other = config(
-        model={"path": "m"}, video={"frames": 4, "fps": 1}, train={"lr": 1, "betas": [0, 0], "batch_size": 1}
+        model={"path": "m"}, video={"frames": 4, "reader": "decord"}, train={"lr": 1, "betas": [0, 0], "batch_size": 1}
     )
     with pytest.raises(UserError, match=r"model\.tiny\.layers: 4 there, nothing now"):
         folder.start(other, "grpo")
@@ -107,7 +107,9 @@ def test_many_differing_keys_are_cut_short(folder: RunFolder) -> None:
         {"run": {"wandb": "disabled", "checkpoint_every": 3}},
         {"evaluate": {"every": 2}},
         {"placement": {"trainer_workers": 2}},
-        {"rollout": {"timeout_s": 5, "replicas": 2}},
+        {"rollout": {"timeout_s": 5, "replicas": 2, "max_model_len": 99, "max_batched_tokens": 64, "max_sequences": 2}},
+        {"rollout": {"weight_transfer": "buckets", "block_size": 16, "max_videos": 1, "sync_timeout_s": 1}},
+        {"train": {"micro_batch_tokens": 100, "shared_prefix": False}, "video": {"timeout_s": 1}},
     ],
 )
 def test_keys_that_change_nothing_learned_may_change(folder: RunFolder, changes: dict[str, Any]) -> None:
@@ -128,12 +130,12 @@ def load_config_of(cfg: GrpoJobConfig, tmp: Path) -> GrpoJobConfig:
 def test_config_saved_before_a_key_existed_is_the_same_config(folder: RunFolder) -> None:
     with_results(folder)
     text = folder.config_file.read_text()
-    folder.config_file.write_text(text.replace("  kl_estimator: k3\n", ""))
+    folder.config_file.write_text(text.replace("  loss_average: token\n", ""))
     assert folder.config_file.read_text() != text
     folder.start(config(), "grpo").close()
-    folder.config_file.write_text(text.replace("  kl_estimator: k3\n", ""))
-    with pytest.raises(UserError, match=r'grpo\.kl_estimator: "k3" there, "k1" now'):
-        folder.start(config(grpo={"kl_estimator": "k1"}), "grpo")
+    folder.config_file.write_text(text.replace("  loss_average: token\n", ""))
+    with pytest.raises(UserError, match=r'grpo\.loss_average: "token" there, "sequence" now'):
+        folder.start(config(grpo={"loss_average": "sequence"}), "grpo")
 
 
 def test_another_job_is_refused(folder: RunFolder) -> None:

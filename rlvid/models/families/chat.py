@@ -186,10 +186,10 @@ class ChatFamily(ABC):
         """Raises UserError where a prompt does not fit."""
         if max_tokens is None or n_tokens <= max_tokens:
             return
-        mend = "lower video.frames or video.max_pixels, or raise" if n_video else "shorten it or raise"
+        fix = "start a new run with fewer video.frames or a lower video.max_pixels" if n_video else "shorten the prompt"
         raise UserError(
             f"sample {sample.id!r}: its prompt has {n_tokens} tokens ({n_video} of them video), the context leaves "
-            f"{max_tokens}. Prompts are never cut: {mend} rollout.max_model_len"
+            f"{max_tokens}. Prompts are never cut: raise rollout.max_model_len (a resumed run may), or {fix}"
         )
 
     def special(self, token: str) -> int:

@@ -131,7 +131,7 @@ class Idefics2(FrameFamily):
         if self._window is not None and n_tokens > self._window:
             raise UserError(
                 f"sample {sample.id!r}: its prompt has {n_tokens} tokens, the model sees {self._window} at a time. "
-                f"Prompts are never cut: lower video.frames"
+                f"Prompts are never cut: give another run.dir and fewer video.frames"
             )
 
     def expand(self, grid: Grid) -> str:

@@ -1,0 +1,225 @@
+"""What a config refuses by itself: values that no engine takes, keys without an effect, paths that are none."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from rlvid.config import (
+    DpoConfig,
+    EvalJobConfig,
+    GrpoConfig,
+    GrpoJobConfig,
+    IsrtJobConfig,
+    JobConfig,
+    JudgeConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    SftJobConfig,
+    SpaceConfig,
+    TuneJobConfig,
+    VideoConfig,
+)
+from rlvid.config.jobs import JOB_CONFIGS
+from rlvid.config.keys import keys_of
+from rlvid.config.load import load_config
+from rlvid.errors import UserError
+
+TINY: dict[str, Any] = {"model": {"tiny": {}}, "data": {"synthetic": {}}}
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+LOADABLE = {
+    "grpo": CONFIGS / "demo.yaml",
+    "sft": CONFIGS / "sft_demo.yaml",
+    "dpo": CONFIGS / "dpo_demo.yaml",
+    "isrt": CONFIGS / "isrt_demo.yaml",
+    "eval": CONFIGS / "eval_demo.yaml",
+    "reward-model": CONFIGS / "reward_model_demo.yaml",
+    "tune": CONFIGS / "tune_dpo_demo.yaml",
+}
+
+
+def refusal(cls: type[BaseModel], values: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as caught:
+        cls.model_validate(values)
+    return str(caught.value)
+
+
+def keys_with(job: str, **wanted: Any) -> list[str]:
+    """Plain keys whose schema, or an alternative of it, has these entries; a list's index is 0."""
+    found = []
+    for key, schema in keys_of(JOB_CONFIGS[job]):
+        kinds = [schema, *schema.get("anyOf", ())]
+        if any(all(kind.get(name) == value for name, value in wanted.items()) for kind in kinds):
+            found.append(key.replace(".N.", ".0."))
+    return [key for key in found if "NAME" not in key and not key.startswith("rewards")]
+
+
+# --- numbers (fault 16, 20) -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("job", sorted(LOADABLE))
+def test_no_number_of_any_job_may_be_infinite(job: str, value: str) -> None:
+    keys = keys_with(job, type="number")
+    assert len(keys) > 5 or job == "tune"
+    for key in keys:
+        with pytest.raises(UserError, match=r"finite number|must be (greater|less) than"):
+            load_config(JOB_CONFIGS[job], LOADABLE[job], [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("space", [{"uniform": [0, math.inf]}, {"choice": [1.0, math.nan]}, {"grid": [math.inf]}])
+def test_a_sweep_draws_finite_numbers_only(space: dict[str, Any]) -> None:
+    assert "finite number" in refusal(SpaceConfig, space)
+
+
+def test_temperatures_are_those_that_vllm_samples_with() -> None:
+    assert RolloutConfig(temperature=0.01).temperature == 0.01
+    assert "temperature" in refusal(RolloutConfig, {"temperature": 0.002})
+    assert JudgeConfig(temperature=0).temperature == 0  # greedy
+    assert "below 0.01, the lowest that vLLM samples with" in refusal(JudgeConfig, {"temperature": 0.002})
+    isrt = {"isrt": {"context_temperature": 0.005}}
+    assert "below 0.01, the lowest that vLLM samples with" in refusal(IsrtJobConfig, TINY | isrt)
+
+
+# --- known from the configuration alone (fault 21) --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", ["grpo", "isrt", "eval"])
+@pytest.mark.parametrize("family", ["idefics2", "video_llava"])
+def test_a_tiny_family_without_an_engine_is_refused_where_responses_are_generated(job: str, family: str) -> None:
+    values = TINY | {"model": {"tiny": {"family": family}}}
+    assert f"model.tiny.family={family} cannot generate" in refusal(JOB_CONFIGS[job], values)
+    SftJobConfig.model_validate(values)
+
+
+def test_a_context_too_small_for_the_frames_is_refused() -> None:
+    # 8 frames of 64 x 96 pixels: 4 pairs of 2 x 3 patches of 32 pixels, a question of 16 and a response of 64 tokens
+    values = TINY | {"video": {"frames": 8, "height": 64, "width": 96}}
+    assert GrpoJobConfig.model_validate(values | {"rollout": {"max_model_len": 104}})
+    message = refusal(GrpoJobConfig, values | {"rollout": {"max_model_len": 103}})
+    assert "rollout.max_model_len=103 is less than 104: 8 frames are at least 24 tokens" in message
+    small = refusal(GrpoJobConfig, TINY | {"rollout": {"max_model_len": 16, "max_tokens": 8}})
+    assert "rollout.max_model_len=16 is less than" in small
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://host/v1/chat/completions"])
+def test_a_judge_url_must_be_the_base_of_an_api(url: str) -> None:
+    message = refusal(JudgeConfig, {"backend": "endpoint", "model": "m", "url": url})
+    assert "is not the base URL of an API, expected for example http://localhost:8000/v1" in message
+
+
+def test_each_job_asks_for_the_manifest_that_it_needs() -> None:
+    model = {"model": {"tiny": {}}}
+    assert "data.eval is empty" in refusal(EvalJobConfig, model | {"data": {"train": "t.jsonl"}})
+    assert "data.train is empty" in refusal(SftJobConfig, model | {"data": {"eval": "e.jsonl"}})
+    assert EvalJobConfig.model_validate(model | {"data": {"eval": "e.jsonl"}}).data.train is None
+
+
+# --- paths (fault 28) -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", sorted(LOADABLE))
+def test_no_path_of_any_job_may_be_a_url(job: str) -> None:
+    forms = ("path", "file-path", "directory-path", "checkpoint-path")
+    keys = [key for form in forms for key in keys_with(job, format=form)]
+    assert len(keys) >= (2 if job == "tune" else 6)
+    for key in keys:
+        for url in ("s3://bucket/x", "gs://bucket/x", "http://host/x", "hf://org/model", "file:///x"):
+            with pytest.raises(UserError, match=f"{key}: {url} is a URL; expected a path on a local or mounted disk"):
+                load_config(JOB_CONFIGS[job], LOADABLE[job], [f"{key}={url}"])
+
+
+def test_a_path_is_not_empty_text() -> None:
+    assert "empty text" in refusal(GrpoJobConfig, TINY | {"run": {"dir": ""}})
+
+
+# --- switches without an effect (fault 37) ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (JudgeConfig, {"path": "judge"}, "path has no effect with backend=policy: it needs backend=local"),
+        (JudgeConfig, {"url": "http://h/v1"}, "url has no effect with backend=policy: it needs backend=endpoint"),
+        (JudgeConfig, {"send_frames": True}, "send_frames has no effect with backend=policy"),
+        (JudgeConfig, {"backend": "local", "path": "j", "concurrency": 2}, "concurrency has no effect with"),
+        (VideoConfig, {"fps": 3}, "fps has no effect with sampling=linspace: it needs sampling=fps"),
+        (VideoConfig, {"seconds": 3}, "seconds has no effect with sampling=linspace"),
+        (VideoConfig, {"height": 56, "width": 56, "max_pixels": 1000}, "max_pixels has no effect with height=56"),
+        (DpoConfig, {"simpo_margin": 1}, "simpo_margin has no effect with loss=sigmoid: it needs loss=simpo"),
+        (DpoConfig, {"chosen_weight": 2}, "chosen_weight has no effect with loss=sigmoid: it needs loss=kto"),
+        (DpoConfig, {"loss": "simpo", "reference_path": "m"}, "reference_path has no effect with loss=simpo"),
+        (DpoConfig, {"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing has no effect with loss=ipo"),
+        (GrpoConfig, {"kl_estimator": "k1"}, "kl_estimator=k1 has no effect with kl_coef=0"),
+        (RewardModelConfig, {"kind": "bradley_terry", "scale": [1, 5]}, "scale has no effect with kind=bradley_terry"),
+        (
+            TuneJobConfig,
+            {
+                "job": "sft",
+                "config": "c",
+                "space": {"train.lr": {"choice": [1]}},
+                "scheduler": "none",
+                "grace_steps": 2,
+            },
+            "grace_steps has no effect with scheduler=none: it needs scheduler=asha or pbt",
+        ),
+    ],
+)
+def test_a_key_without_an_effect_is_refused(cls: type[BaseModel], values: dict[str, Any], message: str) -> None:
+    assert message in refusal(cls, values)
+
+
+def test_keys_at_their_default_are_no_switches() -> None:
+    judge = JudgeConfig.model_validate({"concurrency": 8, "api_key_env": "OPENAI_API_KEY"})
+    assert JudgeConfig.model_validate(judge.model_dump()) == judge
+
+
+# --- kinds imply templates (fault 29) ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"), [("thinking", "thinking"), ("bradley_terry", "question"), ("regression", "integer")]
+)
+def test_the_kind_of_a_reward_model_implies_its_template(kind: str, template: str) -> None:
+    cfg = RewardModelConfig.model_validate({"kind": kind})
+    assert cfg.template == template and RewardModelConfig.model_validate(cfg.model_dump()) == cfg
+
+
+def test_a_template_of_another_kind_is_refused() -> None:
+    assert "kind=thinking does not go with template=integer" in refusal(
+        RewardModelConfig, {"kind": "thinking", "template": "integer"}
+    )
+    assert "set template to question" in refusal(RewardModelConfig, {"kind": "bradley_terry", "template": "integer"})
+
+
+# --- files of other jobs (fault 29) -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", ["sft", "eval", "dpo", "grpo", "isrt"])
+@pytest.mark.parametrize("source", ["demo", "isrt_demo", "dpo_demo", "sft_demo"])
+def test_a_file_of_one_job_can_be_given_to_another(
+    job: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"{source}.yaml"  # a notice is printed once per file
+    file.write_bytes((CONFIGS / f"{source}.yaml").read_bytes())
+    cfg = load_config(JOB_CONFIGS[job], file, [])
+    assert isinstance(cfg, JobConfig) and cfg.model.tiny is not None
+    foreign = {"demo": {"grpo", "warm_start"}, "isrt_demo": {"isrt", "warm_start", "dpo"}, "dpo_demo": {"dpo"}}
+    ignored = sorted(foreign.get(source, set()) - JOB_CONFIGS[job].model_fields.keys())
+    notice = f"rlvid: {file}: ignored, sections of other jobs: {', '.join(ignored)}\n" if ignored else ""
+    assert capsys.readouterr().err == notice
+
+
+def test_unknown_keys_and_overrides_of_other_jobs_stay_errors(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("model: {tiny: {}}\ndata: {synthetic: {}}\ngropo: {group_size: 4}\n")
+    with pytest.raises(UserError, match=f"{file}:3: unknown key gropo"):
+        load_config(SftJobConfig, file, [])
+    with pytest.raises(UserError, match="unknown key grpo; known here"):
+        load_config(SftJobConfig, CONFIGS / "demo.yaml", ["grpo.group_size=4"])
+    with pytest.raises(UserError, match="unknown key space"):  # a sweep is no job's config
+        load_config(SftJobConfig, CONFIGS / "tune_dpo_demo.yaml", [])
