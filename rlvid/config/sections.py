@@ -189,7 +189,7 @@ class DataConfig(Section):
     eval: InputFile | None = None
     """Manifest of held-out samples. An id that `train` has too is an error."""
     root: InputFolder | None = None
-    """Folder where relative paths of manifests start, and that all of them must stay in. Empty: the manifest's folder."""
+    """Where relative paths of manifests start; all paths must stay in it. Empty: the manifest's folder."""
     synthetic: SyntheticConfig | None = None
     """Make a synthetic set if `train` is empty."""
     max_bad_fraction: float = changeable(0.25, "when to give up", ge=0.0, le=1.0)
