@@ -126,7 +126,7 @@ def combine(parts: Sequence[Part], group: Group, values: Mapping[str, Values]) -
 
 
 def check_samples(parts: Sequence[Part], samples: Sequence[Sample], key: str, needs_accuracy: bool = False) -> None:
-    """Check before a run starts that every sample can be scored.
+    """Check before a run starts that every sample can be scored: rules are called without responses.
 
     Args:
         key: of the samples' manifest, for the message.
@@ -145,12 +145,15 @@ def check_samples(parts: Sequence[Part], samples: Sequence[Sample], key: str, ne
                 f"{where} (problem_type {sample.problem_type!r}): evaluation needs a reward part that says whether an "
                 "answer is right: add one, for example of kind exact, choice or number"
             )
-        for name, values in score_rules(covering, Group(sample, (Response("", 0),))).items():
-            if isinstance(values[0], NoReward):
+        for part in covering:
+            try:
+                if part.kind.score is not None:
+                    part.kind.score(part.cfg, Group(sample, ()))
+            except NoReward as reason:
                 raise UserError(
-                    f"{where} (problem_type {sample.problem_type!r}): reward part {name}: {values[0]}; set "
+                    f"{where} (problem_type {sample.problem_type!r}): reward part {part.name}: {reason}; set "
                     "problem_types of each part to those that it can score, or fix the row"
-                )
+                ) from reason
 
 
 def _not_covered(sample: Sample) -> str:
