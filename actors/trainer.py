@@ -174,12 +174,12 @@ class TrainerGroup:
     def load_reference(self, file: Path) -> None:
         self._all("load_reference", [(file,)] * len(self._ranks))
 
-    def _score(self, method: str, groups: Sequence[GroupRef], *arguments: Any) -> list[npt.NDArray[Any]]:
+    def _score(self, method: str, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         if (missing := len(self._ranks) - len(groups)) > 0:  # every rank has to take part in the forward
-            return self._score(method, [*groups, *(groups[0] for _ in range(missing))], *arguments)[: len(groups)]
+            return self._score(method, [*groups, *(groups[0] for _ in range(missing))])[: len(groups)]
         order = balance_indices([g.cost for g in groups], len(self._ranks))
-        values: list[npt.NDArray[Any] | None] = [None] * len(groups)
-        calls = [([groups[i] for i in ix], *arguments) for ix in order]
+        values: list[npt.NDArray[np.float32] | None] = [None] * len(groups)
+        calls = [([groups[i] for i in ix],) for ix in order]
         for indices, part in zip(order, self._all(method, calls), strict=True):
             for i, value in zip(indices, part, strict=True):
                 values[i] = value

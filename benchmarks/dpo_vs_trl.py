@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.supervised_worker import pair_group
+from actors.supervised_tasks import group_of
 from benchmarks.grpo_vs_trl import frames_of
 from benchmarks.harness import finish, median_ratio, medians
 from benchmarks.tiny import QUESTION, TEXTS, tiny_model
@@ -68,7 +68,7 @@ def encode(family: ChatFamily, setting: str, index: int) -> Group:
         Clip(f"{pair.sample.id}-{i}", frame[None], np.zeros(1), np.zeros(1, np.int64), 1, 8.0, "random", "")
         for i, frame in enumerate(frames_of(setting, index) if setting != "text" else ())
     ]
-    return pair_group(family.encode(pair.sample, clips), pair, family)
+    return group_of(family.encode(pair.sample, clips), (pair.chosen, pair.rejected), family)
 
 
 class RlvidSide:
