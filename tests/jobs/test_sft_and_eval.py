@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlvid.config import SyntheticConfig
 from rlvid.synthetic.moving_shapes import make_synthetic
+from tests.jobs.test_grpo import metrics_of, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,3 +81,39 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]
+
+
+def test_a_killed_worker_restarts_all_from_the_last_checkpoint_and_the_run_says_so(tmp_path: Path) -> None:
+    config, folder, out = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "out"
+    config.write_text(
+        f"""
+model: {{tiny: {{layers: 1, vision_layers: 1}}}}
+data: {{synthetic: {{train: 8, eval: 1}}, cache_dir: {tmp_path}/cache}}
+video: {{frames: 4, height: 56, width: 56}}
+run: {{dir: {folder}, wandb: disabled, checkpoint_every: 20}}
+train: {{steps: 100000, batch_size: 4}}
+evaluate: {{every: 100000}}
+rollout: {{max_tokens: 4, max_model_len: 512}}
+placement: {{threads: 1, trainer_workers: 2}}
+"""
+    )
+    with out.open("w") as stdout:
+        command = [sys.executable, "-m", "jobs.sft", "--config", str(config)]
+        environment = os.environ | {"RAY_ADDRESS": "local"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (folder / "checkpoints" / "step_20").exists(), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        next(p for p in children if "RayTrainWorker" in " ".join(p.cmdline())).kill()
+        killed_at = metrics_of(folder)[-1]["step"]
+        wait_for(lambda: metrics_of(folder)[-1]["step"] > killed_at + 40, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out.read_text() + err
+    assert re.search(r"^2 workers, from step \d+: steps \d+ to \d+ are done again$", out.read_text(), re.MULTILINE)
+    steps = [row["step"] for row in metrics_of(folder) if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    shown = [line for line in out.read_text().splitlines() if re.match(r" *\d+/100000 ", line)]
+    assert len(shown) < 10  # not every step
