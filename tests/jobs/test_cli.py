@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,31 @@ def test_dry_run_prints_a_config_that_can_be_used_and_the_placement(
     (config_path.parent / "resolved.yaml").write_text(out)
     resolved = load_config(GrpoJobConfig, config_path.parent / "resolved.yaml", [])
     assert resolved.rollout.replicas == 2 and resolved.model.tiny is not None and resolved.model.tiny.layers == 2
+    assert seen == [] and not (config_path.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+def test_dry_run_prints_in_every_locale(tmp_path: Path, encoding: str) -> None:
+    """Fault 25. What goes into a file or a pipe is UTF-8, as configs are."""
+    file = tmp_path / "job.yaml"
+    file.write_text("model: {tiny: {}}\ndata: {synthetic: {}, suffix: 'ünï – 😀'}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "jobs.cli", "sft", str(file), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout.decode("utf-8"))["data"]["suffix"] == "ünï – 😀"
+
+
+def test_missing_inputs_are_said_before_anything_is_made(
+    config_path: Path, job: Callable[..., list[JobConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault 21: also in a dry run, each with its own key."""
+    seen = job({})
+    for flags in ([], ["--dry-run"]):
+        assert cli.main(["grpo", "job.yaml", "model.path=nowhere", "data.eval=none.jsonl", *flags]) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            "rlvid: error: model.path: nowhere does not exist; expected a checkpoint folder with a config.json",
+            "  data.eval: none.jsonl does not exist; expected a file",
+        ]
     assert seen == [] and not (config_path.parent / "runs").exists()
 
 
