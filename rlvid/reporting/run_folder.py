@@ -19,32 +19,22 @@ itself in `rlvid/config` whether it may change when a run is resumed).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import shutil
-import socket
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from rlvid.config.keys import flatten, may_change_on_resume
-from rlvid.config.load import dump_config, read_yaml
+from rlvid.config.load import read_yaml
 from rlvid.errors import BadClip, UserError
-from rlvid.files import append_row, cut_torn_line, dumps, read_rows, write_atomic
+from rlvid.files import append_row, dumps, read_rows, write_atomic
 from rlvid.reporting import rollout_tables
 from rlvid.reporting.checkpoints import Checkpoints
-from rlvid.reporting.provenance import git_commit, versions
+from rlvid.reporting.run_start import StartedRun
 
 _PHASES = ("warm_start", "train")  # in their order of time; rows of metrics.jsonl without a phase are of the last one
-# What a folder may hold and still count as unused: leftovers of a start that came to nothing.
-_NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb", "checkpoints"}
-_NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
 
 
 class RunFolder:
@@ -53,9 +43,7 @@ class RunFolder:
     def __init__(self, dir: Path) -> None:
         self.dir = Path(dir)
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
-        self._lock: IO[str] | None = None
-        self._is_created = False  # the folder, by this process
-        self._is_new_run = False
+        self._started: StartedRun | None = None
         self._bad_paths: set[str] | None = None
 
     @property
@@ -112,38 +100,21 @@ class RunFolder:
     # --- start and end ------------------------------------------------------------------------------------------------
 
     def start(self, cfg: BaseModel, job: str) -> Self:
-        """Make the folder, or take it up again, and lock it until `close`.
+        """Make the folder, or resume the run in it, and lock it until `close`.
 
         Raises:
             UserError: the folder holds a run of another job or config, is no run folder, is in use, or cannot be
                 written. Nothing is left behind then.
         """
-        self._is_created = self._is_new_run = False
         self._bad_paths = None
-        try:
-            self._is_created = self._make_dir()
-            if not self.is_run:
-                self._refuse_foreign_files()  # before the lock file is put between them
-            self._take_lock()
-            if self.is_run and self.has_results:
-                self._refuse_another_run(cfg, job)
-                self._take_up(cfg)
-            else:  # new, or a start that came to nothing: no result is bound to its config
-                self._is_new_run = True
-                self._write_new(cfg, job)
-        except BaseException as error:
-            self._abandon()
-            if isinstance(error, OSError):
-                place = error.filename or self.dir
-                raise UserError(f"cannot write to {place}: {error.strerror}; give another run.dir") from None
-            raise
+        self._started = StartedRun(self, cfg, job)
         return self
 
     def close(self) -> None:
-        """Give the lock back. The lock file stays: removing it would let two processes lock two different files."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Release the lock."""
+        if self._started is not None:
+            self._started.close()
+            self._started = None
 
     def __enter__(self) -> Self:
         return self
@@ -152,8 +123,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; after a `UserError` that came before any result, leave no half-written new folder."""
-        if isinstance(error, UserError) and not self.has_results and not self.bad_clips_file.exists():
-            self._abandon()
+        if isinstance(error, UserError) and self._started and not self.has_results and not self.bad_clips_file.exists():
+            self._started.abandon()
         self.close()
 
     def record(
@@ -271,114 +242,3 @@ class RunFolder:
         for file in (self.dir / "predictions").glob("step_*.jsonl"):
             if last is None or int(file.stem.removeprefix("step_")) > last:
                 file.unlink()
-
-    # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _make_dir(self) -> bool:
-        """False if it is there already."""
-        try:
-            self.dir.mkdir(parents=True)
-        except FileExistsError:
-            if not self.dir.is_dir():
-                raise UserError(f"{self.dir} is a file; give another run.dir") from None
-            return False
-        return True
-
-    def _take_lock(self) -> None:
-        lock = (self.dir / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another job"
-            lock.close()
-            raise UserError(f"{self.dir} is in use by {holder}; wait for its end or give another run.dir") from None
-        self._lock = lock
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
-        lock.flush()
-
-    def _refuse_foreign_files(self) -> None:
-        entries = (path.name for path in self.dir.iterdir() if not path.name.startswith("."))
-        foreign = sorted(name for name in entries if name not in _NO_RESULTS and not name.endswith(".tmp"))
-        if foreign:
-            shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-            raise UserError(
-                f"{self.dir} is not a run folder: it holds {shown}, but no config.yaml. Give another run.dir."
-            )
-
-    def _refuse_another_run(self, cfg: BaseModel, job: str) -> None:
-        old_job = self.manifest().get("job", job)
-        if old_job != job:
-            raise UserError(
-                f"{self.dir} holds a run of rlvid {old_job}, not of rlvid {job}. Give another run.dir, or delete it."
-            )
-        saved = self.config()
-        with contextlib.suppress(ValidationError):  # a key that is newer than the saved file has its default there
-            saved = type(cfg).model_validate(saved).model_dump(mode="json")
-        differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
-        if not differences:
-            return
-        shown = [f"  {key}: {old} there, {new} now" for key, old, new in differences[:12]]
-        if len(differences) > len(shown):
-            shown.append(f"  and {len(differences) - len(shown)} more")
-        raise UserError(
-            f"{self.dir} holds a run of another config:\n"
-            + "\n".join(shown)
-            + f"\nGive another run.dir, set the keys back to resume that run, or delete {self.dir}."
-        )
-
-    def _write_new(self, cfg: BaseModel, job: str) -> None:
-        manifest = {
-            "job": job,
-            "started": _now(),
-            "seed": getattr(cfg, "seed", None),
-            "git_commit": git_commit(Path.cwd()),
-            "versions": versions(),
-        }
-        self.logs_dir.mkdir(exist_ok=True)
-        self.bad_clips_file.unlink(missing_ok=True)
-        write_atomic(self.manifest_file, dumps(manifest, indent=2) + "\n")
-        write_atomic(self.config_file, dump_config(cfg))  # last: from now on this is a run folder
-
-    def _take_up(self, cfg: BaseModel) -> None:
-        self.checkpoints.remove_unfinished()
-        self.logs_dir.mkdir(exist_ok=True)
-        for path in (self.metrics_file, self.bad_clips_file):
-            cut_torn_line(path)
-        manifest = self.manifest()
-        again = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
-        manifest["resumed"] = [*manifest.get("resumed", []), again]
-        write_atomic(self.manifest_file, dumps(manifest, indent=2) + "\n")
-        write_atomic(self.config_file, dump_config(cfg))
-
-    def _abandon(self) -> None:
-        """Undo `_write_new`. Logs stay: they may hold the reason."""
-        self.close()
-        has_logs = self.logs_dir.is_dir() and any(self.logs_dir.iterdir())
-        if self._is_created and not has_logs:
-            shutil.rmtree(self.dir, ignore_errors=True)
-        elif self._is_created:
-            for path in self.dir.iterdir():
-                if path.is_dir() and path != self.logs_dir:
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.is_file():
-                    path.unlink()
-        elif self._is_new_run:
-            for path in (self.config_file, self.manifest_file, self.report_file):
-                path.unlink(missing_ok=True)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _differences(cls: type[BaseModel], old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, old value, new value) of the keys that must not change when a run is resumed."""
-    flat_old, flat_new = flatten(old), flatten(new)
-    found = []
-    for key in dict.fromkeys((*flat_new, *flat_old)):
-        if flat_old.get(key) != flat_new.get(key) and not may_change_on_resume(cls, key):
-            old_text, new_text = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
-            found.append((key, old_text, new_text))
-    return found

@@ -1,0 +1,176 @@
+"""How a run folder is opened for writing: locked, checked against the config, made or resumed; undone if that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from rlvid.config.keys import flatten, may_change_on_resume
+from rlvid.config.load import dump_config
+from rlvid.errors import UserError
+from rlvid.files import cut_torn_line, dumps, write_atomic
+from rlvid.reporting.provenance import git_commit, versions
+
+if TYPE_CHECKING:
+    from rlvid.reporting.run_folder import RunFolder
+
+# What a folder may hold and still be unused: leftovers of a start that failed.
+NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb", "checkpoints"}
+NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
+
+
+class StartedRun:
+    """A run folder while this process writes it.
+
+    Raises:
+        UserError: as `RunFolder.start`. Nothing is left behind then.
+    """
+
+    def __init__(self, folder: RunFolder, cfg: BaseModel, job: str):
+        self.folder = folder
+        self._lock: IO[str] | None = None
+        self._is_created = False  # the folder, by this process
+        self._is_new_run = False
+        try:
+            self._is_created = self._make_dir()
+            if not folder.is_run:
+                self._refuse_foreign_files()  # before the lock file is one of them
+            self._take_lock()
+            if folder.is_run and folder.has_results:
+                self._refuse_another_run(cfg, job)
+                self._resume(cfg)
+            else:  # new, or a start that failed: no result is bound to its config
+                self._is_new_run = True
+                self._write_new(cfg, job)
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, OSError):
+                place = error.filename or folder.dir
+                raise UserError(f"cannot write to {place}: {error.strerror}; give another run.dir") from None
+            raise
+
+    def close(self) -> None:
+        """Release the lock. The lock file stays: if it were removed, two processes could lock two different files."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _make_dir(self) -> bool:
+        """False if it is there already."""
+        try:
+            self.folder.dir.mkdir(parents=True)
+        except FileExistsError:
+            if not self.folder.dir.is_dir():
+                raise UserError(f"{self.folder.dir} is a file; give another run.dir") from None
+            return False
+        return True
+
+    def _take_lock(self) -> None:
+        lock = (self.folder.dir / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another job"
+            lock.close()
+            raise UserError(
+                f"{self.folder.dir} is in use by {holder}; wait for its end or give another run.dir"
+            ) from None
+        self._lock = lock
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+        lock.flush()
+
+    def _refuse_foreign_files(self) -> None:
+        entries = (path.name for path in self.folder.dir.iterdir() if not path.name.startswith("."))
+        foreign = sorted(name for name in entries if name not in NO_RESULTS and not name.endswith(".tmp"))
+        if foreign:
+            shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+            raise UserError(
+                f"{self.folder.dir} is not a run folder: it holds {shown}, but no config.yaml. Give another run.dir."
+            )
+
+    def _refuse_another_run(self, cfg: BaseModel, job: str) -> None:
+        old_job = self.folder.manifest().get("job", job)
+        if old_job != job:
+            raise UserError(
+                f"{self.folder.dir} holds a run of rlvid {old_job}, not of rlvid {job}. Give another run.dir, or delete "
+                f"it."
+            )
+        saved = self.folder.config()
+        with contextlib.suppress(ValidationError):  # a key that is newer than the saved file has its default there
+            saved = type(cfg).model_validate(saved).model_dump(mode="json")
+        differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
+        if not differences:
+            return
+        shown = [f"  {key}: {old} there, {new} now" for key, old, new in differences[:12]]
+        if len(differences) > len(shown):
+            shown.append(f"  and {len(differences) - len(shown)} more")
+        raise UserError(
+            f"{self.folder.dir} holds a run of another config:\n"
+            + "\n".join(shown)
+            + f"\nGive another run.dir, set the keys back to resume that run, or delete {self.folder.dir}."
+        )
+
+    def _write_new(self, cfg: BaseModel, job: str) -> None:
+        manifest = {
+            "job": job,
+            "started": _now(),
+            "seed": cfg.model_dump().get("seed"),
+            "git_commit": git_commit(Path.cwd()),
+            "versions": versions(),
+        }
+        self.folder.logs_dir.mkdir(exist_ok=True)
+        self.folder.bad_clips_file.unlink(missing_ok=True)
+        write_atomic(self.folder.manifest_file, dumps(manifest, indent=2) + "\n")
+        write_atomic(self.folder.config_file, dump_config(cfg))  # last: from now on this is a run folder
+
+    def _resume(self, cfg: BaseModel) -> None:
+        self.folder.checkpoints.remove_unfinished()
+        self.folder.logs_dir.mkdir(exist_ok=True)
+        for path in (self.folder.metrics_file, self.folder.bad_clips_file):
+            cut_torn_line(path)
+        manifest = self.folder.manifest()
+        again = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
+        manifest["resumed"] = [*manifest.get("resumed", []), again]
+        write_atomic(self.folder.manifest_file, dumps(manifest, indent=2) + "\n")
+        write_atomic(self.folder.config_file, dump_config(cfg))
+
+    def abandon(self) -> None:
+        """Undo a start. Logs stay: they may hold the reason."""
+        self.close()
+        has_logs = self.folder.logs_dir.is_dir() and any(self.folder.logs_dir.iterdir())
+        if self._is_created and not has_logs:
+            shutil.rmtree(self.folder.dir, ignore_errors=True)
+        elif self._is_created:
+            for path in self.folder.dir.iterdir():
+                if path.is_dir() and path != self.folder.logs_dir:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.is_file():
+                    path.unlink()
+        elif self._is_new_run:
+            for path in (self.folder.config_file, self.folder.manifest_file, self.folder.report_file):
+                path.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _differences(cls: type[BaseModel], old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, old value, new value) of the keys that must not change when a run is resumed."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    found = []
+    for key in dict.fromkeys((*flat_new, *flat_old)):
+        if flat_old.get(key) != flat_new.get(key) and not may_change_on_resume(cls, key):
+            old_text, new_text = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
+            found.append((key, old_text, new_text))
+    return found
