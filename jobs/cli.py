@@ -3,7 +3,7 @@
 Reads arguments, runs one thing, turns errors into exit codes.
 
 Exit codes: 0 done; 1 a fault in rlvid or an engine (traceback in the run's `logs/error.log`, one line on stderr);
-2 something that the message on stderr says how to mend; 130 interrupted.
+2 something that the message on stderr says how to fix; 130 interrupted.
 
 Heavy modules are imported by the command that needs them: `rlvid --help` must not wait for torch.
 """
@@ -122,7 +122,7 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    doctor = commands.add_parser("doctor", help="say what is installed, what works, and how to mend what does not")
+    doctor = commands.add_parser("doctor", help="say what is installed, what works, and how to fix what does not")
     doctor.add_argument("--json", action="store_true", help="print one JSON list of findings")
 
     arguments, rest = parser.parse_known_args(argv)
@@ -170,8 +170,11 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
     from rlvid.config.keys import check_paths
     from rlvid.config.load import dump_config, load_config
 
-    job = JOBS[arguments.command]
-    cfg = load_config(job.config, arguments.config, arguments.overrides)
+    job, config, overrides = JOBS[arguments.command], arguments.config, arguments.overrides
+    if job.of_run is not None and config.is_dir():
+        config, of_run = job.of_run(config)
+        overrides = [*of_run, *overrides]
+    cfg = load_config(job.config, config, overrides)
     check_paths(cfg)
     if arguments.dry_run:
         about = job.describe(cfg, job)

@@ -70,6 +70,7 @@ class JobSpec:
     scored: tuple[str, ...] = ()  # keys of the manifests whose samples the rewards score
     lessons: Callable[[Path], Path] | None = None  # rows of the warm start, made from a synthetic training manifest
     folder: Callable[[Any], Path] = lambda cfg: cfg.run.dir
+    of_run: Callable[[Path], tuple[Path, list[str]]] | None = None  # config and overrides where a run folder is given
     flags: tuple[str, ...] = ()  # further arguments of run, false unless given as options
     describe: Callable[[Any, JobSpec], list[str]] = describe_job  # checks all that a dry run can; lines about it
 
@@ -151,6 +152,19 @@ def _grpo_roles(cfg: GrpoJobConfig) -> tuple[str, ...]:
     return ("trainer", "generator", *reference, *_reward_models(cfg))
 
 
+def _policy_of(run_dir: Path) -> tuple[Path, list[str]]:
+    """Evaluates the policy that a run has exported, on the run's own held-out samples."""
+    overrides = [
+        f"model.path={run_dir / 'policy'}",
+        "model.tiny=null",
+        "model.lora=null",
+        f"run.dir={run_dir / 'eval'}",
+    ]
+    if (made := run_dir / "data" / "eval.jsonl").exists():  # a synthetic set
+        overrides += [f"data.eval={made}", "data.train=null", "data.synthetic=null"]
+    return run_dir / "config.yaml", overrides
+
+
 JOBS: dict[str, JobSpec] = {
     "grpo": JobSpec(
         config=GrpoJobConfig,
@@ -207,6 +221,7 @@ JOBS: dict[str, JobSpec] = {
         module="jobs.evaluate",
         help="greedy answers to the held-out manifest, scored",
         roles=lambda cfg: ("generator",),
+        of_run=_policy_of,
         load=lambda cfg: SAMPLES,
         scored=("data.eval",),
     ),

@@ -81,9 +81,8 @@ class StartedRun:
             lock.seek(0)
             holder = lock.read().strip() or "another job"
             lock.close()
-            raise UserError(
-                f"{self.folder.dir} is in use by {holder}; wait for its end or give another run.dir"
-            ) from None
+            message = f"{self.folder.dir} is in use by {holder}; wait for its end or give another run.dir"
+            raise UserError(message) from None
         self._lock = lock
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
@@ -102,8 +101,7 @@ class StartedRun:
         old_job = self.folder.manifest().get("job", job)
         if old_job != job:
             raise UserError(
-                f"{self.folder.dir} holds a run of rlvid {old_job}, not of rlvid {job}. Give another run.dir, or delete "
-                f"it."
+                f"{self.folder.dir} holds a run of rlvid {old_job}, not of {job}: give another run.dir, or delete it"
             )
         saved = self.folder.config()
         with contextlib.suppress(ValidationError):  # a key that is newer than the saved file has its default there

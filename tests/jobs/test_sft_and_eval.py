@@ -54,11 +54,10 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     assert list(held_out) == [0, 12] and held_out[12]["eval/loss"] < held_out[0]["eval/loss"]
     assert held_out[12]["eval/n"] == 10
 
-    data = [f"data.eval={sft}/data/eval.jsonl", "data.synthetic=null"]
-    evaluation = run(
-        "evaluate", config, f"run.dir={tmp_path / 'eval'}", f"model.path={sft / 'policy'}", "model.tiny=null", *data
-    )
+    evaluation = run("evaluate", sft)  # a run folder: its policy on its own held-out samples
     assert evaluation["n"] == 10 and 0 <= evaluation["accuracy"] <= 1
+    predictions = (sft / "eval" / "predictions" / "step_000000.jsonl").read_text().splitlines()
+    assert len(predictions) == 10 and all(json.loads(line)["n_tokens"] for line in predictions)
 
 
 def test_a_step_without_readable_clips_is_left_out_and_its_checkpoint_is_not(tmp_path: Path) -> None:

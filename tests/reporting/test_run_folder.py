@@ -140,7 +140,7 @@ def test_config_saved_before_a_key_existed_is_the_same_config(folder: RunFolder)
 
 def test_another_job_is_refused(folder: RunFolder) -> None:
     with_results(folder)
-    with pytest.raises(UserError, match="holds a run of rlvid grpo, not of rlvid sft"):
+    with pytest.raises(UserError, match="holds a run of rlvid grpo, not of sft"):
         folder.start(SftJobConfig.model_validate(config().model_dump(exclude={"grpo", "warm_start"})), "sft")
 
 
