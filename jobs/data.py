@@ -44,16 +44,17 @@ def convert(arguments: argparse.Namespace) -> None:
     """Convert, and say what was written."""
     from rlvid.data.dialects import DIALECTS
     from rlvid.data.dialects.conversion import convert
+    from rlvid.data.dialects.dialect import Roots
 
     a = arguments
-    if wrong := [text for text in a.map if not text.partition("=")[0] or not text.partition("=")[2]]:
+    mapped = [text.partition("=") for text in a.map]
+    if wrong := ["".join(parts) for parts in mapped if not all(parts)]:
         raise UserError(f"--map {wrong[0]}: expected OLD=NEW")
     made = convert(
         a.source,
         a.out,
         DIALECTS[a.dialect],
-        videos=a.videos,
-        mapped=[(text.partition("=")[0], text.partition("=")[2]) for text in a.map],
+        Roots(a.videos, tuple((old, new) for old, _, new in mapped)),
         only=None if a.only == "both" else a.only,
         mismatched=a.mismatched,
         seed=_seed(a),

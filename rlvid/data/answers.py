@@ -7,11 +7,10 @@ from string import ascii_uppercase
 from typing import Any
 
 from rlvid.data.items import Refused
+from rlvid.rewards.answers import read_choice
 from rlvid.rewards.choices import MAX_CHOICES, choices_meant
 
 _TAGGED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
-_LETTER_FIRST = re.compile(r"[(\[]?([A-Za-z])(?:[)\]][.:]?|[.:])?(?:\s+(.*))?", re.DOTALL)
-_SEVERAL_LETTERS = re.compile(r"[(\[]?[A-Z][)\]]?(?:(?:\s*[,;&/+]\s*|\s+and\s+|\s*)[(\[]?[A-Z][)\]]?)+")
 
 
 def read_choices(value: Any) -> tuple[str, ...] | None:
@@ -64,20 +63,13 @@ def _choice(answer: str, choices: tuple[str, ...]) -> str:
     if meant:
         return answer
     answer = answer.strip()
-    for choice in choices:
-        if _folded(choice) == _folded(answer):
-            return choice
-    if match := _LETTER_FIRST.fullmatch(answer):  # (A), B., C: the ball
-        place = ascii_uppercase.index(match[1].upper())
-        if place < len(choices) and _folded(match[2] or "") in ("", _folded(choices[place])):
-            return ascii_uppercase[place]
+    if (named := read_choice(answer, choices)) is not None:  # yes for Yes, (A), B. blue
+        return named
     if answer.isdecimal() and int(answer) in (0, len(choices)):
         return choices[0 if int(answer) == 0 else -1]  # 0 can only count from 0, the last number only from 1
     if answer.isdecimal() and int(answer) < len(choices):
         raise Refused(f"answer {answer} may count the choices from 0 or from 1; give a choice's text or letter")
-    if _SEVERAL_LETTERS.fullmatch(answer):
-        raise Refused(f"answer {answer!r} names several choices; a row has one right answer")
-    raise Refused(f"answer {answer!r} is not among the choices {list(choices)}; give one's text or letter")
+    raise Refused(f"answer {answer!r} names none or several of the choices {list(choices)}; give one's text or letter")
 
 
 def _folded(text: str) -> str:

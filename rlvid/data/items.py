@@ -40,17 +40,15 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
             if head.startswith(b"PAR1"):
                 yield from enumerate(_parquet(path), start=1)
             elif head.lstrip().startswith(b"["):
-                for number, item in enumerate(_parsed(file.read()), start=1):
-                    yield number, item if isinstance(item, dict) else _no_object(item)
+                items = _parsed(file.read())
+                if isinstance(items, Refused):
+                    raise UserError(f"{path}: {items}")
+                yield from enumerate(map(_object, items), start=1)
             else:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield number, _item(line)
+                yield from ((n, _object(_parsed(line))) for n, line in enumerate(file, start=1) if line.strip())
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot read the file ({reason}); give JSON lines, a JSON array or parquet") from None
-    except Refused as refused:
-        raise UserError(f"{path}: {refused}") from None
 
 
 def refuse_all(problems: Sequence[str], hint: str = "") -> NoReturn:
@@ -73,30 +71,25 @@ def _check_kind(path: Path, head: bytes) -> None:
         )
 
 
-def _item(line: bytes) -> dict[str, Any] | Refused:
-    try:
-        item = _parsed(line)
-    except Refused as refused:
-        return refused
-    return item if isinstance(item, dict) else _no_object(item)
-
-
-def _no_object(item: Any) -> Refused:
+def _object(item: Any) -> dict[str, Any] | Refused:
+    if isinstance(item, dict | Refused):
+        return item
     return Refused(f"expected a JSON object with id, question and answer, got a {kind_of(item)}")
 
 
 def _parsed(content: bytes) -> Any:
+    """What a line or a file holds, or the `Refused`."""
     try:
         value = _DECODER.decode(content.removeprefix(BYTE_ORDER_MARK).decode())
         if b"\\u" in content:  # JSON can escape half of a surrogate pair, which no tokenizer or file takes
             json.dumps(value, ensure_ascii=False).encode()
-        return value
     except UnicodeDecodeError as error:
-        raise Refused(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+        return Refused(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
     except UnicodeEncodeError:
-        raise Refused("a text has half of a surrogate pair (\\ud800 to \\udfff); write the character itself") from None
+        return Refused("a text has half of a surrogate pair (\\ud800 to \\udfff); write the character itself")
     except (ValueError, RecursionError) as error:
-        raise Refused(f"not valid JSON ({error}); expected one JSON object a line, or an array of them") from None
+        return Refused(f"not valid JSON ({error}); expected one JSON object a line, or an array of them")
+    return value
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
@@ -112,7 +105,8 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+        # NaN too, which is how pandas writes a missing number
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None and item == item}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 

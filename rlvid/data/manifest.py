@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ QUESTION_FIELDS = MEDIA_FIELDS | {"question"}
 FIELDS = QUESTION_FIELDS | {"id", "messages", "answer", "choices", "problem_type"}
 
 _Content = tuple[str | MediumRef, ...]
-_FIRST = (MediumRef(0),)
-_NO_EXTRA: Mapping[str, Any] = {}  # these are shared: a manifest has many rows
+_ref = lru_cache(MediumRef)  # shared, as is the empty mapping: a manifest has many rows
+_NO_EXTRA: Mapping[str, Any] = {}
 
 
 def load_manifest(
@@ -106,7 +107,9 @@ class _RowReader:
 
     def sample(self, row: dict[str, Any]) -> Sample:
         check_unread(row, FIELDS)
-        sample_id = self._id(row.get("id"))
+        sample_id = row.get("id")
+        if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or not str(sample_id).strip():
+            raise Refused("id is missing or empty; give every row an id of its own (a text or a whole number)")
         choices = read_choices(row.get("choices"))
         answer = read_answer(row.get("answer"), choices, self._needs_answer)
         if "messages" in row:
@@ -120,7 +123,7 @@ class _RowReader:
         if problem_type is not None and not isinstance(problem_type, str):
             raise Refused(f"problem_type must be a text, got a {kind_of(problem_type)}")
         return Sample(
-            id=sample_id,
+            id=str(sample_id),
             media=tuple(media),
             messages=tuple(messages),
             answer=answer,
@@ -129,13 +132,6 @@ class _RowReader:
             extra={name: row[name] for name in row if name not in FIELDS} or _NO_EXTRA,
         )
 
-    def _id(self, value: Any) -> str:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if not isinstance(value, str) or not value.strip():
-            raise Refused("id is missing or empty; give every row an id of its own (a text or a whole number)")
-        return value
-
     def _question(self, row: dict[str, Any], choices: tuple[str, ...] | None) -> tuple[Message, list[Medium]]:
         question = row.get("question")
         if not isinstance(question, str) or not question.strip():
@@ -143,31 +139,24 @@ class _RowReader:
         if choices and bring_letters(choices):
             raise Refused(f"choices have letters of their own ({choices[0]!r}); leave them out, letters are put before")
         media = self._media.of_row(row)
-        before: _Content = _FIRST if len(media) == 1 else tuple(map(MediumRef, range(len(media))))
+        content: _Content = (*map(_ref, range(len(media))), question)
         if "<" in question and PLACEHOLDER.search(question):
-            before, question, media = _placed(question, media)
-        text = "\n".join(part for part in (question, choice_lines(choices or ()), self._suffix) if part)
-        return Message("user", (*before, text) if text else before), media
+            content, media = _placed(question, media)
+        below = "\n".join(text for text in (choice_lines(choices or ()), self._suffix) if text)
+        return Message("user", _extended(content, below)), media
 
     def _messages(self, row: dict[str, Any]) -> tuple[list[Message], list[Medium]]:
         if both := sorted(key for key in QUESTION_FIELDS if row.get(key) is not None):
-            raise Refused(
-                f"messages and {both[0]} do not go together; media and questions are in the messages' content"
-            )
+            raise Refused(f"messages and {both[0]} do not go together; write {both[0]} into the messages' content")
         turns = row["messages"]
         if not isinstance(turns, list) or not turns:
             raise Refused('messages must be a list, for example [{"role": "user", "content": "What moves?"}]')
         media: list[Medium] = []
         messages = [self._message(turn, index, media) for index, turn in enumerate(turns)]
-        if messages[-1].role != "user":
-            raise Refused(
-                f"the last of messages is from the {messages[-1].role}; end with the user turn to be answered"
-            )
-        *before, last = messages[-1].content
-        if self._suffix:
-            end: _Content = (f"{last}\n{self._suffix}",) if isinstance(last, str) else (last, self._suffix)
-            messages[-1] = Message("user", (*before, *end))
-        return messages, media
+        last = messages[-1]
+        if last.role != "user":
+            raise Refused(f"the last of messages is from the {last.role}; end with the user turn to be answered")
+        return [*messages[:-1], Message("user", _extended(last.content, self._suffix))], media
 
     def _message(self, turn: object, index: int, media: list[Medium]) -> Message:
         where = f"messages[{index}]"
@@ -186,48 +175,46 @@ class _RowReader:
         return Message(role, tuple(parts))
 
     def _part(self, part: Any, where: str, role: str, media: list[Medium]) -> str | MediumRef:
-        part = part if isinstance(part, dict) else {}
-        kind = part.get("type")
-        if (
-            kind == "text"
-            and part.keys() == {"type", "text"}
-            and isinstance(part["text"], str)
-            and part["text"].strip()
-        ):
-            if found := PLACEHOLDER.search(part["text"]):
-                raise Refused(f"{where} has {found[0]} in its text; write it as a part of its own")
-            return str(part["text"])
-        how = READ_AS.keys() if kind == "video" else set()
-        if kind in ("video", "image") and kind in part and not part.keys() - {"type", kind, *how}:
-            if role != "user":
-                raise Refused(f"{where}: a {kind} can only be in a user turn, not in one of the {role}")
-            media.append(self._media.medium(part[kind], kind, read_part(part)))
-            return MediumRef(len(media) - 1)
-        raise Refused(
-            f'{where} must be {{"type": "text", "text": not empty}} or {{"type": "video", "video": a path}}, perhaps '
-            f"with {', '.join(READ_AS)}"
-        )
+        match part:
+            case {"type": "text", "text": str(text)} if text.strip() and len(part) == 2:
+                if found := PLACEHOLDER.search(text):
+                    raise Refused(f"{where} has {found[0]} in its text; write it as a part of its own")
+                return text
+            case {"type": "video" | "image" as kind} if kind in part and not part.keys() - {"type", kind, *READ_AS}:
+                if role != "user":
+                    raise Refused(f"{where}: a {kind} can only be in a user turn, not in one of the {role}")
+                media.append(self._media.medium(part[kind], kind, read_part(part)))
+                return _ref(len(media) - 1)
+        text, video = '{"type": "text", "text": not empty}', '{"type": "video", "video": a path}'
+        raise Refused(f"{where} must be {text} or {video}, perhaps with {', '.join(READ_AS)}")
 
 
-def _placed(question: str, media: Sequence[Medium]) -> tuple[_Content, str, list[Medium]]:
-    """Put media where a question has `<video>` or `<image>`: what comes before its last text, that text, the media in
-    this order.
+def _placed(question: str, media: Sequence[Medium]) -> tuple[_Content, list[Medium]]:
+    """A question with the media where it says `<video>` or `<image>`, and the media in this order.
 
     Raises:
         Refused: there are more placeholders than media, or fewer.
     """
     waiting, placed = list(media), list[Medium]()
-    first, *rest = PLACEHOLDER.split(question)  # text, kind, text, kind, text
-    content: list[str | MediumRef] = [first.strip()] if first.strip() else []
-    for kind, text in zip(rest[::2], rest[1::2], strict=True):
-        medium = next((m for m in waiting if m.kind == kind), None)
-        if medium is None:
-            raise Refused(f"question has more <{kind}> than the row has media of this kind; name the files as {kind!r}")
-        waiting.remove(medium)
-        content.append(MediumRef(len(placed)))
-        placed.append(medium)
-        content.append(text)
+    content: list[str | MediumRef] = []
+    for i, piece in enumerate(PLACEHOLDER.split(question.strip())):  # text, kind, text, kind, text
+        if i % 2:
+            medium = next((m for m in waiting if m.kind == piece), None)
+            if medium is None:
+                raise Refused(f"question has more <{piece}> than the row has media; name the files as {piece!r}")
+            waiting.remove(medium)
+            content.append(_ref(len(placed)))
+            placed.append(medium)
+        elif piece.strip():
+            content.append(piece.strip("\n"))
     if waiting:
         raise Refused(f"question has {len(placed)} placeholders but the row has {len(media)} media; write one for each")
-    before = tuple(part for part in content[:-1] if isinstance(part, MediumRef) or part.strip())
-    return before, rest[-1].strip(), placed
+    return tuple(content), placed
+
+
+def _extended(content: _Content, text: str) -> _Content:
+    """The content of a turn with `text` below it."""
+    if not text:
+        return content
+    *before, last = content
+    return (*before, f"{last}\n{text}") if isinstance(last, str) else (*content, text)

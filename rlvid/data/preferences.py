@@ -12,7 +12,7 @@ from typing import Any
 from rlvid.data.items import Refused, refuse_all
 from rlvid.data.manifest import load_manifest
 from rlvid.data.row_media import READ_AS
-from rlvid.types import Medium, MediumRef, Preference, Sample
+from rlvid.types import MediumRef, Preference, Sample
 
 SIDES = ("chosen", "rejected")
 
@@ -46,21 +46,12 @@ def _pair(sample: Sample) -> Preference:
 
 
 def pair_row(pair: Preference) -> dict[str, Any]:
-    """The manifest row of a pair, in the messages form, or the question form where its one turn has media before text
-    only. Suffix and system prompt are in it already, paths are absolute: `data.root` has to be above them."""
+    """The manifest row of a pair, in the messages form. Suffix and system prompt are in it already, paths are absolute:
+    `data.root` has to be above them."""
     sample = pair.sample
-    *before, text = sample.messages[-1].content
-    row: dict[str, Any] = {"id": sample.id}
-    is_plain = len(sample.messages) == 1 and all(medium == Medium(medium.path) for medium in sample.media)
-    if is_plain and isinstance(text, str) and before == [MediumRef(i) for i in range(len(sample.media))]:
-        paths = [medium.path for medium in sample.media]
-        row |= ({"video": paths[0] if len(paths) == 1 else paths} if paths else {}) | {"question": text}
-    else:
-        row["messages"] = [
-            {"role": m.role, "content": [_part(part, sample) for part in m.content]} for m in sample.messages
-        ]
+    messages = [{"role": m.role, "content": [_part(part, sample) for part in m.content]} for m in sample.messages]
     known = {"answer": sample.answer, "problem_type": sample.problem_type}
-    row |= {key: value for key, value in known.items() if value}
+    row = {"id": sample.id, "messages": messages} | {key: value for key, value in known.items() if value}
     return row | {"chosen": pair.chosen, "rejected": pair.rejected} | dict(pair.meta)
 
 

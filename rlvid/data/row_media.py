@@ -21,8 +21,8 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 SOUNDS = (".wav", ".mp3", ".flac", ".m4a", ".ogg")
 _WORDS = r"(?:videos?|images?|clips?|frames?|pictures?|photos?|media|medium|audios?|movies?|films?)"
-_NAMES_MEDIA = re.compile(rf"(?:.*[_-])?{_WORDS}(?:[_-].*)?", re.IGNORECASE)
-_IS_MEDIA = re.compile(rf"{_WORDS}(?:[_-]?(?:paths?|files?|urls?|bytes|list))?", re.IGNORECASE)
+_HAS_MEDIA_WORD = re.compile(rf"(?:.*[_-])?{_WORDS}(?:[_-].*)?", re.IGNORECASE)
+_IS_MEDIA_NAME = re.compile(rf"{_WORDS}(?:[_-]?(?:paths?|files?|urls?|bytes|list))?", re.IGNORECASE)
 
 
 class MediaReader:
@@ -32,7 +32,7 @@ class MediaReader:
         """`is_chosen`: the user has set `data.root`, to `base`."""
         self._base, self._is_chosen = str(base), is_chosen
         self._prefix = self._base.rstrip("/") + "/"
-        self._whole: dict[tuple[str, object], Medium] = {}  # by kind and path: many rows ask about one video
+        self._whole: dict[tuple[str, str], Medium] = {}  # by kind and path: many rows ask about one video
 
     def of_row(self, row: Mapping[str, Any]) -> list[Medium]:
         """Videos, then images.
@@ -43,23 +43,20 @@ class MediaReader:
         paths = {kind: _as_list(row.get(kind)) for kind in ("video", "image")}
         part = read_part(row)
         if part and not paths["video"]:
-            raise Refused(f"{next(k for k in READ_AS if k in row)} is given, but there is no video")
+            raise Refused(f"{next(key for key in READ_AS if key in row)} is given, but there is no video")
         if len(paths["video"]) > 1 and ("start_s" in part or "end_s" in part):
             raise Refused(
-                "video_start and video_end are of one video; with several write messages, with them beside each"
+                "video_start and video_end are of one video; with several, write them beside each in messages"
             )
         videos = [self.medium(path, "video", part) for path in paths["video"]]
         return videos + [self.medium(path, "image", {}) for path in paths["image"]]
 
     def medium(self, path: object, kind: Literal["video", "image"], part: Mapping[str, Any]) -> Medium:
         """A path is untrusted: it must not lead out of the base."""
-        if not part and isinstance(path, str):
-            if (kind, path) not in self._whole:
-                self._whole[kind, path] = Medium(self._absolute(path, kind), kind)
+        if kind == "image" and part:
+            raise Refused(f"an image has none of {', '.join(READ_AS)}")
+        if not part and isinstance(path, str) and (kind, path) in self._whole:
             return self._whole[kind, path]
-        return Medium(self._absolute(path, kind), kind, **part)
-
-    def _absolute(self, path: object, kind: str) -> str:
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise Refused(f"{kind} must be a path or a list of paths, got {path!r:.80}")
         if "://" in path:
@@ -71,7 +68,10 @@ class MediaReader:
             is_set = "data.root is this folder; set it" if self._is_chosen else "set data.root"
             fix = f"{is_set} to one above all videos, where relative paths start"
             raise Refused(f"{kind} {path!r} is not under {self._base}; {fix}")
-        return absolute
+        medium = Medium(absolute, kind, **part)
+        if not part:
+            self._whole[kind, path] = medium
+        return medium
 
 
 def read_part(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,31 +105,26 @@ def check_unread(row: Mapping[str, Any], known: frozenset[str]) -> None:
     Raises:
         Refused: there is one.
     """
-    has_media = row.get("video") is not None or row.get("image") is not None
+    has_media = any(row.get(key) is not None for key in ("video", "image", "messages"))
     for key in row.keys() - known:
-        value = row[key]
-        if value in (None, "", []) or key in NOT_SUPPORTED:
+        value = row[key][0] if isinstance(row[key], list) and row[key] else row[key]
+        if not value or key in NOT_SUPPORTED:
             continue
         near = _nearest(key, known)
         if near is not None and row.get(near) is None:
             raise Refused(f"{key!r} is not read; write it as {near!r}")
-        if _IS_MEDIA.fullmatch(key) and isinstance(value, str | list | dict):
-            raise Refused(f"{key!r} is not read; name media as 'video' or 'image', or take the field out")
-        if _names_file(value) and (not has_media or _NAMES_MEDIA.fullmatch(key)):
-            raise Refused(f"{key!r} holds a medium but is not read; name it as 'video' or 'image', or take it out")
+        is_file = isinstance(value, bytes) or (isinstance(value, dict) and bool(value.keys() & {"bytes", "path"}))
+        is_file = is_file or (isinstance(value, str) and value.lower().endswith(VIDEOS + PICTURES + SOUNDS))
+        if (is_file and (not has_media or _HAS_MEDIA_WORD.fullmatch(key))) or (
+            isinstance(value, str | dict) and _IS_MEDIA_NAME.fullmatch(key)
+        ):
+            raise Refused(f"{key!r} looks like a medium but is not read; write 'video' or 'image', or take it out")
 
 
 @lru_cache
 def _nearest(key: str, known: frozenset[str]) -> str | None:
     near = difflib.get_close_matches(key.casefold(), sorted(known), n=1, cutoff=0.9)
     return near[0] if near else None
-
-
-def _names_file(value: object) -> bool:
-    value = value[0] if isinstance(value, list) and value else value
-    if isinstance(value, dict):
-        return "bytes" in value or "path" in value
-    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(VIDEOS + PICTURES + SOUNDS))
 
 
 def _as_list(value: Any) -> list[Any]:

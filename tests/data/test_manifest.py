@@ -72,11 +72,11 @@ def test_text_only_rows_have_no_video(tmp_path: Path) -> None:
     [
         ({"question": "<video>What?"}, ["a.mp4"], (MediumRef(0), "What?")),
         ({"question": "<video>\nWhat?"}, ["a.mp4"], (MediumRef(0), "What?")),
-        ({"question": "Look: <video>"}, ["a.mp4"], ("Look:", MediumRef(0))),
+        ({"question": "Look: <video>"}, ["a.mp4"], ("Look: ", MediumRef(0))),
         (
             {"question": "Is <video> like <video>?", "video": ["a.mp4", "b.mp4"]},
             ["a.mp4", "b.mp4"],
-            ("Is", MediumRef(0), " like ", MediumRef(1), "?"),
+            ("Is ", MediumRef(0), " like ", MediumRef(1), "?"),
         ),
         (
             {"question": "<image>, <video>?", "image": "c.png"},
@@ -95,7 +95,7 @@ def test_a_placeholder_says_where_its_medium_is(
 
 def test_the_suffix_follows_a_question_that_ends_with_a_placeholder(tmp_path: Path) -> None:
     [sample] = load(write(tmp_path, changed(question="Look: <video>")), suffix="One word.")
-    assert sample.messages[0].content == ("Look:", MediumRef(0), "One word.")
+    assert sample.messages[0].content == ("Look: ", MediumRef(0), "One word.")
 
 
 def test_images_are_understood(tmp_path: Path) -> None:
@@ -239,11 +239,11 @@ BAD_ROWS = [
     (changed(video=None, Video="a.mp4"), "'Video' is not read; write it as 'video'"),
     (changed(video=None, images=["a.png"]), "'images' is not read; write it as 'image'"),
     (changed(video=None, images=[{"bytes": "x"}]), "'images' is not read"),
-    (changed(video=None, video_path="a"), "'video_path' is not read; name media as"),
-    (changed(video_path="a.mp4"), "'video_path' is not read; name media as"),
-    (changed(audio="a.wav"), "'audio' is not read"),
-    (changed(video=None, path="a.MP4"), "'path' holds a medium but is not read"),
-    (changed(reference_clip="b.mp4"), "'reference_clip' holds a medium but is not read"),
+    (changed(video=None, video_path="a"), "'video_path' looks like a medium but is not read"),
+    (changed(video_path="a.mp4"), "'video_path' looks like a medium but is not read"),
+    (changed(audio="a.wav"), "'audio' looks like a medium"),
+    (changed(video=None, path="a.MP4"), "'path' looks like a medium but is not read"),
+    (changed(reference_clip="b.mp4"), "'reference_clip' looks like a medium but is not read"),
     (changed(answer=None, Answer="x"), "'Answer' is not read; write it as 'answer'"),
     (changed(video=None, question="<video>What?"), "question has more <video> than the row has media"),
     (changed(question="<video>What is <video>?"), "question has more <video> than"),
@@ -256,18 +256,18 @@ BAD_ROWS = [
     (changed(choices=["red", " "]), "choices must be a list"),
     (changed(choices=["a ball"]), "choices must be 2 to 26"),
     (changed(choices=[str(i) for i in range(27)]), "choices must be 2 to 26"),
-    (changed(choices=["red", "blue"]), r"answer 'a ball' is not among the choices \['red', 'blue'\]; give"),
-    (changed(choices=["red", "blue"], answer="C"), "answer 'C' is not among the choices"),
+    (changed(choices=["red", "blue"]), r"answer 'a ball' names none or several of the choices \['red', 'blue'\]; give"),
+    (changed(choices=["red", "blue"], answer="C"), "answer 'C' names none or several of the choices"),
     (changed(choices=["B", "A"], answer="B"), "one choice's text and another one's letter"),
     (changed(choices=["A. red", "B. blue"], answer="A"), "choices have letters of their own"),
     (changed(choices=["red", "blue", "red"], answer="B"), "choice 'red' equals another one"),
     (changed(choices=["red", "Red "], answer="B"), "choice 'Red ' equals another one, or differs from it by case"),
     (changed(choices={"A": "red", "C": "blue"}, answer="A"), "the letters from A on"),
     (changed(choices=["red", "blue", "green"], answer=1), "answer 1 may count the choices from 0 or from 1"),
-    (changed(choices=["red", "blue", "green"], answer=4), "answer '4' is not among"),
-    (changed(choices=["red", "blue", "green"], answer="A, C"), "answer 'A, C' names several choices"),
-    (changed(choices=["red", "blue", "green"], answer="AB"), "answer 'AB' names several choices"),
-    (changed(choices=["red", "blue", "green"], answer="A. blue"), "answer 'A. blue' is not among"),
+    (changed(choices=["red", "blue", "green"], answer=4), "answer '4' names none or several of"),
+    (changed(choices=["red", "blue", "green"], answer="A, C"), "answer 'A, C' names none or several"),
+    (changed(choices=["red", "blue", "green"], answer="AB"), "answer 'AB' names none or several"),
+    (changed(choices=["red", "blue", "green"], answer="A. blue"), "answer 'A. blue' names none or several"),
     (changed(answer="<answer> </answer>"), "answer is missing or empty"),
     (turns(USER, question="What?"), "messages and question do not go together"),
     (turns(USER, video="a.mp4"), "messages and video do not go together"),
@@ -281,7 +281,7 @@ BAD_ROWS = [
     (turns(("user", [])), r"messages\[0\].content must be a text or a list"),
     (turns(("user", 3)), r"messages\[0\].content must be a text or a list"),
     (turns(("user", ["Hello?"])), r"messages\[0\].content\[0\] must be"),
-    (turns(("user", [{"type": "image", "image": "a.png", "fps": 2}])), r"messages\[0\].content\[0\] must be"),
+    (turns(("user", [{"type": "image", "image": "a.png", "fps": 2}])), "an image has none of video_start"),
     (turns(("user", [{"type": "video", "video": "a.mp4", "nframes": 2}])), "perhaps with video_start, video_end, fps"),
     (turns(("user", [{"type": "video", "video": "a.mp4", "fps": "2"}])), "fps must be a number"),
     (turns(("user", [{"type": "text", "text": "a", "video": "b"}])), r"messages\[0\].content\[0\] must be"),
@@ -326,11 +326,11 @@ def test_the_first_twenty_wrong_rows_are_shown(tmp_path: Path) -> None:
     [
         (["yes", "no"], "Yes", "yes"),
         (["yes", "no"], " no ", " no "),
-        (["red", "blue"], "(B)", "B"),
-        (["red", "blue"], "b.", "B"),
-        (["red", "blue"], "[A]", "A"),
-        (["red", "blue"], "B. Blue", "B"),
-        (["red", "blue"], "(A) red", "A"),
+        (["red", "blue"], "(B)", "blue"),
+        (["red", "blue"], "b.", "blue"),
+        (["red", "blue"], "[A]", "red"),
+        (["red", "blue"], "B. Blue", "blue"),
+        (["red", "blue"], "(A) red", "red"),
         (["red", "blue", "green"], 0, "red"),
         (["red", "blue", "green"], "3", "green"),
         (["3", "4"], 4, "4"),
@@ -350,9 +350,13 @@ def test_an_answer_that_can_mean_one_thing_only_is_accepted(
         assert sample.choices == ("red", "blue")
 
 
-@pytest.mark.parametrize("field", ["video_id", "n_frames", "clip", "answers", "frame_rate"])
-def test_fields_that_name_no_medium_stay_with_the_sample(tmp_path: Path, field: str) -> None:
-    assert load(write(tmp_path, changed(**{field: 7})))[0].extra == {field: 7}
+@pytest.mark.parametrize("value", [7, [3, 8], "v_abc", {"x": 1}, None])
+@pytest.mark.parametrize("field", ["video_id", "n_frames", "answers", "frame_rate"])
+def test_fields_that_name_no_medium_stay_with_the_sample(tmp_path: Path, field: str, value: Any) -> None:
+    row = ROW | {field: value}
+    assert load(write(tmp_path, row))[0].extra == {field: value}
+    row = turns(("user", [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}]), origin="b.mp4")
+    assert load(write(tmp_path, row | {field: value}))[0].extra == {"origin": "b.mp4", field: value}
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,17 @@ def convert(
     source: Path,
     out: Path,
     dialect: Dialect,
-    *,
-    videos: Path | None = None,
-    mapped: Sequence[tuple[str, str]] = (),
+    roots: Roots,
     only: str | None = None,
     mismatched: float = 0.0,
     seed: int = 0,
 ) -> Converted:
     """Write `manifest.jsonl`, `refused.jsonl` with the items that cannot be used, and `clips/` where there are
-    medium. Nothing is written before all items are read.
+    pictures. Nothing is written before all items are read.
 
     Args:
         source: A file of items, or a folder of such files.
-        videos: Where relative paths start; default the folder of the items' file.
-        mapped: (old, new) beginnings of paths.
+        roots: Where the files are that the items name.
         only: Keep the rows of this source.
         mismatched: Share of the rows that come again with the text of another video.
         seed: Of the mismatched rows.
@@ -64,7 +61,7 @@ def convert(
         raise UserError(f"--mismatched is a share from 0 to 1, got {mismatched:g}")
     if mismatched and dialect.mismatch is None:
         raise UserError("--mismatched: this dialect has no rows that could be mismatched")
-    rows, refused = _read(source, dialect, videos, tuple(mapped))
+    rows, refused = _read(source, dialect, roots)
     rows = {where: row for where, row in rows.items() if only in (None, row.get("source"))}
     _check_some_left(f"{source}{f' of source {only}' if only else ''}", rows, refused)
     more = dialect.mismatch([*rows.values()], mismatched, np.random.default_rng(seed)) if dialect.mismatch else []
@@ -75,18 +72,15 @@ def convert(
                 refused[where] = {"id": row["id"], "where": where, "reason": reasons[0]}
                 del rows[where]
         _check_some_left(str(source), rows, refused)
-        ids = {row["id"] for row in refused.values()}
-        kept = [*rows.values(), *(row for row in more if row["id"].removesuffix("-mismatched") not in ids)]
-        written, root = _written(kept, places, out.absolute())
+        more = [row for row in more if not any(isinstance(places[m], Refused) for m in _media(row))]
+        written, root = _written([*rows.values(), *more], places, out.absolute())
         out.mkdir(parents=True, exist_ok=True)
         write_rows(out / REFUSED, refused.values())
         write_rows(out / MANIFEST, written)
     return Converted(out / MANIFEST, len(written), len(refused), root)
 
 
-def _read(
-    source: Path, dialect: Dialect, videos: Path | None, mapped: tuple[tuple[str, str], ...]
-) -> tuple[dict[str, Row], dict[str, Row]]:
+def _read(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[str, Row], dict[str, Row]]:
     """Rows, and what is told about refused items, both by file and line."""
     patterns = ("*.json", "*.jsonl", "*.parquet")
     files = sorted(f for p in patterns for f in source.rglob(p)) if source.is_dir() else [source]
@@ -94,14 +88,14 @@ def _read(
         raise UserError(f"{source} holds no file of items ({', '.join(patterns)})")
     rows, refused, first = dict[str, Row](), dict[str, Row](), dict[str, str]()
     for file in files:
-        roots = Roots((videos or file.parent).absolute(), mapped)
+        at = replace(roots, folder=(roots.folder or file.parent).absolute())
         for number, item in read_items(file):
             where, name = f"{file}:{number}", ""
             try:
                 if isinstance(item, Refused):
                     raise item
                 name = _id(item)
-                row = {"id": name, **dialect.read(item, roots)}
+                row = {"id": name, **dialect.read(item, at)}
                 if not row["id"]:
                     raise Refused("expected an object with an id")
                 if (earlier := first.setdefault(row["id"], where)) != where:

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 class Roots:
     """Where the files are that items name."""
 
-    folder: Path  # absolute; where their relative paths start
+    folder: Path | None = None  # where relative paths start; None: the folder of the items' file
     mapped: tuple[tuple[str, str], ...] = ()  # (old, new) beginnings of paths
 
     def find(self, *names: str, is_there: Callable[[Path], bool] = Path.is_file) -> Path:
@@ -34,15 +34,16 @@ class Roots:
         Raises:
             Refused: none is, or it is outside the folder and the mapped roots.
         """
-        allowed = [str(self.folder), *(os.path.abspath(new) for _, new in self.mapped)]
+        folder = os.path.abspath(self.folder or ".")
+        allowed = [folder, *(os.path.abspath(new) for _, new in self.mapped)]
         for name in names:
             old, new = next((pair for pair in self.mapped if name.startswith(pair[0])), ("", ""))
-            path = Path(os.path.abspath(self.folder / (new + name.removeprefix(old))))
+            path = Path(os.path.normpath(os.path.join(folder, new + name.removeprefix(old))))
             if not any(path.is_relative_to(root) for root in allowed):
                 raise Refused(f"{name} is not under {' or '.join(allowed)}")
             if is_there(path):
                 return path
-        raise Refused(f"there is no file {names[0]} under {self.folder}")
+        raise Refused(f"there is no file {names[0]} under {folder}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 
 from rlvid.data.dialects import DIALECTS
 from rlvid.data.dialects.conversion import convert
+from rlvid.data.dialects.dialect import Roots
 from rlvid.data.preferences import load_preferences
 from rlvid.errors import UserError
 from rlvid.synthetic.moving_shapes import write_mp4
@@ -48,7 +49,7 @@ def videos(tmp_path: Path) -> Path:
 def converted(videos: Path, items: list[Any], dialect: str) -> tuple[list[Preference], list[dict[str, Any]]]:
     source, out = videos.parent / "items.jsonl", videos.parent / "out"
     source.write_text("".join(json.dumps(item) + "\n" for item in items))
-    made = convert(source, out, DIALECTS[dialect], videos=videos)
+    made = convert(source, out, DIALECTS[dialect], Roots(videos))
     pairs = load_preferences(made.manifest, made.root, None, "")
     said = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
     assert (made.n_rows, made.n_refused) == (len(pairs), len(said))
@@ -125,9 +126,9 @@ def test_pictures_that_cannot_be_read_leave_nothing_either(videos: Path) -> None
 def test_paths_are_relative_to_the_manifest_where_all_are_below_it(videos: Path) -> None:
     source = videos.parent / "items.jsonl"
     source.write_text(json.dumps({**HOUND, "video": "v_mp4"}) + "\n")
-    made = convert(source, videos.parent, DIALECTS["hound"], videos=videos)
+    made = convert(source, videos.parent, DIALECTS["hound"], Roots(videos))
     assert made.root is None and json.loads(made.manifest.read_text())["video"] == "videos/v_mp4.mp4"
-    made = convert(source, videos.parent / "out", DIALECTS["hound"], videos=videos)
+    made = convert(source, videos.parent / "out", DIALECTS["hound"], Roots(videos))
     assert made.root == videos and json.loads(made.manifest.read_text())["video"] == str(videos / "v_mp4.mp4")
 
 
@@ -136,6 +137,6 @@ def test_beginnings_of_paths_are_mapped(videos: Path) -> None:
     source.parent.mkdir()
     source.write_text(json.dumps({**HOUND, "video": "/data/them/v_mp4"}) + "\n")
     with pytest.raises(UserError, match="/data/them/v_mp4.mp4 is not under"):
-        convert(source, videos.parent / "out", DIALECTS["hound"])
-    made = convert(source, videos.parent / "out", DIALECTS["hound"], mapped=[("/data/them", str(videos))])
+        convert(source, videos.parent / "out", DIALECTS["hound"], Roots())
+    made = convert(source, videos.parent / "out", DIALECTS["hound"], Roots(None, (("/data/them", str(videos)),)))
     assert json.loads(made.manifest.read_text())["video"] == str(videos / "v_mp4.mp4")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlvid.data.dialects.conversion import convert, write_lossless
+from rlvid.data.dialects.dialect import Roots
 from rlvid.data.dialects.videofeedback import DIALECT, caption_of, labels_of, mismatch
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
@@ -45,7 +46,7 @@ def item(folder: Path, name: str = "a1", caption: str = "a dog", **change: Any) 
 def converted(folder: Path, items: list[Any], **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and refused items."""
     (folder / "items.json").write_text(json.dumps(items))
-    convert(folder / "items.json", folder / "out", DIALECT, **options)
+    convert(folder / "items.json", folder / "out", DIALECT, Roots(), **options)
     return tuple(  # type: ignore[return-value]
         [json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
         for name in ("manifest.jsonl", "refused.jsonl")
@@ -133,7 +134,7 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path: Path) -> None:
         converted(tmp_path, [item(tmp_path, labels=None)])
     with pytest.raises(UserError, match="JSON"):
         (tmp_path / "broken.json").write_text("[{")
-        convert(tmp_path / "broken.json", tmp_path / "out", DIALECT)
+        convert(tmp_path / "broken.json", tmp_path / "out", DIALECT, Roots())
     assert not (tmp_path / "out").exists()
 
 
@@ -184,7 +185,7 @@ def test_ffv1_keeps_every_pixel(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data/videoscore is not on this machine")
 def test_real_items_keep_their_labels_by_name(tmp_path: Path) -> None:
-    made = convert(REAL, tmp_path, DIALECT)
+    made = convert(REAL, tmp_path, DIALECT, Roots())
     items = {i["id"]: i for i in json.loads((REAL / "train.json").read_text())}
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert (made.n_rows, made.n_refused) == (4, 0)
