@@ -21,7 +21,7 @@ import pytest
 
 from actors.clip_store import Encoded
 from actors.judge import checkpoint_id
-from jobs.isrt import Iteration, add_different, metrics_of, prompts_of
+from jobs.isrt import Iteration, add_different, judge_accuracy, metrics_of, prompts_of
 from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
@@ -238,27 +238,26 @@ def test_stopped_after_any_call_it_makes_the_same_rows(
 
     def rows(folder: Path, calls: int) -> dict[str, bytes]:
         """All files, made by processes that each stop after `calls` calls."""
-        session: Any = SimpleNamespace(
+        run: Any = SimpleNamespace(
             folder=RunFolder(folder),
-            train=train,
-            held_out=[],
-            clips=InstantClips(),
             console=SimpleNamespace(message=lambda text: None),
             steps=range,
             stage=lambda name: nullcontext(),
-            interrupted=False,
+            has_logged=lambda step, key: True,
+            end_if_interrupted=lambda text: None,
         )
+        family = SimpleNamespace(opening="")
+        inputs: Any = SimpleNamespace(train=train, held_out=[], clips=InstantClips(), family=family)
         for number in (1, 2):
             for _ in range(100):
-                team = SimpleNamespace(fleet=SeededFleet(calls))
-                monkeypatch.setattr("jobs.isrt.generators", lambda *_, team=team: nullcontext(team))
-                monkeypatch.setattr("jobs.isrt.is_logged", lambda *_: True)
+                roles = SimpleNamespace(fleet=SeededFleet(calls))
+                monkeypatch.setattr("jobs.isrt.generators", lambda *_, roles=roles: nullcontext(roles))
                 try:
-                    pairs = Iteration(cfg, session, number).pairs(tmp_path, SimpleNamespace())  # type: ignore[arg-type]
+                    pairs = Iteration(cfg, run, inputs, number).pairs(tmp_path)
                     break
                 except Stopped:
                     continue
-            metrics = metrics_of(Iteration(cfg, session, number))
+            metrics = metrics_of(Iteration(cfg, run, inputs, number))
             assert metrics["pairs/n"] == len(pairs) > 0 and metrics["judge/longer_wins"] == 1.0
             assert 0.5 < metrics["judge/consistency"] <= 1 and metrics["pairs/kept"] == len(pairs) / len(train)
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("iterations/*/*.jsonl"))}
@@ -267,6 +266,18 @@ def test_stopped_after_any_call_it_makes_the_same_rows(
     assert len(whole) == (6 if context == "none" else 8)
     for calls in (cfg.isrt.tries, cfg.isrt.tries + 1):  # one chunk of responses may need all its tries
         assert rows(tmp_path / f"stopped-{calls}", calls) == whole
+
+
+def test_the_judges_accuracy_counts_pairs_of_which_one_is_right(synthetic: Path, tmp_path: Path) -> None:
+    train = load_manifest(synthetic / "train.jsonl", None, None, "")[:3]
+    cfg = IsrtJobConfig.model_validate({"model": {"tiny": {}}, "data": {"train": "x"}})
+    right, wrong = [s.answer for s in train], ["no answer", "not one either", "nor this"]
+    told = [(right[0], wrong[0]), (wrong[1], right[1]), (wrong[2], "neither")]
+    responses = {s.id: {"responses": list(both), "n_tokens": [1, 1]} for s, both in zip(train, told, strict=True)}
+    inputs = SimpleNamespace(family=SimpleNamespace(opening=""))
+    iteration: Any = SimpleNamespace(cfg=cfg, samples=train, responses=responses, inputs=inputs)
+    decided = [{"id": s.id, "winner": 0} for s in train]  # right, wrong, and nobody is right
+    assert judge_accuracy(iteration, decided) == {"judge/accuracy": 0.5, "judge/accuracy_n": 2.0}
 
 
 def test_parts_of_the_data_do_not_meet_until_all_are_used(synthetic: Path) -> None:
