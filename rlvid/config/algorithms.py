@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rlvid.config.sections import Checkpoint, GreedyOrTemperature, Section, changeable
+from rlvid.config.sections import Checkpoint, GreedyOrTemperature, Section, changeable, refuse_if
 
 DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
 """Dimensions of VideoScore."""
@@ -42,8 +42,8 @@ class GrpoConfig(Section):
 
     @model_validator(mode="after")
     def _estimator_is_used(self) -> GrpoConfig:
-        if self.kl_estimator != "k3" and not self.kl_coef:
-            raise ValueError(f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef")
+        message = f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef"
+        refuse_if(self.kl_estimator != "k3" and not self.kl_coef, message)
         return self
 
 
@@ -78,12 +78,10 @@ class DpoConfig(Section):
     """Checkpoint folder of the reference. Empty: the model that training starts from."""
 
     needs: ClassVar = {
-        "label_smoothing": {"loss": ("sigmoid", "robust")},
-        "simpo_margin": {"loss": ("simpo",)},
-        "chosen_weight": {"loss": ("kto",)},
-        "rejected_weight": {"loss": ("kto",)},
-        "reference": {"loss": ("sigmoid", "ipo", "robust", "kto")},
-        "reference_path": {"loss": ("sigmoid", "ipo", "robust", "kto")},
+        "label_smoothing": ("loss", "sigmoid", "robust"),
+        "simpo_margin": ("loss", "simpo"),
+        **dict.fromkeys(("chosen_weight", "rejected_weight"), ("loss", "kto")),
+        **dict.fromkeys(("reference", "reference_path"), ("loss", "sigmoid", "ipo", "robust", "kto")),
     }
 
     @property
@@ -123,7 +121,7 @@ class RewardModelConfig(Section):
     scale: tuple[int, int] | None = None
     """Lowest and highest score. Empty: 1 to 4, for thinking 1 to 5. A label outside is refused."""
 
-    needs: ClassVar = {name: {"kind": ("regression", "generation", "thinking")} for name in ("dims", "scale")}
+    needs: ClassVar = dict.fromkeys(("dims", "scale"), ("kind", "regression", "generation", "thinking"))
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +157,9 @@ class RewardModelConfig(Section):
         return self
 
 
+_OF_ENDPOINTS = ("url", "model", "api_key_env", "send_frames", "concurrency", "timeout_s", "deadline_s")
+
+
 class JudgeConfig(Section):
     """The judge that compares responses, and the limit of failed verdicts."""
 
@@ -188,10 +189,7 @@ class JudgeConfig(Section):
     max_invalid_fraction: float = changeable(0.25, "when to give up", ge=0, le=1)
     """The run stops when more than this share of the verdicts is unparsed or failed."""
 
-    needs: ClassVar = {"path": {"backend": ("local",)}} | {
-        name: {"backend": ("endpoint",)}
-        for name in ("url", "model", "api_key_env", "send_frames", "concurrency", "timeout_s", "deadline_s")
-    }
+    needs: ClassVar = {"path": ("backend", "local"), **dict.fromkeys(_OF_ENDPOINTS, ("backend", "endpoint"))}
 
     @field_validator("url")
     @classmethod
@@ -240,10 +238,9 @@ class IsrtConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     """The judge that compares the responses."""
 
-    needs: ClassVar = {
-        "context_tokens": {"context": ("judge", "judge_and_responses")},
-        "context_temperature": {"context": ("judge", "judge_and_responses")},
-    }
+    needs: ClassVar = dict.fromkeys(
+        ("context_tokens", "context_temperature"), ("context", "judge", "judge_and_responses")
+    )
 
     @model_validator(mode="after")
     def _parts_have_a_size(self) -> IsrtConfig:

@@ -21,26 +21,15 @@ from rlvid.config.keys import Schema, sections_of
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 MARKER = "<!-- Everything below is written by `make docs` from rlvid/config; changes below this line are lost. -->\n"
 
-_NOUNS = {
-    "integer": "whole number",
-    "number": "number",
-    "boolean": "true or false",
-    "string": "text",
-    "path": "path",
+_NOUNS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "path": "path"}
+_NOUNS |= {
     "file-path": "path of a file",
     "directory-path": "path of a folder",
     "checkpoint-path": "path of a checkpoint",
-    None: "anything",
 }
-_BOUNDS = {
-    "minimum": "at least {}",
-    "exclusiveMinimum": "more than {}",
-    "maximum": "at most {}",
-    "exclusiveMaximum": "less than {}",
-    "multipleOf": "a multiple of {}",
-    "minItems": "at least {} item(s)",
-    "maxItems": "at most {} item(s)",
-}
+_BOUNDS = {"minimum": "at least {}", "exclusiveMinimum": "more than {}", "multipleOf": "a multiple of {}"}
+_BOUNDS |= {"maximum": "at most {}", "exclusiveMaximum": "less than {}"}
+_BOUNDS |= {"minItems": "at least {} item(s)", "maxItems": "at most {} item(s)"}
 
 
 def type_words(schema: Schema) -> str:
@@ -58,7 +47,9 @@ def type_words(schema: Schema) -> str:
         return f"list ({type_words(schema['items'])})" + bounds
     if isinstance(schema.get("additionalProperties"), dict):
         return f"section (name: {type_words(schema['additionalProperties'])})"
-    return ("section" if "$ref" in schema else _NOUNS[schema.get("format", schema.get("type"))]) + bounds
+    return (
+        "section" if "$ref" in schema else _NOUNS.get(str(schema.get("format", schema.get("type"))), "anything")
+    ) + bounds
 
 
 def as_yaml(value: Any) -> str:
@@ -107,13 +98,8 @@ def _section_text(heading: str, name: str, by_job: dict[str, Schema], all_jobs: 
             why = schema.get("on_resume") or around.get("on_resume")
             default = f"`{as_yaml(schema['default'])}`" if schema.get("default") is not None else "empty"
             default = "required" if key in section.get("required", ()) else default
-            cells = (
-                type_words(schema),
-                default,
-                f"may change: {why}" if why else "fixed",
-                schema.get("description", ""),
-            )
-            rows.setdefault((f"`{name}.{key}`".replace("`.", "`"), *cells), []).append(job)
+            cells = (default, f"may change: {why}" if why else "fixed", schema.get("description", ""))
+            rows.setdefault((f"`{name}.{key}`".replace("`.", "`"), type_words(schema), *cells), []).append(job)
     text = f"{'##' if '.' not in name else '###'} {heading}\n\n"
     if name and by_job.keys() != all_jobs.keys():
         text += f"Only in {_either(by_job)}.\n\n"

@@ -24,6 +24,7 @@ from rlvid.config.sections import (
     VideoConfig,
     WarmStartConfig,
     changeable,
+    refuse_if,
 )
 
 NO_ENGINE = ("idefics2", "video_llava")
@@ -68,36 +69,38 @@ class JobConfig(Section):
         return (self.train.max_workers or 0) > self.placement.trainer_workers
 
     @model_validator(mode="after")
-    def _workers_have_work(self) -> JobConfig:
-        least, stage = self.placement.trainer_workers, self.train.zero_stage
-        most = self.train.max_workers or least
-        if most < least:
-            raise ValueError(f"train.max_workers={most} is less than placement.trainer_workers={least}")
-        if self.train.batch_size < most:
-            raise ValueError(
-                f"train.batch_size={self.train.batch_size} is less than one sample for each of {most} workers"
-            )
-        if most > least and stage:
-            raise ValueError(
-                f"train.zero_stage={stage} keeps a part of the optimizer in each worker, and another number of workers "
-                f"cannot load it: set it to 0, or leave train.max_workers empty"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _responses_fit(self) -> JobConfig:
-        if self.rollout.max_tokens >= self.rollout.max_model_len:
-            raise ValueError(
-                f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
-                f"rollout.max_model_len={self.rollout.max_model_len}"
-            )
-        if self.placement.gpus > 1 and self.placement.gpus % 1:
-            raise ValueError(f"placement.gpus={self.placement.gpus:g}: above 1 it must be a whole number")
-        if self.placement.colocate and self.placement.gpus and self.rollout.tensor_parallel > 1:
-            raise ValueError(
-                f"rollout.tensor_parallel={self.rollout.tensor_parallel}: an engine on several GPUs cannot share them "
-                f"with the trainer: set placement.colocate to false"
-            )
+    def _sections_go_together(self) -> JobConfig:
+        model, data, train, rollout, place = self.model, self.data, self.train, self.rollout, self.placement
+        refuse_if(
+            not model.path and not model.tiny,
+            "model.path is empty: give a checkpoint, or model.tiny for a random model",
+        )
+        lacks_data = getattr(data, self.manifest) is data.synthetic is None
+        refuse_if(lacks_data, f"data.{self.manifest} is empty: give a manifest, or data.synthetic for a synthetic set")
+        least, most = place.trainer_workers, train.max_workers or place.trainer_workers
+        refuse_if(most < least, f"train.max_workers={most} is less than placement.trainer_workers={least}")
+        refuse_if(
+            train.batch_size < most,
+            f"train.batch_size={train.batch_size} is less than a sample for each of {most} workers",
+        )
+        refuse_if(
+            most > least and train.zero_stage,
+            f"train.zero_stage={train.zero_stage} keeps a part of the optimizer in each worker, and another number of "
+            f"workers cannot load it: set it to 0, or leave train.max_workers empty",
+        )
+        refuse_if(
+            rollout.max_tokens >= rollout.max_model_len,
+            f"rollout.max_tokens={rollout.max_tokens} leaves no room for a prompt in "
+            f"rollout.max_model_len={rollout.max_model_len}",
+        )
+        refuse_if(
+            place.gpus > 1 and place.gpus % 1, f"placement.gpus={place.gpus:g}: above 1 it must be a whole number"
+        )
+        refuse_if(
+            place.colocate and place.gpus and rollout.tensor_parallel > 1,
+            f"rollout.tensor_parallel={rollout.tensor_parallel}: an engine on several GPUs cannot share them with the "
+            f"trainer: set placement.colocate to false",
+        )
         return self
 
     @model_validator(mode="after")
@@ -106,10 +109,8 @@ class JobConfig(Section):
         key = f"rollout.weight_transfer={way}"
         if way not in ("nccl", "ipc"):
             return self
-        if not place.gpus:
-            raise ValueError(f"{key} needs GPUs: set placement.gpus, or leave it at auto")
-        if self.model.lora:
-            raise ValueError(f"{key} sends the whole model, model.lora trains adapters: leave it at auto")
+        refuse_if(not place.gpus, f"{key} needs GPUs: set placement.gpus, or leave it at auto")
+        refuse_if(self.model.lora, f"{key} sends the whole model, model.lora trains adapters: leave it at auto")
         shares = place.colocate and place.gpus <= 1
         if way == "nccl" and (shares or place.gpus < 1):
             raise ValueError(f"{key} needs a GPU per process: set placement.colocate to false, or leave it at auto")
@@ -117,16 +118,6 @@ class JobConfig(Section):
             raise ValueError(
                 f"{key} needs every engine on the GPU of a trainer rank: set placement.colocate to true, "
                 f"placement.gpus to 1 and rollout.replicas to at most placement.trainer_workers, or leave it at auto"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _has_model_and_data(self) -> JobConfig:
-        if self.model.path is None and self.model.tiny is None:
-            raise ValueError("model.path is empty: give a checkpoint folder, or model.tiny to make a tiny random model")
-        if getattr(self.data, self.manifest) is None and self.data.synthetic is None:
-            raise ValueError(
-                f"data.{self.manifest} is empty: give a manifest, or data.synthetic to make a synthetic set"
             )
         return self
 
@@ -166,11 +157,10 @@ class DpoJobConfig(JobConfig):
 
 
 def _check_kto_batch(dpo: DpoConfig, train: TrainConfig) -> None:
-    if dpo.loss == "kto" and train.batch_size < 2:
-        raise ValueError(
-            "dpo.loss=kto compares each pair with a response to another prompt of its batch: set train.batch_size to "
-            "at least 2"
-        )
+    message = (
+        "dpo.loss=kto compares a pair with a response to another prompt of its batch: set train.batch_size above 1"
+    )
+    refuse_if(dpo.loss == "kto" and train.batch_size < 2, message)
 
 
 class IsrtJobConfig(JobConfig):
@@ -200,8 +190,7 @@ class IsrtJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _rewards_are_rules(self) -> IsrtJobConfig:
-        if self.reward_models:
-            raise ValueError("rewards: isrt uses them for evaluation only; leave out those of kind model")
+        refuse_if(self.reward_models, "rewards: isrt uses them for evaluation only; leave out those of kind model")
         return self
 
     @model_validator(mode="after")
@@ -226,11 +215,11 @@ class RewardModelJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _prompt_is_the_template(self) -> RewardModelJobConfig:
-        if self.data.suffix or self.data.system_prompt:
-            raise ValueError(
-                "data.suffix and data.system_prompt do not go with reward_model: the model will be asked without "
-                "them. Write them into the manifest's questions and set reward_model.template to question"
-            )
+        refuse_if(
+            self.data.suffix or self.data.system_prompt,
+            "data.suffix and data.system_prompt do not go with reward_model: the model will be asked without them. "
+            "Write them into the manifest's questions and set reward_model.template to question",
+        )
         return self
 
 
@@ -254,19 +243,14 @@ class GrpoJobConfig(JobConfig):
     @model_validator(mode="after")
     def _minibatches_divide(self) -> GrpoJobConfig:
         _check_engine(self)
-        if self.train.max_workers is not None:
-            raise ValueError(
-                "train.max_workers: grpo is not elastic, it has placement.trainer_workers ranks; leave it empty"
-            )
-        if self.train.batch_size % self.grpo.minibatches:
-            raise ValueError(
-                f"grpo.minibatches={self.grpo.minibatches} must divide train.batch_size={self.train.batch_size}"
-            )
-        if self.train.batch_size < self.placement.trainer_workers * self.grpo.minibatches:
-            raise ValueError(
-                f"train.batch_size={self.train.batch_size} is less than one prompt for each of "
-                f"{self.placement.trainer_workers} trainer ranks and {self.grpo.minibatches} mini-batches"
-            )
+        batch, n_parts, n_ranks = self.train.batch_size, self.grpo.minibatches, self.placement.trainer_workers
+        refuse_if(self.train.max_workers is not None, "train.max_workers: grpo is not elastic, leave it empty")
+        refuse_if(batch % n_parts, f"grpo.minibatches={n_parts} must divide train.batch_size={batch}")
+        refuse_if(
+            batch < n_ranks * n_parts,
+            f"train.batch_size={batch} is less than a prompt for each of placement.trainer_workers={n_ranks} and "
+            f"grpo.minibatches={n_parts}",
+        )
         return self
 
 
@@ -294,8 +278,7 @@ class SpaceConfig(Section):
             raise ValueError(f"{name} must have finite numbers, got {value}")
         if name in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
             raise ValueError(f"{name}: {value[0]} is not below {value[1]}")
-        if name == "loguniform" and value[0] <= 0:
-            raise ValueError("loguniform needs positive numbers")
+        refuse_if(name == "loguniform" and value[0] <= 0, "loguniform needs positive numbers")
         return self
 
 
@@ -334,25 +317,20 @@ class TuneJobConfig(Section):
     """asha: one in this number of the trials continues after a rung, and each rung is this many times as far as the
     previous one."""
 
-    needs: ClassVar = {"grace_steps": {"scheduler": ("asha", "pbt")}, "reduction_factor": {"scheduler": ("asha",)}}
+    needs: ClassVar = {"grace_steps": ("scheduler", "asha", "pbt"), "reduction_factor": ("scheduler", "asha")}
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> TuneJobConfig:
         if self.job == "isrt" and self.scheduler == "pbt":
-            raise ValueError(
-                "scheduler=pbt copies checkpoints between steps, job=isrt has iterations: use asha or none"
-            )
-        if not self.space:
-            raise ValueError("space is empty: give at least one key of the job and its distribution")
+            raise ValueError("scheduler=pbt copies checkpoints between steps, job=isrt has none: use asha or none")
+        refuse_if(not self.space, "space is empty: give at least one key of the job and its distribution")
         if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):
             raise ValueError(f"{fixed[0]} is in overrides and in space: remove one")
         if "run.dir" in {*self.space, *(o.split("=")[0] for o in self.overrides)}:
             raise ValueError("run.dir: the sweep sets the run folders of its trials; set dir, the folder of the sweep")
-        grids = [key for key, space in self.space.items() if space.grid is not None]
-        if grids and self.search == "optuna":
-            raise ValueError(f"space.{grids[0]}: search=optuna has no grid, use choice")
-        if grids and self.scheduler == "pbt":
-            raise ValueError(f"space.{grids[0]}: scheduler=pbt has no grid, use choice")
+        for key in (key for key, space in self.space.items() if space.grid is not None):
+            refuse_if(self.search == "optuna", f"space.{key}: search=optuna has no grid, use choice")
+            refuse_if(self.scheduler == "pbt", f"space.{key}: scheduler=pbt has no grid, use choice")
         return self
 
 

@@ -26,6 +26,12 @@ def changeable(default: Any, why: str, **bounds: Any) -> Any:
     return Field(default, json_schema_extra={"on_resume": why}, **bounds)
 
 
+def refuse_if(is_wrong: object, message: str) -> None:
+    """A rule of a validator. Messages name keys in full, so that the loader finds the line they were written in."""
+    if is_wrong:
+        raise ValueError(message)
+
+
 class Section(BaseModel):
     """A group of keys. Unknown keys, infinite numbers and keys without an effect are refused; assignments are checked
     too."""
@@ -34,8 +40,8 @@ class Section(BaseModel):
         extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    needs: ClassVar[dict[str, dict[str, tuple[Any, ...]]]] = {}
-    """Key -> what it has an effect with: another key and its values. Elsewhere the key must stay at its default."""
+    needs: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Key -> (another key, its values that the first has an effect with). Otherwise the key must be at its default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,15 +56,14 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> Section:
-        for key, conditions in self.needs.items():
-            for switch, values in conditions.items():
-                is_default = getattr(self, key) == type(self).model_fields[key].get_default()
-                if not is_default and getattr(self, switch) not in values:
-                    fitting = " or ".join("empty" if value is None else str(value) for value in values)
-                    raise ValueError(
-                        f"{key} has no effect with {switch}={getattr(self, switch)}: it needs {switch}={fitting}. "
-                        f"Leave it out"
-                    )
+        for key, (switch, *values) in self.needs.items():
+            is_default, setting = (
+                getattr(self, key) == type(self).model_fields[key].get_default(),
+                getattr(self, switch),
+            )
+            fitting = " or ".join("empty" if value is None else str(value) for value in values)
+            message = f"{key} has no effect with {switch}={setting}: it needs {switch}={fitting}. Leave it out"
+            refuse_if(not is_default and setting not in values, message)
         return self
 
 
@@ -67,10 +72,9 @@ class Section(BaseModel):
 
 def _check_local(value: Any) -> Any:
     if isinstance(value, str | Path):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
-            raise ValueError(f"{value} is a URL; expected a path on a local or mounted disk")
-        if not str(value).strip():
-            raise ValueError("the path is empty text; write null for no path")
+        is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value))
+        refuse_if(is_url, f"{value} is a URL; expected a path on a local or mounted disk")
+        refuse_if(not str(value).strip(), "the path is empty text; write null for no path")
     return value
 
 
@@ -100,10 +104,8 @@ MIN_TEMPERATURE = 0.01  # vLLM raises a smaller one to this, and its log-probs w
 
 
 def _check_temperature(value: float) -> float:
-    if 0 < value < MIN_TEMPERATURE:
-        raise ValueError(
-            f"temperature {value:g} is below {MIN_TEMPERATURE}, the lowest that vLLM samples with; 0 is greedy"
-        )
+    message = f"temperature {value:g} is below {MIN_TEMPERATURE}, the lowest that vLLM samples with; 0 is greedy"
+    refuse_if(0 < value < MIN_TEMPERATURE, message)
     return value
 
 
@@ -232,15 +234,14 @@ class VideoConfig(Section):
     interrupted."""
 
     needs: ClassVar = {
-        "fps": {"sampling": ("fps",)},
-        "seconds": {"sampling": ("first_seconds",)},
-        "max_pixels": {"height": (None,)},
+        "fps": ("sampling", "fps"),
+        "seconds": ("sampling", "first_seconds"),
+        "max_pixels": ("height", None),
     }
 
     @model_validator(mode="after")
     def _sizes_go_together(self) -> VideoConfig:
-        if (self.height is None) != (self.width is None):
-            raise ValueError("height and width go together: give both or none")
+        refuse_if((self.height is None) != (self.width is None), "height and width go together: give both or none")
         return self
 
 
