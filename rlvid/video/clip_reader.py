@@ -108,13 +108,11 @@ class ClipReader:
             target_size(self.multiple, self.multiple, video, self.multiple)
         except UserError as error:
             raise UserError(f"{medium.name}: {error}") from None
-        keys = {"sampling", "frames"} | {"fps": {"fps"}, "first_seconds": {"seconds"}}.get(video.sampling, set())
-        keys |= {"max_pixels"} if video.height is None else {"height", "width"}
         identity = {
             "version": IDENTITY_VERSION,
             "content": content_sha256,
             "part_s": [medium.start_s, medium.end_s],
-            "video": video.model_dump(include=keys),
+            "video": video.model_dump(exclude={"reader", "timeout_s"}),
             "multiple": self.multiple,
             "reader": reader_name,
         }
