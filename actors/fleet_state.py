@@ -1,11 +1,11 @@
-"""Who may generate, and who owes which work. Pure: no Ray, no threads, time from an injected clock.
+"""Which replica may generate, and which replica has which work. Pure: no Ray, no threads, an injected clock.
 
-`actors/generator_fleet.py` makes the calls to the replicas, reports here what happened, and does what it is told. The
-transition that must not exist is DEAD -> READY: a restarted engine holds the weights of its start, so every new life
-goes STARTING -> STALE and becomes READY only through `synced`. Guarded invariants:
+`actors/generator_fleet.py` makes the calls to the replicas, reports here what happened, and acts on what is returned.
+The transition that must not exist is DEAD -> READY: a restarted engine holds the weights of its start, so every
+restarted replica passes STARTING -> STALE and becomes READY only through `synced`. Guarded invariants:
 
 - only READY replicas, which hold the current weights, are given work;
-- every piece of work is in the queue or with one replica until it is done or given up: none is lost, none counts twice.
+- each work item is in the queue or with one replica until it is done or given up: none is lost, none counts twice.
 
                  started         synced             missed, failed (STALE too)
         STARTING ------> STALE <--------> READY ---------------------------> SUSPECT
@@ -34,11 +34,11 @@ Work = TypeVar("Work", bound=Hashable)
 
 class State(Enum):
     STARTING = "starting"  # its engine is loading
-    STALE = "stale"  # alive, but without the current weights
-    READY = "ready"  # alive with the current weights: the only state that is given work
+    STALE = "stale"  # running, but without the current weights
+    READY = "ready"  # running with the current weights: the only state that is given work
     SUSPECT = "suspect"  # a ping or call failed: keeps its work until it answers or its deadline passes
     DEAD = "dead"  # may be restarted
-    RETIRED = "retired"  # gone for good
+    RETIRED = "retired"  # will not be restarted
 
 
 GONE = frozenset({State.DEAD, State.RETIRED})
@@ -46,14 +46,14 @@ GONE = frozenset({State.DEAD, State.RETIRED})
 
 @dataclass(frozen=True, order=True)
 class ReplicaId:
-    """One life of a replica. A restart keeps the slot and counts up the life, so that what an earlier life says late is
-    never taken for a word of the present one."""
+    """A replica between two restarts. A restart keeps the slot and counts up, so that a late answer from before the
+    restart is never taken for an answer of the restarted replica."""
 
     slot: int
-    life: int = 0
+    restarts: int = 0
 
     def __str__(self) -> str:
-        return f"{self.slot}.{self.life}"
+        return f"{self.slot}.{self.restarts}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Counters:
     """Over the whole run."""
 
     restarts: int = 0
-    reassigned: int = 0  # pieces of work that went back to the queue
-    dropped_late: int = 0  # answers that came from a replica that no longer owed them
+    reassigned: int = 0  # work items that went back to the queue
+    dropped_late: int = 0  # answers from a replica that no longer had the work
 
 
 @dataclass
@@ -77,12 +77,12 @@ class _Replica(Generic[Work]):
     state: State
     since_s: float  # when the state began
     seen_s: float  # last sign of life
-    version: int | None = None  # weights that `synced` confirmed in this life
+    version: int | None = None  # weights that `synced` confirmed since the last restart
     work: dict[Work, None] = field(default_factory=dict)  # an ordered set
 
 
 class Fleet(Generic[Work]):
-    """The state machine. Reports about a life that is over are ignored: they come late, not wrong."""
+    """The state machine. Reports about a replica from before its restart are ignored: they are late, not wrong."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Fleet(Generic[Work]):
         deadlines: Deadlines | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`max_restarts` is per slot. `max_attempts` bounds how often a piece of work may fail on living replicas."""
+        """`max_restarts` is per slot. `max_attempts` bounds how often a work item may fail on running replicas."""
         self.min_replicas = min_replicas
         self.max_replicas = replicas if max_replicas is None else max_replicas
         if not 1 <= self.min_replicas <= replicas <= self.max_replicas:
@@ -106,14 +106,14 @@ class Fleet(Generic[Work]):
         self.counters = Counters()
         self.version: int | None = None
         self._clock = clock
-        self._replicas: dict[ReplicaId, _Replica[Work]] = {}  # the present life of each slot
+        self._replicas: dict[ReplicaId, _Replica[Work]] = {}  # one per slot
         self._queue: deque[Work] = deque()
-        self._books: dict[Work, int] = {}  # all work that is not done yet: its failed attempts
+        self._attempts: dict[Work, int] = {}  # failed attempts of all work that is not done yet
         self._next_slot = 0
         for _ in range(replicas):
             self.join()
 
-    # --- who is there -------------------------------------------------------------------------------------------------
+    # --- membership ---------------------------------------------------------------------------------------------------
 
     def members(self, *states: State) -> list[ReplicaId]:
         """Replicas in these states, by slot; without an argument all that are not retired."""
@@ -123,17 +123,17 @@ class Fleet(Generic[Work]):
                 for replica, record in self._replicas.items()
                 if (record.state in states if states else record.state is not State.RETIRED)
             ),
-            key=attrgetter("slot"),  # one present life per slot; comparing dataclasses is far slower
+            key=attrgetter("slot"),  # one replica per slot; comparing dataclasses is far slower
         )
 
     def state(self, replica: ReplicaId) -> State:
-        """A life that was followed by another one is DEAD."""
+        """A replica that was restarted since is DEAD."""
         record = self._replicas.get(replica)
         return record.state if record else State.DEAD
 
     @property
     def is_lost(self) -> bool:
-        """Nobody is left, and nobody will come back by a restart."""
+        """All replicas are retired."""
         return all(record.state is State.RETIRED for record in self._replicas.values())
 
     def join(self) -> ReplicaId:
@@ -146,7 +146,7 @@ class Fleet(Generic[Work]):
         return replica
 
     def leave(self, replica: ReplicaId) -> None:
-        """Retire a replica while the run goes on; its work returns to the queue. Raises ValueError at min_replicas."""
+        """Retire a replica in a running fleet; its work returns to the queue. Raises ValueError at min_replicas."""
         record = self._replicas.get(replica)
         if record is None or record.state is State.RETIRED:
             return
@@ -155,28 +155,28 @@ class Fleet(Generic[Work]):
         self._end(record, State.RETIRED)
 
     def restart(self, replica: ReplicaId) -> ReplicaId | None:
-        """The next life of a DEAD replica, STARTING, or None when it has used up its restarts and is RETIRED."""
+        """Restart a DEAD replica: its new id, STARTING; None if its restarts are used up, it is RETIRED then."""
         record = self._replicas.get(replica)
         if record is None or record.state is not State.DEAD:
-            raise ValueError(f"replica {replica} is {self.state(replica).value}: only the latest dead life can restart")
-        if replica.life >= self.max_restarts:
+            raise ValueError(f"replica {replica} is {self.state(replica).value}: only a dead replica can restart, once")
+        if replica.restarts >= self.max_restarts:
             self._end(record, State.RETIRED)
             return None
         del self._replicas[replica]
         self.counters.restarts += 1
-        reborn = ReplicaId(replica.slot, replica.life + 1)
-        self._begin(reborn)
-        return reborn
+        restarted = ReplicaId(replica.slot, replica.restarts + 1)
+        self._begin(restarted)
+        return restarted
 
-    # --- what happened to them ----------------------------------------------------------------------------------------
+    # --- reports about replicas ---------------------------------------------------------------------------------------
 
     def started(self, replica: ReplicaId) -> None:
-        """The engine is up, with the weights of its start."""
+        """The engine is loaded, with the weights of its start."""
         if (record := self._alive(replica)) and record.state is State.STARTING:
             self._move(record, State.STALE)
 
     def publish(self, version: int) -> None:
-        """The trainer has new weights: whoever was READY is STALE until it has taken them. Work in flight goes on."""
+        """The trainer has new weights: READY replicas are STALE until they take them. Work in flight continues."""
         if self.version is not None and version <= self.version:
             raise ValueError(f"weight versions count up: {version} after {self.version}")
         self.version = version
@@ -185,7 +185,7 @@ class Fleet(Generic[Work]):
                 self._move(record, State.STALE)
 
     def synced(self, replica: ReplicaId, version: int) -> None:
-        """The replica has taken these weights, and they were checked. It is READY, unless newer ones are out by now."""
+        """The replica has taken these weights, and they were checked. It is READY, unless newer ones exist by now."""
         record = self._alive(replica)
         if record is None or record.state is State.STARTING or version != self.version:
             return
@@ -193,11 +193,15 @@ class Fleet(Generic[Work]):
         if record.state is not State.READY:
             self._move(record, State.READY)
 
+    def heard(self, replica: ReplicaId) -> None:
+        """A sign of life that says nothing about the weights."""
+        self._alive(replica)
+
     def ping(self, replica: ReplicaId, version: int | None) -> None:
         """The replica answered and says which weights it holds.
 
-        A SUSPECT one is READY again only with the current weights, confirmed by `synced` in this life. A READY one that
-        holds others (it restarted by itself) is STALE.
+        A SUSPECT one is READY again only with the current weights, confirmed by `synced` since its restart. A READY one
+        that holds others (its process restarted without us) is STALE.
         """
         record = self._alive(replica)
         if record is None or record.state is State.STARTING:
@@ -219,19 +223,19 @@ class Fleet(Generic[Work]):
     def failed(self, replica: ReplicaId, work: Iterable[Work]) -> list[Work]:
         """A call failed and its work will not be answered: it returns to the queue, the replica is SUSPECT.
 
-        Returns the work that has now failed `max_attempts` times. It is out of the books, and the caller's to report.
+        Returns the work that has now failed `max_attempts` times. It is given up; the caller reports it.
         """
         record = self._replicas.get(replica)
         if record is None:
             return []
-        owed = [item for item in work if item in record.work]
+        assigned = [item for item in work if item in record.work]
         given_up = []
-        for item in owed:
-            self._books[item] += 1
-            if self._books[item] >= self.max_attempts:
-                del record.work[item], self._books[item]
+        for item in assigned:
+            self._attempts[item] += 1
+            if self._attempts[item] >= self.max_attempts:
+                del record.work[item], self._attempts[item]
                 given_up.append(item)
-        self._return(record, [item for item in owed if item in record.work])
+        self._return(record, [item for item in assigned if item in record.work])
         self.missed(replica)
         return given_up
 
@@ -241,7 +245,7 @@ class Fleet(Generic[Work]):
             self._end(record, State.DEAD)
 
     def tick(self) -> list[ReplicaId]:
-        """Let deadlines pass. Returns who is now presumed dead: stop their processes before a restart."""
+        """Apply the deadlines. Returns the replicas that are now presumed dead: stop their processes, then restart."""
         now = self._clock()
         presumed_dead = []
         for replica, record in self._replicas.items():
@@ -255,42 +259,42 @@ class Fleet(Generic[Work]):
                 self.missed(replica)
         return presumed_dead
 
-    # --- who owes which work ------------------------------------------------------------------------------------------
+    # --- work ---------------------------------------------------------------------------------------------------------
 
     def assign(self, work: Iterable[Work] = ()) -> dict[ReplicaId, list[Work]]:
-        """Queue new work, then hand the queue out to READY replicas, least loaded first. Nobody READY: it stays queued.
+        """Queue new work, then give the queue to READY replicas, least loaded first. With none READY it stays queued.
 
-        Raises ValueError for work that is already in the books.
+        Raises ValueError for work that is queued or assigned already.
         """
         new: dict[Work, int] = {}
         for item in work:
-            if item in self._books or item in new:
-                raise ValueError(f"work {item!r} is already in the books")
+            if item in self._attempts or item in new:
+                raise ValueError(f"work {item!r} is queued or assigned already")
             new[item] = 0
-        self._books.update(new)
+        self._attempts.update(new)
         self._queue.extend(new)
         handed_out: dict[ReplicaId, list[Work]] = {}
         if not self._queue:
             return handed_out
-        # A heap, the lightest first and among equals the lowest slot: work for 64 replicas costs what it does for one.
-        lightest = [(self.load(replica), i, replica) for i, replica in enumerate(self.members(State.READY))]
-        heapq.heapify(lightest)
-        while self._queue and lightest:
-            load, i, replica = lightest[0]
+        # A heap, least loaded first and among equals the lowest slot: 64 replicas cost no more than one.
+        least_loaded = [(self.load(replica), i, replica) for i, replica in enumerate(self.members(State.READY))]
+        heapq.heapify(least_loaded)
+        while self._queue and least_loaded:
+            load, i, replica = least_loaded[0]
             item = self._queue.popleft()
             self._replicas[replica].work[item] = None
             handed_out.setdefault(replica, []).append(item)
-            heapq.heapreplace(lightest, (load + 1, i, replica))
+            heapq.heapreplace(least_loaded, (load + 1, i, replica))
         return handed_out
 
     def done(self, replica: ReplicaId, work: Work) -> bool:
-        """An answer came. False: the replica no longer owed it (presumed dead, or answered before): drop the answer."""
+        """An answer came. False: the replica no longer had the work (presumed dead, or answered before): drop it."""
         record = self._replicas.get(replica)
         if record is None or work not in record.work:
             self.counters.dropped_late += 1
             return False
         record.seen_s = self._clock()
-        del record.work[work], self._books[work]
+        del record.work[work], self._attempts[work]
         return True
 
     def load(self, replica: ReplicaId) -> int:
@@ -308,12 +312,12 @@ class Fleet(Generic[Work]):
     @property
     def is_idle(self) -> bool:
         """All work is done or given up."""
-        return not self._books
+        return not self._attempts
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     def _alive(self, replica: ReplicaId) -> _Replica[Work] | None:
-        """Record of a living replica; notes the sign of life."""
+        """Record of a running replica; notes the sign of life."""
         record = self._replicas.get(replica)
         if record is None or record.state in GONE:
             return None
@@ -332,7 +336,7 @@ class Fleet(Generic[Work]):
         self._return(record, list(record.work))
 
     def _return(self, record: _Replica[Work], work: list[Work]) -> None:
-        """Back to the front of the queue, in order: it has waited longest."""
+        """Back to the front of the queue, in order: this work has waited longest."""
         for item in work:
             del record.work[item]
         self._queue.extendleft(reversed(work))

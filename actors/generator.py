@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CONCURRENCY_GROUPS = {"weights": 1}
+EXIT_AFTER_S = 1.0  # Ray sends the cause to the fleet meanwhile
 TransferStep = Literal["init_transfer", "start_update", "receive_update", "finish_update"]  # methods of VllmEngine
 SentBucket: TypeAlias = ObjectRef[Bucket] | SharedBucket  # in the object store, or in memory shared with the trainer
-SentWeights = Sequence[tuple[SentBucket, str | None]]  # buckets, and digests where they are checked
+SentWeights = Sequence[tuple[SentBucket, str | ObjectRef[str] | None]]  # buckets, and digests where they are checked
+
+
+class EngineFailed(Exception):
+    """The engine raised an error, which the message has; its process ends."""
 
 
 class EngineLoop(threading.Thread):
-    """Owns the engine. Between two steps it does what callers asked for: requests join and weights change at any time.
+    """Owns the engine. Between two steps it runs its callers' commands: requests join and weights change at any time.
 
-    An engine that fails takes its process down: the fleet starts another one, with the right weights.
+    An engine that fails ends its process: the fleet starts another one, with the right weights.
     """
 
     def __init__(self, build: Callable[[], VllmEngine]):
@@ -71,23 +77,26 @@ class EngineLoop(threading.Thread):
         self.built.set_result(None)
         try:
             while True:
-                self._obey(engine)
+                self._run_commands(engine)
                 for request, rollouts in engine.step():
                     self._waiting.pop(request).set_result(rollouts)
-        except BaseException:
+        except BaseException as e:
             logger.exception("the engine failed; this replica ends")
+            for future in self._waiting.values():
+                future.set_exception(EngineFailed(f"{type(e).__name__}: {e}"))
             logging.shutdown()
+            time.sleep(EXIT_AFTER_S)
             os._exit(1)
 
-    def _obey(self, engine: VllmEngine) -> None:
-        """Run what was asked for; wait for something to be asked while there is nothing to generate."""
+    def _run_commands(self, engine: VllmEngine) -> None:
+        """Run the commands that came; wait for one while there is nothing to generate."""
         while not self._commands.empty() or not engine.is_busy or engine.is_updating:
             command, future = self._commands.get()
             try:
                 future.set_result(command(engine))
             except Exception as e:
                 future.set_exception(e)
-            del command, future  # while the loop waits they would keep buckets in the object store
+            del command, future  # kept while the loop waits, they would keep buckets in the object store
 
 
 class Generator:
@@ -127,7 +136,8 @@ class Generator:
         generated between the first and the last bucket of a version. Returns the version held afterwards."""
         buckets = [where.open() if isinstance(where, SharedBucket) else ray.get(where) for where, _ in sent]
         for bucket, (_, digest) in zip(buckets, sent, strict=True):
-            if digest is not None and bucket.digest() != digest:
+            expected = ray.get(digest) if isinstance(digest, ObjectRef) else digest
+            if expected is not None and bucket.digest() != expected:
                 raise RuntimeError(f"weights {version}: a bucket arrived with another checksum than it was sent with")
 
         def take(engine: VllmEngine) -> int:
@@ -141,13 +151,16 @@ class Generator:
         """A step of a transfer from GPU to GPU (`actors/gpu_weight_sync.py`)."""
         self._loop.call(lambda engine: getattr(engine, step)(*arguments))
 
-    def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
-        """Log-probs of `tokens` as first response token (parity check). Ray resolves the prompt's reference."""
-        values: npt.NDArray[np.float32] = self._loop.call(
-            lambda engine: engine.first_logprobs(prompt, tokens, temperature)
+    def first_logprobs(
+        self, prompts: Sequence[ObjectRef[Prompt]], tokens: Sequence[int], temperature: float
+    ) -> list[npt.NDArray[np.float32]]:
+        """Log-probs [tokens] of `tokens` as first response token to each prompt (parity check)."""
+        loaded: list[Prompt] = ray.get(list(prompts))
+        values: list[npt.NDArray[np.float32]] = self._loop.call(
+            lambda engine: [engine.first_logprobs(prompt, tokens, temperature) for prompt in loaded]
         )
         return values
 
     def ping(self) -> int:
-        """The weight version held; answers only while the loop turns."""
+        """The weight version held; answers only while the engine loop runs."""
         return int(self._loop.call(lambda engine: engine.weight_version))

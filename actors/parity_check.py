@@ -98,7 +98,7 @@ def check_parity(
     pairs = [e for p in probes if p.altered is not None for e in (p.plain, p.altered)]
     if pairs:
         trainer_changes = _changes(trainer.logprobs([_first_tokens(e, temperature) for e in pairs]))
-        engine_changes = _changes([fleet.first_logprobs(e, FIRST_TOKENS, temperature) for e in pairs])
+        engine_changes = _changes(fleet.first_logprobs(pairs, FIRST_TOKENS, temperature))
     else:  # no video that a side could be blind to
         trainer_changes = engine_changes = [math.inf] * len(probes)
     observations = [

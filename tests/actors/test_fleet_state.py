@@ -35,7 +35,7 @@ def ready_fleet(replicas: int = 2, **options: int) -> tuple[Fleet[int], list[Rep
     return fleet, fleet.members(), clock
 
 
-def test_nobody_serves_before_the_first_sync() -> None:
+def test_no_replica_serves_before_the_first_sync() -> None:
     fleet: Fleet[int] = Fleet(2)
     first, second = fleet.members()
     assert fleet.assign([1, 2]) == {}
@@ -50,20 +50,20 @@ def test_nobody_serves_before_the_first_sync() -> None:
 def test_restarted_replica_serves_only_after_sync() -> None:
     fleet, [replica], _ = ready_fleet(1)
     fleet.died(replica)
-    reborn = fleet.restart(replica)
-    assert reborn == ReplicaId(slot=0, life=1)
+    restarted = fleet.restart(replica)
+    assert restarted == ReplicaId(slot=0, restarts=1)
     for state, report in [
-        (State.STARTING, lambda: fleet.ping(reborn, 1)),
-        (State.STARTING, lambda: fleet.synced(reborn, 1)),
-        (State.STALE, lambda: fleet.started(reborn)),
-        (State.STALE, lambda: fleet.ping(reborn, 1)),  # it says so, but no sync of this life was checked
+        (State.STARTING, lambda: fleet.ping(restarted, 1)),
+        (State.STARTING, lambda: fleet.synced(restarted, 1)),
+        (State.STALE, lambda: fleet.started(restarted)),
+        (State.STALE, lambda: fleet.ping(restarted, 1)),  # it says so, but no sync since the restart was checked
     ]:
         report()
-        assert fleet.state(reborn) is state
+        assert fleet.state(restarted) is state
         assert fleet.assign() == {}
     fleet.assign([1])
-    fleet.synced(reborn, 1)
-    assert fleet.assign() == {reborn: [1]}
+    fleet.synced(restarted, 1)
+    assert fleet.assign() == {restarted: [1]}
 
 
 @pytest.mark.parametrize("report", ["started", "ping", "synced", "missed", "failed", "died"])
@@ -75,25 +75,25 @@ def test_dead_never_becomes_ready_by_itself(report: str) -> None:
     assert fleet.state(replica) is State.DEAD
 
 
-def test_reports_about_an_earlier_life_are_ignored() -> None:
+def test_reports_from_before_a_restart_are_ignored() -> None:
     fleet, [replica], _ = ready_fleet(1)
     fleet.died(replica)
-    reborn = fleet.restart(replica)
-    assert reborn is not None
+    restarted = fleet.restart(replica)
+    assert restarted is not None
     fleet.started(replica)
-    assert fleet.state(reborn) is State.STARTING
-    fleet.started(reborn)
+    assert fleet.state(restarted) is State.STARTING
+    fleet.started(restarted)
     fleet.synced(replica, 1)
-    assert fleet.state(reborn) is State.STALE
-    fleet.synced(reborn, 1)
+    assert fleet.state(restarted) is State.STALE
+    fleet.synced(restarted, 1)
     fleet.missed(replica)
     fleet.died(replica)
-    assert fleet.state(reborn) is State.READY
-    with pytest.raises(ValueError, match="latest dead life"):
+    assert fleet.state(restarted) is State.READY
+    with pytest.raises(ValueError, match="only a dead replica"):
         fleet.restart(replica)
 
 
-def test_new_weights_make_everyone_stale_and_let_work_go_on() -> None:
+def test_new_weights_make_every_replica_stale_and_work_in_flight_continues() -> None:
     fleet, [first, second], _ = ready_fleet()
     fleet.assign([1, 2])
     fleet.publish(2)
@@ -174,17 +174,17 @@ def test_late_answer_of_a_presumed_dead_replica_is_dropped() -> None:
     assert fleet.counters.dropped_late == 3
 
 
-def test_late_answer_of_an_earlier_life_is_dropped() -> None:
+def test_late_answer_from_before_a_restart_is_dropped() -> None:
     fleet, [replica], _ = ready_fleet(1)
     fleet.assign([1])
     fleet.died(replica)
-    reborn = fleet.restart(replica)
-    assert reborn is not None
-    fleet.started(reborn)
-    fleet.synced(reborn, 1)
-    assert fleet.assign() == {reborn: [1]}
+    restarted = fleet.restart(replica)
+    assert restarted is not None
+    fleet.started(restarted)
+    fleet.synced(restarted, 1)
+    assert fleet.assign() == {restarted: [1]}
     assert not fleet.done(replica, 1)
-    assert fleet.done(reborn, 1)
+    assert fleet.done(restarted, 1)
     assert fleet.is_idle
 
 
@@ -199,11 +199,11 @@ def test_replica_that_does_not_start_is_dead() -> None:
 
 def test_restarts_are_counted_and_end_in_retirement() -> None:
     fleet, [replica, other], _ = ready_fleet(2, max_restarts=2)
-    for life in (1, 2):
+    for restarts in (1, 2):
         fleet.died(replica)
-        reborn = fleet.restart(replica)
-        assert reborn == ReplicaId(0, life)
-        replica = reborn
+        restarted = fleet.restart(replica)
+        assert restarted == ReplicaId(0, restarts)
+        replica = restarted
     fleet.died(replica)
     assert fleet.restart(replica) is None
     assert fleet.state(replica) is State.RETIRED
@@ -224,7 +224,7 @@ def test_work_goes_to_the_least_loaded() -> None:
     assert fleet.assign([5, 6, 7]) == {second: [5, 6], first: [7]}
 
 
-def test_who_joins_is_given_what_waits_and_then_the_lighter_share() -> None:
+def test_joining_replica_is_given_the_queue_and_then_the_lighter_share() -> None:
     fleet, [first], _ = ready_fleet(1, max_replicas=2)
     assert fleet.assign([1, 2]) == {first: [1, 2]}
     second = fleet.join()
@@ -273,7 +273,7 @@ def test_same_work_twice_is_refused_and_changes_nothing() -> None:
     for work in ([7, 7], [1, 2]):
         if work == [1, 2]:
             fleet.assign([1])
-        with pytest.raises(ValueError, match="already in the books"):
+        with pytest.raises(ValueError, match="queued or assigned already"):
             fleet.assign(work)
     assert fleet.queued == ()
     assert fleet.done(first, 1)
@@ -287,7 +287,7 @@ def test_impossible_sizes_are_refused(replicas: int, low: int, high: int) -> Non
 
 
 class FleetHistory(RuleBasedStateMachine):
-    """Any order of events, also late ones about lives long over and answers nobody waits for."""
+    """Any order of events, also late ones about replicas restarted long ago and answers to no question."""
 
     @initialize(replicas=st.integers(1, 3))
     def start(self, replicas: int) -> None:
@@ -300,7 +300,7 @@ class FleetHistory(RuleBasedStateMachine):
             deadlines=DEADLINES,
             clock=self.clock,
         )
-        self.lives = list(self.fleet.members())  # every life there ever was
+        self.replicas = list(self.fleet.members())  # all there ever were
         self.gone: set[ReplicaId] = set()
         self.version = 0
         self.confirmed: dict[ReplicaId, int] = {}  # version of the last sync that was reported
@@ -308,8 +308,8 @@ class FleetHistory(RuleBasedStateMachine):
         self.answers: Counter[int] = Counter()
         self.given_up: set[int] = set()
 
-    def life(self, index: int) -> ReplicaId:
-        return self.lives[index % len(self.lives)]
+    def replica(self, index: int) -> ReplicaId:
+        return self.replicas[index % len(self.replicas)]
 
     @rule(n=st.integers(0, 4))
     def assign(self, n: int) -> None:
@@ -324,7 +324,7 @@ class FleetHistory(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 50))
     def start_up(self, index: int) -> None:
-        self.fleet.started(self.life(index))
+        self.fleet.started(self.replica(index))
 
     @rule()
     def publish(self) -> None:
@@ -334,46 +334,46 @@ class FleetHistory(RuleBasedStateMachine):
     @rule(index=st.integers(0, 50), age=st.sampled_from([0, 0, 0, 1]))
     def sync(self, index: int, age: int) -> None:
         if self.version > age:
-            self.confirmed[self.life(index)] = max(self.confirmed.get(self.life(index), 0), self.version - age)
-            self.fleet.synced(self.life(index), self.version - age)
+            self.confirmed[self.replica(index)] = max(self.confirmed.get(self.replica(index), 0), self.version - age)
+            self.fleet.synced(self.replica(index), self.version - age)
 
     @rule(age=st.sampled_from([0, 0, 0, 1]))
     def bring_all_up(self, age: int) -> None:
-        for index in range(len(self.lives)):
+        for index in range(len(self.replicas)):
             self.start_up(index)
             self.sync(index, age)
 
     @rule(index=st.integers(0, 50), version=st.none() | st.integers(0, 5))
     def ping(self, index: int, version: int | None) -> None:
-        self.fleet.ping(self.life(index), version)
+        self.fleet.ping(self.replica(index), version)
 
     @rule(index=st.integers(0, 50))
     def ping_current(self, index: int) -> None:
-        self.fleet.ping(self.life(index), self.version)
+        self.fleet.ping(self.replica(index), self.version)
 
     @rule(index=st.integers(0, 50))
     def miss(self, index: int) -> None:
-        self.fleet.missed(self.life(index))
+        self.fleet.missed(self.replica(index))
 
     @rule(index=st.integers(0, 50))
     def die(self, index: int) -> None:
-        self.fleet.died(self.life(index))
+        self.fleet.died(self.replica(index))
 
     @rule(index=st.integers(0, 50), work=st.sets(st.integers(0, 20)))
     def fail(self, index: int, work: set[int]) -> None:
-        given_up = self.fleet.failed(self.life(index), sorted(work))
+        given_up = self.fleet.failed(self.replica(index), sorted(work))
         assert not self.given_up & set(given_up)
         self.given_up |= set(given_up)
 
     @rule(index=st.integers(0, 50), work=st.integers(0, 30))
     def answer(self, index: int, work: int) -> None:
-        owed = work in self.fleet.in_flight.get(self.life(index), ())
-        assert self.fleet.done(self.life(index), work) is owed
+        owed = work in self.fleet.in_flight.get(self.replica(index), ())
+        assert self.fleet.done(self.replica(index), work) is owed
         self.answers[work] += owed
 
     @rule(index=st.integers(0, 50))
     def answer_all(self, index: int) -> None:
-        for work in self.fleet.in_flight.get(self.life(index), ()):
+        for work in self.fleet.in_flight.get(self.replica(index), ()):
             self.answer(index, work)
 
     @rule(seconds=st.floats(0, 40))
@@ -385,19 +385,19 @@ class FleetHistory(RuleBasedStateMachine):
     @rule()
     def restart_the_dead(self) -> None:
         for replica in self.fleet.members(State.DEAD):
-            reborn = self.fleet.restart(replica)
-            if reborn is not None:
-                self.lives.append(reborn)
+            restarted = self.fleet.restart(replica)
+            if restarted is not None:
+                self.replicas.append(restarted)
 
     @rule()
     def join(self) -> None:
         if len(self.fleet.members()) < self.fleet.max_replicas:
-            self.lives.append(self.fleet.join())
+            self.replicas.append(self.fleet.join())
 
     @rule(index=st.integers(0, 50))
     def leave(self, index: int) -> None:
         if len(self.fleet.members()) > self.fleet.min_replicas:
-            self.fleet.leave(self.life(index))
+            self.fleet.leave(self.replica(index))
 
     @invariant()
     def work_is_in_one_place(self) -> None:
@@ -416,13 +416,13 @@ class FleetHistory(RuleBasedStateMachine):
             assert self.confirmed.get(replica) == self.version
 
     @invariant()
-    def the_gone_stay_gone_and_owe_nothing(self) -> None:
-        for replica in self.lives:
+    def gone_replicas_stay_gone_and_hold_no_work(self) -> None:
+        for replica in self.replicas:
             if self.fleet.state(replica) in GONE:
                 self.gone.add(replica)
                 assert self.fleet.load(replica) == 0
         assert all(self.fleet.state(replica) in GONE for replica in self.gone)
-        assert max(replica.life for replica in self.lives) <= self.fleet.max_restarts
+        assert max(replica.restarts for replica in self.replicas) <= self.fleet.max_restarts
         assert len(self.fleet.members()) <= self.fleet.max_replicas
 
     def teardown(self) -> None:
@@ -434,7 +434,7 @@ class FleetHistory(RuleBasedStateMachine):
         if not self.fleet.is_lost:
             for _ in range(self.submitted):
                 self.fleet.assign()
-                for index in range(len(self.lives)):
+                for index in range(len(self.replicas)):
                     self.answer_all(index)
             assert self.fleet.is_idle
             self.work_is_in_one_place()
