@@ -1,24 +1,19 @@
-"""The judge: one interface, whoever answers. The policy itself, another local model, or an OpenAI-compatible server.
+"""The judge: one interface to the policy itself, another local model, or an OpenAI-compatible server.
 
-Answers are cached by content, so that nothing is asked twice, by an interrupted run neither. A judge that fails gives
-an invalid verdict, never a default; too many of them end the run.
+Answers are cached by content as they come, so that nothing is asked twice, also by a resumed run. A question without a
+valid answer gives an invalid verdict, never a default; too many of them end the run.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 from actors.clip_store import ClipStore, Encoded
 from actors.generator_fleet import GeneratorFleet
@@ -27,7 +22,6 @@ from rlvid.config import IsrtJobConfig, JudgeConfig
 from rlvid.errors import UserError
 from rlvid.files import RowFile
 from rlvid.rewards.judge_prompts import (
-    TIMED_OUT,
     Answer,
     PairVerdict,
     Template,
@@ -37,20 +31,20 @@ from rlvid.rewards.judge_prompts import (
 from rlvid.rollout.vllm_engine import Sampling
 from rlvid.types import Sample
 
-FIRST_PAUSE_S = 0.5  # before the second try; doubled each time
-LONGEST_PAUSE_S = 30.0
-TRIED_AGAIN = frozenset({408, 409, 425, 429})  # and all from 500 on: the server may mend itself
-MAX_ANSWER_BYTES = 2**20
+Keep: TypeAlias = Callable[[Sequence[tuple[Encoded, Answer]]], None]
 UNREADABLE = "a clip cannot be read"
 
 
 class Backend(Protocol):
-    """Who answers."""
+    """Answers prompts."""
 
     id: str
 
-    def ask(self, prompts: Sequence[Encoded]) -> list[Answer]:
-        """One answer to each prompt, in the order given. A prompt that cannot be answered is no exception."""
+    def ask(self, prompts: Sequence[Encoded], keep: Keep) -> None:
+        """Give `keep` one answer to each prompt, some or all at a time, in any order.
+
+        An answer may be invalid. Raises UserError where asking further is of no use; answers that came before are kept.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Judged:
 
 
 class Judge:
-    """Asks a backend, reads its answers, counts what became of them.
+    """Asks a backend, reads its answers, counts the verdicts.
 
     Args:
         cache: answers of earlier questions, by a hash of judge, prompt, videos and texts.
@@ -93,7 +87,7 @@ class Judge:
         """Which response is better, asked in both orders.
 
         Raises:
-            UserError: too many verdicts are invalid, these and all before.
+            UserError: too many verdicts are invalid, these and all earlier ones; or the backend cannot answer.
         """
         asked = [(t, p) for c in comparisons for t, ps in [pair_prompts(c.sample, c.responses, c.context)] for p in ps]
         answers = self._answers(asked)
@@ -111,9 +105,9 @@ class Judge:
             reason = next(j.verdict.reason for j in judged if not j.verdict.is_valid)
             raise UserError(
                 f"{invalid} of {valid + invalid} verdicts of judge {self.id} are invalid ({self.counters['unparsed']} "
-                f"unparsed, {self.counters['failed']} failed), more than max_invalid_fraction="
-                f"{self._max_invalid_fraction:g} allows. The first one: {reason}. Mend the judge or take another; the "
-                f"same command then goes on"
+                f"unparsed, {self.counters['failed']} failed), more than isrt.judge.max_invalid_fraction="
+                f"{self._max_invalid_fraction:g} allows. The first of these: {reason}. Fix the judge or name another "
+                f"one in isrt.judge; the same command then resumes here"
             )
         return judged
 
@@ -127,10 +121,17 @@ class Judge:
         new = {key: encoded[name] for name, key in keys.items() if key not in self._cache}
         self.counters["cached"] += len(asked) - len(new)
         self.counters["asked"] += len(new)
-        found = dict(zip(new, self._backend.ask(list(new.values())), strict=True)) if new else {}
-        self._cache.append(
-            [{"key": k, "judge": self.id, "answer": a.text} for k, a in found.items() if a.text is not None]
-        )
+        found: dict[str, Answer] = {}
+
+        def keep(answered: Sequence[tuple[Encoded, Answer]]) -> None:
+            by_key = {keys[prompt.sample.id]: answer for prompt, answer in answered}
+            found.update(by_key)
+            rows = [{"key": k, "judge": self.id, "answer": a.text} for k, a in by_key.items() if a.text is not None]
+            if rows:
+                self._cache.append(rows)
+
+        if new:
+            self._backend.ask(list(new.values()), keep)
 
         def answer(sample: Sample) -> Answer:
             if sample.id not in keys:
@@ -149,7 +150,7 @@ class FleetBackend:
     """A model behind generators of this run.
 
     Args:
-        clips: encodes for this model; None where the prompts are encoded for it already.
+        clips: encodes for this model; None if the prompts are encoded for it already.
     """
 
     def __init__(self, id: str, fleet: GeneratorFleet, cfg: JudgeConfig, seed: int, clips: ClipStore | None = None):
@@ -157,100 +158,12 @@ class FleetBackend:
         self._fleet, self._clips = fleet, clips
         self._sampling = Sampling(1, cfg.temperature, cfg.max_tokens, seed=seed)
 
-    def ask(self, prompts: Sequence[Encoded]) -> list[Answer]:
+    def ask(self, prompts: Sequence[Encoded], keep: Keep) -> None:
         own = prompts if self._clips is None else self._clips.encode([p.sample for p in prompts])
         groups = self._fleet.generate(own, self._sampling)
         texts = {p.sample.id: rollouts[0].text for p, rollouts in zip(own, groups, strict=True)}
-        return [Answer(texts[p.sample.id]) if p.sample.id in texts else Answer(None, UNREADABLE) for p in prompts]
-
-
-class EndpointBackend:
-    """An OpenAI-compatible server, asked by several threads. Each question has a deadline for all its tries. Where as
-    many in a row as are asked at once had none in time, the server is taken to be down: the rest is not asked.
-
-    Args:
-        frames: JPEG files of each sample by its id, asked for with `send_frames`.
-    """
-
-    def __init__(self, cfg: JudgeConfig, seed: int, frames: Callable[[Sequence[Sample]], Mapping[str, list[bytes]]]):
-        import httpx
-
-        self.id = f"{cfg.model} at {cfg.url}" + (" with frames" if cfg.send_frames else "")
-        self._cfg, self._frames = cfg, frames
-        self._sampling = Sampling(1, cfg.temperature, cfg.max_tokens, seed=seed)
-        key = os.environ.get(cfg.api_key_env)
-        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {}, follow_redirects=False)
-        self._lock = Lock()
-        self._n_unanswered = 0  # in a row
-
-    def ask(self, prompts: Sequence[Encoded]) -> list[Answer]:
-        samples = [p.sample for p in prompts]
-        frames = self._frames(samples) if self._cfg.send_frames else {}
-        self._n_unanswered = 0
-        with ThreadPoolExecutor(self._cfg.concurrency, thread_name_prefix="judge") as pool:
-            return list(pool.map(lambda s: self._ask(s, frames.get(s.id, [])), samples))
-
-    def _ask(self, sample: Sample, frames: Sequence[bytes]) -> Answer:
-        """Tries again with longer and longer pauses, as long as it makes sense and the deadline allows."""
-        if self._n_unanswered >= self._cfg.concurrency:
-            return Answer(None, f"not asked, {self._cfg.url} did not answer {self._n_unanswered} questions before it")
-        deadline_s = time.monotonic() + self._cfg.deadline_s
-        pause_s = FIRST_PAUSE_S
-        while True:
-            answer, is_final = self._try(sample, frames, deadline_s)
-            if is_final or time.monotonic() + pause_s >= deadline_s:
-                with self._lock:
-                    self._n_unanswered = 0 if is_final else self._n_unanswered + 1
-                return answer
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-    def _try(self, sample: Sample, frames: Sequence[bytes], deadline_s: float) -> tuple[Answer, bool]:
-        """One request: its answer, and whether another try would be of no use."""
-        import httpx
-
-        cfg = self._cfg
-        end_s = min(deadline_s, time.monotonic() + cfg.timeout_s)
-        try:
-            with self._client.stream(
-                "POST",
-                f"{(cfg.url or '').rstrip('/')}/chat/completions",
-                json=self._body(sample, frames),
-                timeout=max(0.001, end_s - time.monotonic()),
-            ) as response:
-                content = b""
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if time.monotonic() > end_s:
-                        return Answer(None, f"{TIMED_OUT} {cfg.timeout_s:g} s"), False
-                    if len(content) > MAX_ANSWER_BYTES:
-                        return Answer(None, f"an answer of more than {MAX_ANSWER_BYTES} bytes"), False
-            if response.status_code != 200:
-                is_final = response.status_code < 500 and response.status_code not in TRIED_AGAIN
-                return Answer(None, f"HTTP {response.status_code}: {content[:200].decode(errors='replace')}"), is_final
-            text = json.loads(content)["choices"][0]["message"]["content"]
-        except httpx.TimeoutException:
-            return Answer(None, f"{TIMED_OUT} {cfg.timeout_s:g} s"), False
-        except httpx.HTTPError as e:
-            return Answer(None, f"{type(e).__name__}: {e}"), False
-        except (ValueError, LookupError, TypeError):
-            return Answer(None, "the server's answer has no choices[0].message.content"), False
-        return (Answer(text), True) if isinstance(text, str) else (Answer(None, "an answer without text"), False)
-
-    def _body(self, sample: Sample, frames: Sequence[bytes]) -> dict[str, Any]:
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"}}
-            for jpeg in frames
-        ]
-        body = {
-            "model": self._cfg.model,
-            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": sample.question}]}],
-            "temperature": self._cfg.temperature,
-            "max_tokens": self._cfg.max_tokens,
-        }
-        if not content:  # servers of text models may not know the list form
-            body["messages"] = [{"role": "user", "content": sample.question}]
-        return body | ({"seed": self._sampling.request_seed(sample.id)} if self._cfg.temperature else {})
+        unreadable = Answer(None, UNREADABLE)
+        keep([(p, Answer(texts[p.sample.id]) if p.sample.id in texts else unreadable) for p in prompts])
 
 
 def checkpoint_id(folder: Path) -> str:
@@ -262,19 +175,45 @@ def checkpoint_id(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_judge(cfg: JudgeConfig, on_event: Callable[[str], None]) -> None:
+    """What can be known about a judge before a run makes or starts anything.
+
+    Raises:
+        UserError: no checkpoint is at its path, or no server at its URL.
+    """
+    if cfg.backend == "endpoint":
+        from actors.judge_endpoint import probe_endpoint
+
+        probe_endpoint(cfg, on_event)
+    elif cfg.path is not None and not any(cfg.path.glob("*.safetensors")):
+        raise UserError(f"isrt.judge.path: {cfg.path} has no *.safetensors weights; give the folder of a checkpoint")
+
+
 @contextmanager
 def open_judge(
-    cfg: IsrtJobConfig, model: Path, fleet: GeneratorFleet, clips: ClipStore, cache: RowFile, logs: Path, seed: int
+    cfg: IsrtJobConfig,
+    model: Path,
+    fleet: GeneratorFleet,
+    clips: ClipStore,
+    cache: RowFile,
+    logs: Path,
+    seed: int,
+    on_event: Callable[[str], None],
 ) -> Iterator[Judge]:
     """The judge that `isrt.judge` names. A local model gets generators of its own, stopped at the end.
 
     Args:
         model: the policy's checkpoint, which `fleet` serves.
         clips: of the policy.
+        on_event: told in one line what is waited for, and what fails and is restarted.
     """
     judge = cfg.isrt.judge
     if judge.backend == "endpoint":
-        yield Judge(EndpointBackend(judge, seed, clips.strips), clips, cache, judge.max_invalid_fraction)
+        from actors.judge_endpoint import EndpointBackend, probe_endpoint
+
+        probe_endpoint(judge, on_event)
+        endpoint = EndpointBackend(judge, seed, clips.strips, on_event)
+        yield Judge(endpoint, clips, cache, judge.max_invalid_fraction)
         return
     if judge.backend == "policy":
         backend = FleetBackend(f"policy {checkpoint_id(model)}", fleet, judge, seed)
@@ -282,7 +221,7 @@ def open_judge(
         return
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})
-    with Roles(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed) as roles:
+    with Roles(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed, on_event) as roles:
         own_clips = ClipStore(own_cfg, judge.path, clips.n_clips, lambda path, reason: None)
         try:
             roles.wait_ready()

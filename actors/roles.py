@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,6 +22,7 @@ from rlvid.config import JobConfig
 from rlvid.models.families import load_family
 from rlvid.rewards.rules import make_parts
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -32,9 +34,18 @@ class Roles:
     Args:
         model: checkpoint folder of the policy.
         roles: of "trainer", "generator" (which brings the rewards), "reference", "reward_model".
+        on_event: told in one line when a generator fails and is restarted, from a thread.
     """
 
-    def __init__(self, model: Path, cfg: JobConfig, roles: Sequence[str], logs: Path, seed: int):
+    def __init__(
+        self,
+        model: Path,
+        cfg: JobConfig,
+        roles: Sequence[str],
+        logs: Path,
+        seed: int,
+        on_event: Callable[[str], None] = logger.warning,
+    ):
         slots = plan(cfg, tuple(roles))
         model, logs = model.resolve(), logs.resolve()
         self._trainer: TrainerGroup | None = None
@@ -51,7 +62,7 @@ class Roles:
                 stack.callback(self._trainer.stop)
                 self._ready.append(self._trainer.wait_ready)
             if "generator" in roles:
-                self._fleet = GeneratorFleet(model, cfg, by_role["generator"], placement, logs, seed)
+                self._fleet = GeneratorFleet(model, cfg, by_role["generator"], placement, logs, seed, on_event)
                 stack.callback(self._fleet.stop)
                 self._ready.append(self._fleet.wait_ready)
                 models = {}

@@ -36,7 +36,9 @@ def run(cfg: GrpoJobConfig) -> dict[str, Any]:
     """Run or resume the job."""
     with open_job(cfg, "grpo") as (run, inputs):
         inputs.require_training_data()
-        with Roles(inputs.model, cfg, JOBS["grpo"].roles(cfg), run.folder.logs_dir, cfg.seed) as roles:
+        with Roles(
+            inputs.model, cfg, JOBS["grpo"].roles(cfg), run.folder.logs_dir, cfg.seed, run.console.message
+        ) as roles:
             roles.trainer.wait_ready()
             start = run.resume(roles.trainer)
             with run.saving_on_error(roles.trainer):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.judge import Comparison, Judge, Judged, open_judge
+from actors.judge import Comparison, Judge, Judged, check_judge, open_judge
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
@@ -47,6 +47,7 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
     Args:
         only_data: build the preference pairs of the first iteration and stop before its DPO.
     """
+    check_judge(cfg.isrt.judge, print)
     with open_job(cfg, "isrt") as (run, inputs):
         inputs.require_training_data()
         model = reference = first_model(cfg, run, inputs)
@@ -94,7 +95,7 @@ def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
 @contextmanager
 def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
     """Generators of one iteration's model. DPO needs their place, so they run only until it begins."""
-    with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed) as roles:
+    with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed, run.console.message) as roles:
         roles.wait_ready()
         roles.fleet.serve_checkpoint()
         yield roles
@@ -141,7 +142,7 @@ class Iteration:
             return
         cache = RowFile(run.folder.judge_cache_file, key="key")
         logs, seed = run.folder.logs_dir, self.seed("judgements")
-        with open_judge(cfg, model, roles.fleet, self.inputs.clips, cache, logs, seed) as judge:
+        with open_judge(cfg, model, roles.fleet, self.inputs.clips, cache, logs, seed, run.console.message) as judge:
             judge.counters.update(row["state"] for row in self.judgements)
             self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
 

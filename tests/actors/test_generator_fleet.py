@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 class Stage:
     team: Roles
     prompts: list[Encoded]
+    events: list[str]
     version: int = 0
 
     def sync(self) -> None:
@@ -52,11 +53,13 @@ def stage(
             "placement": {"threads": 1},
         }
     )
-    with Roles(tiny_model, cfg, ("trainer", "generator", "reference"), folder / "logs", seed=0) as team:
+    events: list[str] = []
+    roles = ("trainer", "generator", "reference")
+    with Roles(tiny_model, cfg, roles, folder / "logs", seed=0, on_event=events.append) as team:
         clips = ClipStore(cfg, tiny_model, 20, lambda path, reason: None)
         prompts = clips.encode(load_manifest(synthetic / "train.jsonl", None, None, "")[:6])
         team.wait_ready()
-        yield Stage(team, prompts)
+        yield Stage(team, prompts, events)
         clips.close()
 
 
@@ -113,6 +116,22 @@ def test_a_corrupted_bucket_is_refused(stage: Stage) -> None:
         ray.get(actor.update_weights.remote(9, [(ray.put(corrupted), digest)]))
 
 
+def test_requests_in_flight_continue_while_weights_change(stage: Stage) -> None:
+    """Submitted before the sync, collected after it: each token names the version that made it."""
+    fleet = stage.team.fleet
+    long = fleet.submit(stage.prompts, Sampling(2, 1.0, 200))
+    short = fleet.submit(stage.prompts[:2], Sampling(1, 0.0, 4))  # another sampling: a message of its own
+    old = stage.version
+    stage.sync()
+    assert [len(group) for group in fleet.collect(short)] == [1, 1]
+    groups = fleet.collect(long)
+    assert [g[0].sample_id for g in groups] == [p.sample.id for p in stage.prompts]
+    versions = {s.version for g in groups for r in g for s in r.versions}
+    assert versions <= {old, stage.version} and all(len(r.token_ids) for g in groups for r in g)
+    late = fleet.generate(stage.prompts[:1], Sampling(1, 1.0, 4))
+    assert {s.version for s in late[0][0].versions} == {stage.version}
+
+
 def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stage) -> None:
     stage.sync()
     fleet = stage.team.fleet
@@ -129,9 +148,10 @@ def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stag
     killer.join()
     assert [g[0].sample_id for g in groups] == [p.sample.id for p in stage.prompts * 4]
     assert fleet.metrics()["fleet/restarts"] == 1 and fleet.metrics()["fleet/reassigned"] > 0
+    (event,) = stage.events
+    assert event.startswith("generator 0.0 failed (restart 1 of 3): ") and event.endswith("generator-0.0.log")
     fleet.wait_ready()
-    assert State.READY not in {fleet.fleet.state(r) for r in fleet.fleet.members() if r.life == 1}
-    stage.sync()  # the new life takes the current weights with the others, and serves
+    stage.sync()  # the restarted replica takes the current weights with the others, and serves
     assert len(fleet.fleet.members(State.READY)) == 2
     groups = fleet.generate(stage.prompts, Sampling(2, 1.0, 8))
     assert {s.version for g in groups for r in g for s in r.versions} == {stage.version}
@@ -143,5 +163,12 @@ def test_fleet_without_a_replica_left_is_an_error(stage: Stage) -> None:
     fleet.fleet.max_restarts = 0
     for actor in list(fleet._actors.values()):
         ray.kill(actor)
+    futures = fleet.submit(stage.prompts, Sampling(1, 1.0, 8))
     with pytest.raises(UserError, match="no generator is left"):
-        fleet.generate(stage.prompts, Sampling(1, 1.0, 8))
+        futures[0].result(timeout=60)  # whoever waits is told, without a call into the fleet too
+    for wait in (lambda: fleet.collect(futures[1:]), stage.sync, fleet.wait_ready, fleet.metrics):
+        with pytest.raises(UserError, match="no generator is left"):
+            wait()
+    assert "not restarted, rollout.max_restarts=0" in stage.events[-1]
+    fleet.stop()
+    assert not fleet._pump.is_alive()
