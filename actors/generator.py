@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlvid.rollout.vllm_engine import Sampling, VllmEngine
 
 logger = logging.getLogger(__name__)
-CONCURRENCY_GROUPS = {"weights": 1}
+CONCURRENCY_GROUPS = {"weights": 1, "ping": 1}  # neither waits for requests
 EXIT_AFTER_S = 1.0  # Ray sends the cause to the fleet meanwhile
 TransferStep = Literal["init_transfer", "start_update", "receive_update", "finish_update"]  # methods of VllmEngine
 SentBucket: TypeAlias = ObjectRef[Bucket] | SharedBucket  # in the object store, or in memory shared with the trainer
@@ -161,6 +161,7 @@ class Generator:
         )
         return values
 
+    @ray.method(concurrency_group="ping")
     def ping(self) -> int:
         """The weight version held; answers only while the engine loop runs."""
         return int(self._loop.call(lambda engine: engine.weight_version))

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 PING_EVERY_S = 10.0
 CHECK_EVERY_S = 0.5  # deadlines
 WAIT_S = 0.2  # how long a caller waits before it looks whether the pump needs the trainer
+MESSAGES = 16  # that a replica answers at a time; more wait in its process
 CHECKPOINT_VERSION = -1  # what an engine calls the weights of its start
 
 
@@ -197,16 +198,8 @@ class GeneratorFleet:
         return [self._wait(future) for future in self._submit(question, prompts)]
 
     def metrics(self) -> dict[str, float]:
-        def count() -> dict[str, float]:
-            counters = self.fleet.counters
-            return {
-                "fleet/ready": len(self.fleet.members(State.READY)),
-                "fleet/restarts": counters.restarts,
-                "fleet/reassigned": counters.reassigned,
-                "fleet/dropped_late": counters.dropped_late,
-            }
-
-        return self._pump.run_in_thread(count)
+        ready = self._pump.run_in_thread(lambda: len(self.fleet.members(State.READY)))
+        return {"fleet/ready": ready} | {f"fleet/{name}": n for name, n in vars(self.fleet.counters).items()}
 
     def stop(self) -> None:
         """End the pump and the replicas. Comes before Ray is shut down."""
@@ -315,7 +308,7 @@ class GeneratorFleet:
         slot = self._slots[replica.slot]
         actor = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Generator)
-            .options(max_concurrency=4, **self._placement.options(slot))
+            .options(max_concurrency=MESSAGES, **self._placement.options(slot))
             .remote(self._log_of(replica), self._cfg.placement.threads)
         )
         self._actors[replica] = actor

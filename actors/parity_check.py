@@ -1,8 +1,8 @@
 """The check that opens every run: engine and trainer must see the same video in the same way.
 
-Wrong positions, pixels normalised twice and a video that never arrives are silent in every library involved. Two
-samples of the run are answered by the engine, one of them cut so that merged T > max(H, W); then (1) the trainer's
-log-probs of the answers equal the engine's, and (2) both sides' log-probs change when the frames do.
+Wrong positions, pixels normalised twice and a video that never arrives cause no error in any library involved. The
+engine answers two samples of the run, one of them cut so that merged T > max(H, W). Then (1) the trainer's log-probs of
+the answers equal the engine's, and (2) the log-probs of both change when the frames do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from rlvid.types import Sample
 
 N_RESPONSES = 2
 N_TOKENS = 8
-# Arbitrary ordinary tokens: a sure model gives them little probability, and its logarithm still moves with the video,
-# where that of the token it is sure of does not.
+# Arbitrary ordinary tokens. A confident model gives them little probability, whose logarithm still changes with the
+# video; that of its preferred token does not.
 FIRST_TOKENS = (40, 50, 60, 70)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}  # of one token's log-prob; bfloat16 keeps 8 bits
-# A side that does not see the video computes the very same numbers for other frames; this is room for rounding.
+# A side that does not see the video computes the same numbers for other frames; this leaves room for rounding.
 BLIND_BELOW = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
@@ -49,8 +49,8 @@ class Observation:
         return float(np.abs(self.engine - self.trainer).max())
 
 
-def verdict(observations: Sequence[Observation], dtype: str) -> list[str]:
-    """What is wrong, one line each; empty when engine and trainer agree and both see the video."""
+def verdict(observations: Sequence[Observation], dtype: str, temperature: float) -> list[str]:
+    """What is wrong, one line each, with its reason where one is known; empty if both agree and see the video."""
     problems, tolerance = [], TOLERANCE[dtype]
     for o in observations:
         blind = [
@@ -63,10 +63,22 @@ def verdict(observations: Sequence[Observation], dtype: str) -> list[str]:
             where = int(np.argmax(np.abs(o.engine - o.trainer)))
             problems.append(
                 f"{o.name}: log-probs of engine and trainer differ by {o.gap:.2g} (at most {tolerance:g}), most at "
-                f"response "
-                f"token {where}: {o.engine[where]:.5f} and {o.trainer[where]:.5f}"
+                f"response token {where}: {o.engine[where]:.5f} and {o.trainer[where]:.5f}"
+                f"{_reason(o, tolerance, temperature)}"
             )
     return problems
+
+
+def _reason(o: Observation, tolerance: float, temperature: float) -> str:
+    for side, logprobs in (("engine", o.engine), ("trainer", o.trainer)):
+        if not np.isfinite(logprobs).all():
+            return f"; those of the {side} are not finite: look for NaN in the checkpoint's weights"
+    if o.gap * temperature <= tolerance:
+        return (
+            f"; they agree before they are divided by rollout.temperature={temperature:g}, which multiplies rounding: "
+            f"raise it"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ def check_parity(
             probes, answers, by_trainer, engine_changes, trainer_changes, strict=True
         )
     ]
-    problems = verdict(observations, cfg.model.dtype)
+    problems = verdict(observations, cfg.model.dtype, temperature)
     if problems:
         raise UserError("the parity check failed, the run does not start:\n  " + "\n  ".join(problems))
     seen = " and see the video" if pairs else ""

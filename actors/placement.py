@@ -8,6 +8,7 @@ its GPUs; on CPU there is nothing to share and colocation only says that nobody 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import ray
@@ -86,10 +87,20 @@ def require_room(slots: list[Slot], place: PlacementConfig) -> None:
     have = ray.cluster_resources()
     for kind, amount in need.items() if "RAY_ADDRESS" not in os.environ else ():
         if amount > have.get(kind, 0.0) + 1e-6:
+            parts = _cpu_keys(slots, place) if kind == "CPU" else f"placement.gpus={place.gpus:g} for each actor"
             raise UserError(
-                f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower the placement.* "
-                f"keys, rollout.replicas or placement.trainer_workers, or start more nodes"
+                f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower some of {parts}; "
+                f"or rollout.replicas, placement.trainer_workers; or start more nodes"
             )
+
+
+def _cpu_keys(slots: list[Slot], place: PlacementConfig) -> str:
+    """The keys that the CPUs of a plan come from, with their values."""
+    key_of = {"scorer": "reference", "trainer": "trainer", "generator": "generator", "reference": "reference"}
+    counts = Counter((f"{key_of[slot.role]}_cpus", slot.cpus) for slot in slots)
+    counts["encode_cpus", place.encode_cpus] = place.encoders
+    counts["reward_cpus", place.reward_cpus] = place.reward_workers
+    return ", ".join(f"placement.{key}={cpus:g} (of {n})" for (key, cpus), n in counts.items())
 
 
 class Placement:
