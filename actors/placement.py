@@ -96,8 +96,8 @@ def require_room(slots: list[Slot], place: PlacementConfig) -> None:
 
 def _cpu_keys(slots: list[Slot], place: PlacementConfig) -> str:
     """The keys that the CPUs of a plan come from, with their values."""
-    key_of = {"scorer": "reference", "trainer": "trainer", "generator": "generator", "reference": "reference"}
-    counts = Counter((f"{key_of[slot.role]}_cpus", slot.cpus) for slot in slots)
+    key_of = {"reward_model": "reference"}
+    counts = Counter((f"{key_of.get(slot.role, slot.role)}_cpus", slot.cpus) for slot in slots)
     counts["encode_cpus", place.encode_cpus] = place.encoders
     counts["reward_cpus", place.reward_cpus] = place.reward_workers
     return ", ".join(f"placement.{key}={cpus:g} (of {n})" for (key, cpus), n in counts.items())
