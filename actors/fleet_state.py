@@ -100,8 +100,7 @@ class Fleet(Generic[Work]):
         self.max_replicas = replicas if max_replicas is None else max_replicas
         if not 1 <= self.min_replicas <= replicas <= self.max_replicas:
             raise ValueError(f"need 1 <= min ({min_replicas}) <= replicas ({replicas}) <= max ({self.max_replicas})")
-        self.max_restarts = max_restarts
-        self.max_attempts = max_attempts
+        self.max_restarts, self.max_attempts = max_restarts, max_attempts
         self.deadlines = deadlines or Deadlines()
         self.counters = Counters()
         self.version: int | None = None
@@ -277,14 +276,14 @@ class Fleet(Generic[Work]):
         if not self._queue:
             return handed_out
         # A heap, least loaded first and among equals the lowest slot: 64 replicas cost no more than one.
-        least_loaded = [(self.load(replica), i, replica) for i, replica in enumerate(self.members(State.READY))]
+        least_loaded = [(len(self._replicas[r].work), r.slot, r) for r in self.members(State.READY)]
         heapq.heapify(least_loaded)
         while self._queue and least_loaded:
-            load, i, replica = least_loaded[0]
+            load, slot, replica = least_loaded[0]
             item = self._queue.popleft()
             self._replicas[replica].work[item] = None
             handed_out.setdefault(replica, []).append(item)
-            heapq.heapreplace(least_loaded, (load + 1, i, replica))
+            heapq.heapreplace(least_loaded, (load + 1, slot, replica))
         return handed_out
 
     def done(self, replica: ReplicaId, work: Work) -> bool:
@@ -297,10 +296,6 @@ class Fleet(Generic[Work]):
         del record.work[work], self._attempts[work]
         return True
 
-    def load(self, replica: ReplicaId) -> int:
-        record = self._replicas.get(replica)
-        return len(record.work) if record else 0
-
     @property
     def queued(self) -> tuple[Work, ...]:
         return tuple(self._queue)
@@ -308,11 +303,6 @@ class Fleet(Generic[Work]):
     @property
     def in_flight(self) -> dict[ReplicaId, tuple[Work, ...]]:
         return {replica: tuple(record.work) for replica, record in self._replicas.items() if record.work}
-
-    @property
-    def is_idle(self) -> bool:
-        """All work is done or given up."""
-        return not self._attempts
 
     # --- internals ----------------------------------------------------------------------------------------------------
 

@@ -91,13 +91,13 @@ def measure(shape: Shape, folder: Path, rounds: int) -> tuple[dict[str, list[flo
 
         seconds = in_turns({"sync": sync, "memcpy": lambda: np.copyto(target, source)}, rounds, WARMUP)
         messages = []
-        track = team.fleet._track
+        track = team.fleet._replicas.track
 
         def count(ref, kind, *rest):  # type: ignore[no-untyped-def]
             messages.append(kind)
             track(ref, kind, *rest)
 
-        team.fleet._track = count  # type: ignore[method-assign]
+        team.fleet._replicas.track = count  # type: ignore[method-assign]
         sync()
         return seconds, size, n_tensors, messages.count("sync") / len(team.fleet._weights)
 

@@ -111,7 +111,7 @@ def test_a_corrupted_bucket_is_refused(stage: Stage) -> None:
     first = bucket.parts[0].copy()
     first[100] ^= 1
     corrupted = dataclasses.replace(bucket, parts=(first, *bucket.parts[1:]))
-    actor = next(iter(fleet._actors.values()))
+    actor = next(iter(fleet._replicas.actors.values()))
     with pytest.raises(RuntimeError, match="another checksum"):
         ray.get(actor.update_weights.remote(9, [(ray.put(corrupted), digest)]))
 
@@ -138,9 +138,9 @@ def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stag
     victim = fleet.fleet.members()[0]
 
     def kill() -> None:
-        while not fleet.fleet.load(victim):
+        while victim not in fleet.fleet.in_flight:
             time.sleep(0.01)
-        ray.kill(fleet._actors[victim])
+        ray.kill(fleet._replicas.actors[victim])
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -162,7 +162,7 @@ def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stag
 def test_fleet_without_a_replica_left_is_an_error(stage: Stage) -> None:
     fleet = stage.team.fleet
     fleet.fleet.max_restarts = 0
-    for actor in list(fleet._actors.values()):
+    for actor in list(fleet._replicas.actors.values()):
         ray.kill(actor)
     futures = fleet.submit(stage.prompts, Sampling(1, 1.0, 8))
     with pytest.raises(UserError, match="no generator is left"):

@@ -1,0 +1,156 @@
+"""The replicas' processes: they are started, called with deadlines, pinged, and restarted when they fail.
+
+Everything here runs in the thread of the fleet's pump; Ray posts an event to it when a call is answered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from actors.fleet_state import Fleet, ReplicaId, State
+from actors.generator import EngineFailed
+from actors.pump import Pump
+from rlvid.errors import UserError
+
+PING_EVERY_S = 10.0
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of what a replica's own error says."""
+    cause = getattr(error, "cause", None) or error  # Ray raises an error from an actor around its cause
+    line = next(iter(str(cause).strip().splitlines()), "")
+    return line if isinstance(cause, EngineFailed | RayActorError) else f"{type(cause).__name__}: {line}"
+
+
+@dataclass(eq=False)
+class Call:
+    """A message to a replica that is not answered yet."""
+
+    kind: str  # "start" | "sync" | "ping" | "generate" | "first_logprobs"
+    replica: ReplicaId
+    timeout_s: float
+    on_answer: Callable[[Any], None] = lambda _: None
+    work: Sequence[int] = ()  # work items it carries
+    sent_s: float = field(default_factory=time.monotonic)
+
+
+class Replicas:
+    """Makes the calls and reports to the state machine `fleet` what came of them.
+
+    Args:
+        on_given_up: told which work items failed too often, and why.
+        on_event: told in one line what happens to replicas.
+
+    Raises (from the pump's events and `check`):
+        UserError: the engine cannot serve this checkpoint.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet[int],
+        pump: Pump,
+        start: Callable[[ReplicaId], tuple[ActorHandle[Any], ObjectRef[str]]],
+        on_given_up: Callable[[Sequence[int], str], None],
+        on_event: Callable[[str], None],
+    ):
+        self._fleet, self._pump, self._start = fleet, pump, start
+        self._on_given_up, self._on_event = on_given_up, on_event
+        self.actors: dict[ReplicaId, ActorHandle[Any]] = {}
+        self.nodes: dict[ReplicaId, str] = {}
+        self.calls: set[Call] = set()
+        self._pinged_s = time.monotonic()
+
+    def start(self, replica: ReplicaId) -> None:
+        self.actors[replica], ref = self._start(replica)
+
+        def started(node: str) -> None:
+            self.nodes[replica] = node
+            self._fleet.started(replica)
+
+        self.track(ref, "start", replica, self._fleet.deadlines.start_s, started)
+
+    def track(
+        self,
+        ref: ObjectRef[Any],
+        kind: str,
+        replica: ReplicaId,
+        timeout_s: float,
+        on_answer: Callable[[Any], None],
+        work: Sequence[int] = (),
+    ) -> None:
+        """Call `on_answer` with what `ref` brings; a replica that does not answer in time is replaced."""
+        call = Call(kind, replica, timeout_s, on_answer, work)
+        self.calls.add(call)
+        ref.future().add_done_callback(lambda answer: self._pump.post(lambda: self._answered(call, answer)))
+
+    def is_syncing(self) -> bool:
+        return any(call.kind == "sync" for call in self.calls)
+
+    def check(self) -> None:
+        """Apply the deadlines and ping; call it about twice a second."""
+        now = time.monotonic()
+        for call in [c for c in self.calls if now - c.sent_s > c.timeout_s]:
+            self.replace_dead(call.replica, f"no answer to {call.kind!r} within {call.timeout_s:g} s")
+        syncing = {call.replica for call in self.calls if call.kind == "sync"}
+        for replica in syncing:  # long, and with a deadline of its own
+            self._fleet.heard(replica)
+        for replica in self._fleet.tick():
+            self.replace_dead(replica, "no sign of life")
+        if now - self._pinged_s >= PING_EVERY_S:
+            self._pinged_s = now
+            pinged = {call.replica for call in self.calls if call.kind == "ping"}
+            for replica in self._fleet.members(State.READY, State.STALE, State.SUSPECT):
+                if replica not in syncing | pinged:
+                    self._ping(replica)
+
+    def replace_dead(self, replica: ReplicaId, cause: str) -> None:
+        """Stop what is left of a dead replica and restart it."""
+        if replica not in self.actors:
+            return
+        self._fleet.died(replica)
+        ray.kill(self.actors.pop(replica))
+        self.calls = {call for call in self.calls if call.replica != replica}
+        restarted, most = self._fleet.restart(replica), self._fleet.max_restarts
+        what = f"restart {restarted.restarts} of {most}" if restarted else f"not restarted, rollout.max_restarts={most}"
+        self._on_event(f"generator {replica} failed ({what}): {cause}; its log: logs/{log_name(replica)}")
+        if restarted:
+            self.start(restarted)
+
+    def stop(self) -> None:
+        for actor in self.actors.values():
+            ray.kill(actor)
+        self.actors.clear()
+
+    def _ping(self, replica: ReplicaId) -> None:
+        ref, timeout_s = self.actors[replica].ping.remote(), self._fleet.deadlines.suspect_s
+        self.track(ref, "ping", replica, timeout_s, lambda held: self._fleet.ping(replica, held))
+
+    def _answered(self, call: Call, answer: Future[Any]) -> None:
+        if call not in self.calls:
+            return  # its replica was replaced
+        self.calls.remove(call)
+        error = answer.exception()
+        if error is None:
+            self._fleet.heard(call.replica)
+            call.on_answer(answer.result())
+        elif isinstance(error, UserError) and call.kind == "start":
+            raise getattr(error, "cause", error)
+        elif call.work and not isinstance(error, RayActorError | EngineFailed):
+            # It runs but could not answer: its work is tried again, a few times.
+            self._on_event(f"generator {call.replica} could not answer {len(call.work)} prompts: {cause_of(error)}")
+            self._on_given_up(self._fleet.failed(call.replica, call.work), cause_of(error))
+        else:  # dead; or an engine that half took its weights and must not serve
+            self.replace_dead(call.replica, cause_of(error))
+
+
+def log_name(replica: ReplicaId) -> str:
+    return f"generator-{replica}.log"
