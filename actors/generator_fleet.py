@@ -135,8 +135,8 @@ class GeneratorFleet:
 
         def publish() -> tuple[bool, set[str]]:
             self.fleet.publish(version)
-            self._weights, self._trainer, self._updates = [], trainer, trainer.updates
-            self._needs_trainer = False
+            self._weights.clear()
+            self._trainer, self._updates, self._needs_trainer = trainer, trainer.updates, False
             members, node_of = self.fleet.members(), self._replicas.nodes
             return any(r not in self._checked for r in members), {node_of[r] for r in members if r in node_of}
 
@@ -144,7 +144,7 @@ class GeneratorFleet:
         is_checked, nodes = self._wait(self._pump.when(lambda: not self._replicas.is_syncing(), publish))
         if self._backend == "buckets":
             for sent in trainer.put_weights(is_checked, nodes):  # replicas load a bucket while the next is written
-                self._pump.post(partial(self._add_weights, sent))
+                self._pump.post(partial(self._weights.append, sent))
         else:
             self._send_directly()
         self._wait(self._pump.when(self._is_current))
@@ -212,7 +212,7 @@ class GeneratorFleet:
         weights = list(self._trainer.put_weights(is_checked=True))
 
         def replace() -> None:
-            self._weights, self._needs_trainer = list(weights), False
+            self._weights[:], self._needs_trainer = weights, False
 
         self._pump.run_in_thread(replace)
 
@@ -252,10 +252,8 @@ class GeneratorFleet:
         self._update_stale()
         self._hand_out()
         if self.fleet.is_lost:
-            raise UserError(
-                f"no generator is left after rollout.max_restarts={self.fleet.max_restarts} each; see "
-                f"{self._logs}/generator-*.log"
-            )
+            most = self.fleet.max_restarts
+            raise UserError(f"no generator is left, rollout.max_restarts={most} each; see {self._logs}/generator-*.log")
 
     def _start(self, replica: ReplicaId) -> tuple[ActorHandle[Any], ObjectRef[str]]:
         slot = self._slots[replica.slot]
@@ -271,19 +269,15 @@ class GeneratorFleet:
     def _update_stale(self) -> None:
         """Send each bucket of the current version to each stale replica once; the first time with checksums."""
         version, stale = self.fleet.version, self.fleet.members(State.STALE)
-        if version is None or not stale:
+        if version is None:
             return
-        if version == CHECKPOINT_VERSION:
-            for replica in stale:
+        for replica in stale:
+            if version == CHECKPOINT_VERSION:
                 self.fleet.synced(replica, version)
-        elif self._backend == "buckets":
-            for replica in stale:
+            elif self._backend == "buckets":
                 self._send(replica, version)
-        elif not self._replicas.is_syncing():
-            self._needs_trainer = True
-
-    def _add_weights(self, sent: tuple[SentBucket, str | None]) -> None:
-        self._weights.append(sent)
+            elif not self._replicas.is_syncing():
+                self._needs_trainer = True
 
     def _send(self, replica: ReplicaId, version: int) -> None:
         """One message for each bucket that the replica has not been sent."""
@@ -296,7 +290,7 @@ class GeneratorFleet:
             self._needs_trainer = True
             return
         if replica not in self._checked:
-            self._weights = [(sent, digest or _digest_of(sent)) for sent, digest in self._weights]
+            self._weights[:] = [(sent, digest or _digest_of(sent)) for sent, digest in self._weights]
 
         def taken(held: int) -> None:
             if held == version:  # that was the last bucket
