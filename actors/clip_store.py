@@ -1,6 +1,6 @@
 """The driver's source of prompts: each clip read once, each sample encoded once, by a bounded pool of encoders.
 
-What comes back are references and small rows; pixels stay in the object store and in the frame cache.
+The driver gets references and small rows; pixels stay in the object store and in the frame cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INLINE_BYTES = 100 * 1024  # results up to this size come to the caller within R
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample whose prompt lies in the object store."""
+    """A sample whose prompt is in the object store."""
 
     sample: Sample
     prompt: ObjectRef[Prompt]
@@ -72,13 +72,13 @@ class ClipStore:
         self._on_bad = on_bad
         self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
         source = Source.of(cfg, model)
-        # Made here too: a size or a cache folder that does not work is an error of the run, not of its first clip.
+        # Made here too: a size or cache folder that does not work is an error of the run, not of its first clip.
         source.reader()
         options = {"num_cpus": cfg.placement.encode_cpus, "scheduling_strategy": "SPREAD"}
         self._new_encoder = lambda: ray.remote(Encoder).options(**options).remote(source)
         self._encoders: list[ActorHandle[Any]] = []  # all that were started
         self._is_closing = False
-        # One thread waits for one encoder: that bounds what is under way and gives each clip a deadline of its own.
+        # One thread waits for one encoder: this bounds the work in progress and gives each clip a deadline of its own.
         n = cfg.placement.encoders
         self._pool = ThreadPoolExecutor(n, thread_name_prefix="encode")
         self._free: queue.SimpleQueue[ActorHandle[Any] | None] = queue.SimpleQueue()
@@ -96,10 +96,10 @@ class ClipStore:
             UserError: too many clips are bad, or a prompt does not fit the context.
         """
         encoded = [future.result() for future in pending]
-        self.refuse_many_bad()
+        self.check_bad_fraction()
         return [e for e in encoded if e is not None]
 
-    def refuse_many_bad(self) -> None:
+    def check_bad_fraction(self) -> None:
         """
         Raises:
             UserError: too many clips are bad.
@@ -112,7 +112,7 @@ class ClipStore:
             )
 
     def count(self, decodes: int, cache_hits: int) -> None:
-        """Clips that somebody else has read, a worker of Ray Train say."""
+        """Count clips that another reader has read, such as a worker of Ray Train."""
         self.decodes += decodes
         self.cache_hits += cache_hits
 
@@ -126,14 +126,14 @@ class ClipStore:
             try:
                 with self._encoder() as encoder:
                     return list(ray.get(encoder.strip.remote(sample), timeout=self._timeout_s))
-            except (GetTimeoutError, RayError) as e:  # a picture that is missing in the report ends no run
+            except (GetTimeoutError, RayError) as e:  # a report without a picture ends no run
                 logger.warning("no frames of sample %s for the report: %s", sample.id, e)
                 return []
 
         return dict(zip((s.id for s in samples), self._pool.map(strip, samples), strict=True))
 
     def close(self) -> None:
-        """Stop what is under way. A thread that came back after Ray was shut down would end the process."""
+        """Stop the work in progress. A thread that returned from Ray after its shutdown would end the process."""
         self._is_closing = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for encoder in list(self._encoders):
@@ -142,7 +142,7 @@ class ClipStore:
 
     @contextmanager
     def _encoder(self) -> Iterator[ActorHandle[Any]]:
-        """An encoder for one call; one that died or hangs is stopped, and a new one takes its place."""
+        """An encoder for one call; one that is dead or hangs is stopped and replaced."""
         encoder = self._free.get()
         if encoder is None:
             encoder = self._new_encoder()
@@ -158,12 +158,12 @@ class ClipStore:
             self._free.put(kept)
 
     def set_aside(self, path: str, reason: str) -> None:
-        """Quarantine a clip; said and written once."""
+        """Quarantine a clip; `on_bad` is told once."""
         if self.bad.setdefault(path, reason) is reason:
             self._on_bad(path, reason)
 
     def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
-        """One call, waited for in a thread of the pool; after a process that hangs or dies it is tried on a new one."""
+        """One call, in a thread of the pool; when its process hangs or crashes it is tried again on a new one."""
         # With several videos it is not known which one was being read: the sample is set aside, not the videos.
         name = " + ".join(medium.name for medium in sample.media)
         if name in self.bad or any(medium.name in self.bad for medium in sample.media):
@@ -182,7 +182,7 @@ class ClipStore:
             except RayTaskError as e:
                 raise e.as_instanceof_cause() from None
             if self._is_closing:
-                return None  # stopped by us, no fault of the clip
+                return None  # stopped by `close`, not by the clip
         else:
             outcome = Outcome(bad=(name, reason))
         self.decodes += outcome.decodes
@@ -191,7 +191,7 @@ class ClipStore:
             self.set_aside(*outcome.bad)
             return None
         if outcome.patch_bytes < INLINE_BYTES:
-            # Ray would copy a result this small into the message of every call that it is handed to: pixels would pass
-            # through the driver once per consumer. Put once, all consumers read the same copy.
+            # Ray would copy a result this small into the message of every call that takes it: pixels would pass through
+            # the driver once per consumer. Put once, all consumers read the same copy.
             prompt = ray.put(ray.get(prompt))
         return Encoded(sample, prompt, outcome.n_tokens, outcome.cost, outcome.clip_ids)

@@ -231,7 +231,8 @@ class Run:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            self.console.message("stopping after this step; press Ctrl-C again to stop at once")
+            now = f", waiting for its {self._stage}" if self._stage else ""
+            self.console.message(f"stopping after this step{now}; press Ctrl-C again to stop at once")
             on_interrupt()
 
         handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}

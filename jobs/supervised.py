@@ -94,7 +94,7 @@ class Training:
             self._started(**content)
         elif kind == "bad clip":
             self._inputs.clips.set_aside(*content)
-            self._inputs.clips.refuse_many_bad()
+            self._inputs.clips.check_bad_fraction()
         elif kind == "clips":
             self._inputs.clips.count(*content)
         elif kind == "stage":
