@@ -15,13 +15,13 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run `rlvid grpo` on a small config with overrides; returns the error it printed."""
+    """Run `rlvid grpo`, or another job, on a small config with overrides; returns the error it printed."""
     config = tmp_path / "config.yaml"
     config.write_text("model: {tiny: {}}\ndata: {synthetic: {train: 8, eval: 4}}\nrun: {wandb: disabled}\n")
 
-    def run(*overrides: str) -> str:
+    def run(*overrides: str, job: str = "grpo") -> str:
         folder = tmp_path / "run"
-        code = main(["grpo", str(config), f"run.dir={folder}", *overrides])
+        code = main([job, str(config), f"run.dir={folder}", *overrides])
         error = capsys.readouterr().err
         assert code == 2, error
         assert "Traceback" not in error
@@ -100,3 +100,14 @@ def test_cluster_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyP
 
 def test_frame_size_that_does_not_fit_the_family(refused: Refused) -> None:
     assert "28" in refused("video.height=50", "video.width=56")
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("{backend: endpoint, url: 'http://127.0.0.1:9/v1', model: m}", "isrt.judge.url: no judge answers at"),
+        ("{backend: local, path: nowhere}", "isrt.judge.path: nowhere has no *.safetensors weights"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_known_before_anything_is_made(refused: Refused, judge: str, message: str) -> None:
+    assert message in refused(f"isrt.judge={judge}", job="isrt")
