@@ -175,20 +175,6 @@ def checkpoint_id(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_judge(cfg: JudgeConfig, on_event: Callable[[str], None]) -> None:
-    """What can be known about a judge before a run makes or starts anything.
-
-    Raises:
-        UserError: no checkpoint is at its path, or no server at its URL.
-    """
-    if cfg.backend == "endpoint":
-        from actors.judge_endpoint import probe_endpoint
-
-        probe_endpoint(cfg, on_event)
-    elif cfg.path is not None and not any(cfg.path.glob("*.safetensors")):
-        raise UserError(f"isrt.judge.path: {cfg.path} has no *.safetensors weights; give the folder of a checkpoint")
-
-
 @contextmanager
 def open_judge(
     cfg: IsrtJobConfig,

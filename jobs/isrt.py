@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.judge import Comparison, Judge, Judged, check_judge, open_judge
+from actors.judge import Comparison, Judge, Judged, open_judge
+from actors.judge_endpoint import probe_endpoint
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
@@ -47,7 +48,8 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
     Args:
         only_data: build the preference pairs of the first iteration and stop before its DPO.
     """
-    check_judge(cfg.isrt.judge, print)
+    if cfg.isrt.judge.backend == "endpoint":
+        probe_endpoint(cfg.isrt.judge, print)  # before anything is made
     with open_job(cfg, "isrt") as (run, inputs):
         inputs.require_training_data()
         model = reference = first_model(cfg, run, inputs)

@@ -106,7 +106,7 @@ def test_frame_size_that_does_not_fit_the_family(refused: Refused) -> None:
     ("judge", "message"),
     [
         ("{backend: endpoint, url: 'http://127.0.0.1:9/v1', model: m}", "isrt.judge.url: no judge answers at"),
-        ("{backend: local, path: nowhere}", "isrt.judge.path: nowhere has no *.safetensors weights"),
+        ("{backend: local, path: nowhere}", "isrt.judge.path: nowhere does not exist"),
     ],
 )
 def test_a_judge_that_is_not_there_is_known_before_anything_is_made(refused: Refused, judge: str, message: str) -> None:
