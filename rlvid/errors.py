@@ -1,4 +1,4 @@
-"""Errors that a person can mend. The command line prints them without a traceback and exits with code 2."""
+"""Errors that a user can fix. The command line prints them without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class UserError(Exception):
     """Something outside rlvid is wrong: a file, a row, a key, a device.
 
-    The message names the file, row or key, what was expected, and how to mend it.
+    The message names the file, row or key, what was expected, and how to fix it.
     """
 
 

@@ -1,6 +1,6 @@
 """Group-relative advantages (GRPO: Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
 
-An invalid reward is nan here. It takes no part in its group's mean and std, and its response gets advantage 0.
+An invalid reward is nan here. It is left out of its group's mean and std, and its response gets advantage 0.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy.typing as npt
 def group_advantages(
     rewards: npt.NDArray[np.floating], normalise_std: bool, eps: float = 1e-4
 ) -> npt.NDArray[np.float32]:
-    """(reward - mean) / (std + eps) over the valid rewards of each group.
+    """Return (reward - mean) / (std + eps) over the valid rewards of each group.
 
-    The std is the sample one (divided by n_valid - 1) and eps is added to it, as TRL, R1-V and Video-R1 do
-    (`rewards.std(dim=1) + 1e-4`). Without `normalise_std` the difference to the mean is left as it is
+    The std is the sample standard deviation (divided by n_valid - 1), and eps is added to it, as in TRL, R1-V and
+    Video-R1 (`rewards.std(dim=1) + 1e-4`). Without `normalise_std` the result is reward - mean
     (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783).
 
     Args:
@@ -25,7 +25,7 @@ def group_advantages(
 
     Returns:
         [n_groups, group_size] float32. 0 for invalid responses and for every response of a group with fewer than two
-        valid rewards or with equal ones.
+        valid rewards or whose valid rewards are equal.
 
     Raises:
         ValueError: Not two axes, or an infinite reward.
@@ -38,12 +38,12 @@ def group_advantages(
     if normalise_std:
         variance = np.square(centred).sum(axis=1, keepdims=True) / np.maximum(n_valid - 1, 1)
         centred = centred / (np.sqrt(variance) + eps)
-    # Rounding of the mean leaves 1e-17 in a group of equal rewards; such a group must train nothing at all.
+    # Rounding of the mean leaves 1e-17 in a group of equal rewards. Such a group must have no gradient at all.
     return np.where(has_signal[:, None], centred, 0.0).astype(np.float32)
 
 
 def zero_variance_share(rewards: npt.NDArray[np.floating]) -> float:
-    """Share of all groups that train nothing: valid rewards equal, or fewer than two of them.
+    """Share of groups without a gradient: their valid rewards are equal, or there are fewer than two.
 
     Args:
         rewards: [n_groups, group_size] float, nan where a response has no valid reward.
@@ -59,11 +59,11 @@ def zero_variance_share(rewards: npt.NDArray[np.floating]) -> float:
 
 
 def _valid_and_signal(rewards: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """[n_groups, group_size] which rewards are valid, [n_groups] which groups hold two different ones."""
+    """Masks: which rewards are valid [n_groups, group_size]; which groups have two different rewards [n_groups]."""
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [n_groups, group_size], got shape {rewards.shape}")
     if np.isinf(rewards).any():
-        raise ValueError("a reward is infinite; mark a reward that cannot be given as invalid (nan)")
+        raise ValueError("a reward is infinite; use nan for a reward that is invalid")
     valid = ~np.isnan(rewards)
     highest = np.where(valid, rewards, -np.inf).max(axis=1, initial=-np.inf)
     lowest = np.where(valid, rewards, np.inf).min(axis=1, initial=np.inf)

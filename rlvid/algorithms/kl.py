@@ -1,9 +1,9 @@
 """Estimators of KL(policy || reference) from tokens sampled by the policy (Schulman, joschu.net/blog/kl-approx.html).
 
-All take log-probs of the same sampled tokens, any one shape, and return float32 of that shape. With
-x = log(reference / policy): k1 = -x, k2 = x^2 / 2, k3 = exp(x) - 1 - x. k1 and k3 are unbiased values, k2 and k3 are
-never negative. As a loss they differ: the gradient of k1 is zero on average, that of k2 is the true one on policy,
-that of k3 is the one of KL(reference || policy).
+All take two tensors of log-probs of the same sampled tokens, of equal shape, and return float32 of that shape. With
+x = log(reference / policy): k1 = -x, k2 = x^2 / 2, k3 = exp(x) - 1 - x. As estimates, k1 and k3 are unbiased; k2 and k3
+are never negative. As losses they differ: the gradient of k1 is zero on average, the gradient of k2 is that of
+KL(policy || reference) when on policy, and the gradient of k3 is that of KL(reference || policy).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """reference / policy - 1 - log(reference / policy), the log-ratio clamped to +-10; no gradient outside."""
     log_ratio = _log_ratio(logprobs, ref_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    # expm1 keeps the digits that exp(x) - 1 loses near 0; what rounding is left must not make a KL negative.
+    # expm1 is exact near 0, where exp(x) - 1 loses digits. The clamp keeps rounding from making a KL negative.
     return (torch.expm1(log_ratio) - log_ratio).clamp(min=0.0)
 
 
@@ -37,7 +37,7 @@ ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": 
 
 
 def _log_ratio(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log(reference / policy). In float32: two bfloat16 log-probs near -10 differ by steps of 1/16 only."""
+    """log(reference / policy), in float32: near -10, neighbouring bfloat16 numbers are 1/16 apart."""
     if logprobs.shape != ref_logprobs.shape:
-        raise ValueError(f"log-probs of {tuple(logprobs.shape)} and {tuple(ref_logprobs.shape)} do not go together")
+        raise ValueError(f"log-probs of {tuple(logprobs.shape)} and {tuple(ref_logprobs.shape)} must have one shape")
     return ref_logprobs.float() - logprobs.float()

@@ -1,8 +1,8 @@
-"""The clipped policy loss of PPO and GRPO, and weights that average it exactly over any split into micro-batches.
+"""The clipped policy loss of PPO and GRPO, and token weights that average it exactly over any split into micro-batches.
 
-Everything is flat: one axis over the response tokens of all responses, one after another, as the packed trainer has
-them. A mean is never taken here. Means of micro-batches of unequal size do not average to the mean of the mini-batch,
-so each token's weight is fixed for the whole mini-batch first (`token_weights`) and micro-batches are summed.
+All tensors are flat: one axis over the tokens of all responses, in the order of the packed trainer. No function here
+takes a mean: means of micro-batches of unequal size do not average to the mean of the mini-batch. Instead each token's
+weight is computed once for the whole mini-batch (`token_weights`), and the micro-batches are summed.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from rlvid.algorithms.kl import k3
 
-MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: still finite in float32, so that advantage 0 times the ratio is 0 and not nan
+MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: finite in float32, so that an advantage of 0 times the ratio is 0 and not nan
 
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) per token, with ratio = exp(logprob - old_logprob).
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) of each token; ratio = exp(logprob - old_logprob).
 
     PPO: Schulman et al. 2017, arXiv 1707.06347, eq. 7. Unequal clips ("clip-higher"): DAPO, arXiv 2503.14476, eq. 10.
 
     Args:
         logprobs: [n_tokens] of the policy being trained; the only input that gets a gradient.
-        old_logprobs: [n_tokens] of the policy that the ratio is taken to.
-        advantages: [n_tokens], each response's advantage repeated over its tokens (PPO: one per token).
+        old_logprobs: [n_tokens] of the policy in the denominator of the ratio.
+        advantages: [n_tokens], each response's advantage repeated for its tokens (PPO: one per token).
         clip_low: The ratio is clipped below at 1 - clip_low.
         clip_high: The ratio is clipped above at 1 + clip_high.
 
     Returns:
-        The loss [n_tokens] float32, and sums over tokens without gradient (0-d float32) that add up over micro-batches
-        and ranks: `tokens`; `clip_low` and `clip_high`, tokens whose gradient the clip has stopped;
-        `ratio`; `kl_to_old`, k3 estimate of KL(old || policy).
+        The loss [n_tokens] float32, and sums over tokens (0-d float32, no gradient) that can be added over
+        micro-batches and ranks: `tokens`; `clip_low` and `clip_high`, the number of tokens whose gradient is zero
+        because of the clip; `ratio`; `kl_to_old`, the k3 estimate of KL(old || policy).
 
     Raises:
         ValueError: The shapes differ or have more than one axis.
@@ -63,17 +63,17 @@ def policy_loss(
 
 
 def token_weights(response_lengths: npt.ArrayLike, mode: Literal["token", "sequence"]) -> npt.NDArray[np.float32]:
-    """Weight of each token of each response, such that sum(weight * loss) over all tokens is the mini-batch's average.
+    """Return the weight of each response's tokens, so that sum(weight * loss) over all tokens is the mini-batch's mean.
 
-    "token": every token counts alike, 1 / sum(lengths) (DAPO). "sequence": every response counts alike, and every token
-    within it, 1 / (n_responses * length) (GRPO's paper, R1-V, Video-R1). A response of length 0 has no tokens to weigh
-    and is not counted: give length 0 to leave a response out.
+    "token": all tokens have equal weight, 1 / sum(lengths) (DAPO). "sequence": all responses have equal weight, and so
+    have the tokens within one, 1 / (n_responses * length) (GRPO's paper, R1-V, Video-R1). A response of length 0 is not
+    counted: give length 0 to leave a response out.
 
     A trainer whose engine averages gradients over ranks (DeepSpeed, DDP) multiplies by the number of ranks.
 
     Args:
         response_lengths: [n_responses] int, tokens of each response of the whole mini-batch, over all ranks.
-        mode: What counts alike.
+        mode: What has equal weight.
 
     Returns:
         [n_responses] float32; `numpy.repeat` it by the lengths for one weight per token.

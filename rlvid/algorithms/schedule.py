@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step: nothing to save, nothing to restore on resume."""
+"""Learning-rate schedules as pure functions of the step: a resumed run has nothing to restore."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Literal
 def lr_multiplier(
     step: int, total_steps: int, warmup_steps: int, schedule: Literal["constant", "linear", "cosine"]
 ) -> float:
-    """Factor of the peak learning rate for optimizer step `step`.
+    """Return the factor by which the peak learning rate is multiplied at optimizer step `step`.
 
-    Warm-up climbs from 0 just before the first step to 1 at step `warmup_steps`: (step + 1) / (warmup_steps + 1), as in
-    nanoGPT. Hugging Face's step / warmup_steps would make the first step, a whole rollout batch, with learning rate 0.
-    After it: constant 1, a straight line, or half a cosine, which would reach 0 at `total_steps`.
+    During warm-up the factor is (step + 1) / (warmup_steps + 1), as in nanoGPT, and reaches 1 at step `warmup_steps`.
+    Hugging Face's step / warmup_steps would spend the first step, a whole rollout batch, at learning rate 0. After the
+    warm-up it is 1, or falls to 0 at `total_steps` along a line or half a cosine.
 
     Args:
-        step: Optimizer steps made before this one, from 0.
+        step: Number of the optimizer step, from 0.
         total_steps: Optimizer steps of the phase.
         warmup_steps: Steps of warm-up, part of `total_steps`.
         schedule: What follows the warm-up.

@@ -1,4 +1,4 @@
-"""Accuracy with its n and the name of its kind, so that two averages of different kind are never mistaken for equal."""
+"""Accuracy with its number of samples, where each kind of average has a name of its own."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class Accuracy:
 class AccuracyReport:
     """Accuracy of one evaluation, over all samples and per problem type."""
 
-    sample_weighted: Accuracy  # every sample counts alike
+    sample_weighted: Accuracy  # all samples have equal weight
     by_type: Mapping[str, Accuracy]  # in alphabetical order
-    n_invalid: int  # samples without a verdict (invalid reward, bad clip); in none of the other numbers
+    n_invalid: int  # samples without a verdict (invalid reward, bad clip), left out of all other numbers
 
     @property
     def macro(self) -> float:
-        """Mean of the problem types' accuracies: every type counts alike, however many samples it has."""
+        """Mean of the problem types' accuracies, whatever their numbers of samples."""
         values = [accuracy.value for accuracy in self.by_type.values()]
         return sum(values) / len(values) if values else float("nan")
 
     def as_metrics(self) -> dict[str, float]:
-        """Flat names and numbers for metrics.jsonl. `accuracy` is sample-weighted over `n`; another kind says so in
-        its name."""
+        """Flat names and numbers for metrics.jsonl. `accuracy` is sample-weighted; every other average says in its
+        name what it is."""
         low, high = self.sample_weighted.interval()
         metrics: dict[str, float] = {
             "accuracy": self.sample_weighted.value,
@@ -76,13 +76,13 @@ def accuracy_report(verdicts: Sequence[bool | None], problem_types: Sequence[str
     """Count verdicts, overall and per problem type.
 
     Args:
-        verdicts: [n] right or wrong, None where the sample could not be marked.
+        verdicts: [n] right or wrong, None where the sample could not be scored.
         problem_types: [n] of the same samples; None goes to the row "no type".
 
     Raises:
         ValueError: The lengths differ.
     """
-    marked = [
+    scored = [
         (verdict, problem_type or NO_TYPE)
         for verdict, problem_type in zip(verdicts, problem_types, strict=True)
         if verdict is not None
@@ -92,10 +92,10 @@ def accuracy_report(verdicts: Sequence[bool | None], problem_types: Sequence[str
         return Accuracy(n=len(rows), correct=sum(rows))
 
     return AccuracyReport(
-        sample_weighted=count([bool(verdict) for verdict, _ in marked]),
+        sample_weighted=count([bool(verdict) for verdict, _ in scored]),
         by_type={
-            name: count([bool(verdict) for verdict, problem_type in marked if problem_type == name])
-            for name in sorted({problem_type for _, problem_type in marked})
+            name: count([bool(verdict) for verdict, problem_type in scored if problem_type == name])
+            for name in sorted({problem_type for _, problem_type in scored})
         },
-        n_invalid=len(verdicts) - len(marked),
+        n_invalid=len(verdicts) - len(scored),
     )

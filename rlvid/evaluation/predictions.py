@@ -1,7 +1,7 @@
 """One way to evaluate: a benchmark over a prediction file.
 
-Predictions are kept as they come, one row per sample, so an evaluation that was interrupted answers only what is
-missing, and its figures can be computed again from the file alone.
+Each prediction is written as soon as it is there, one row per sample. An interrupted evaluation therefore answers only
+the samples that are missing, and its metrics can be computed again from the file alone.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Prediction:
 
 
 class Benchmark(Protocol):
-    """What is asked, how one answer is read, and what all of them amount to."""
+    """A set of samples: the prompt of each, how an answer is parsed, and how all answers are scored."""
 
     @property
     def samples(self) -> Sequence[Sample]: ...
 
     def prompt(self, sample: Sample) -> Sample:
-        """What the model is asked for `sample`, under the same id."""
+        """The sample, under the same id, whose messages the model is given."""
 
     def parse(self, sample: Sample, prediction: Prediction) -> Any:
-        """What an answer says; None where it says nothing that counts."""
+        """The parsed answer; None if it has no verdict."""
 
     def score(self, parsed: Mapping[str, Any]) -> dict[str, float]:
-        """Metrics. `parsed` is by sample id; a sample whose clips cannot be read is missing."""
+        """Metrics over all answers. `parsed` is keyed by sample id; a sample whose clips cannot be read is absent."""
 
 
 Batches = Iterable[Sequence[Sample]]
@@ -44,10 +44,10 @@ Answer = Callable[[Batches], Iterator[Mapping[str, Prediction]]]  # a batch's pr
 
 
 def evaluate(benchmark: Benchmark, answer: Answer, file: RowFile, batch_size: int) -> dict[str, float]:
-    """Answer the samples that `file` lacks, then score all of them.
+    """Answer the samples that are missing from `file`, then return the metrics over all of them.
 
     Args:
-        answer: asks the model, batch by batch; a sample that it leaves out has no prediction.
+        answer: generates batch by batch; a sample that it leaves out has no prediction.
         file: rows of id, text, n_tokens and finish_reason.
 
     Returns:

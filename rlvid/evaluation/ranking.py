@@ -1,6 +1,6 @@
-"""Rank correlation of predicted scores with human ones, as VideoScore reports it: x100, four digits, per dimension.
+"""Rank correlation of predicted with human scores, per dimension, times 100 and rounded to 4 digits as in VideoScore.
 
-A dimension in which either side is constant has no correlation: None, never 0, and no part of the average.
+Where either side is constant the correlation is not defined: it is None, and is left out of the average.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlvid.errors import UserError
 
 
 def spearman(predicted: Sequence[float], true: Sequence[float]) -> float | None:
-    """Spearman's rank correlation of two columns [n], x100 rounded to 4; None where one is constant."""
+    """Spearman's rank correlation of two columns [n], times 100, rounded to 4 digits; None if one is constant."""
     if len(predicted) != len(true):
         raise ValueError(f"{len(predicted)} predictions for {len(true)} references")
     if len(set(predicted)) < 2 or len(set(true)) < 2:
@@ -26,19 +26,19 @@ def spearman(predicted: Sequence[float], true: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman x100 of each dimension over `n` videos."""
+    """Spearman correlation x 100 of each dimension, over `n` videos."""
 
     by_dim: Mapping[str, float | None]
     n: int
 
     @property
     def average(self) -> float:
-        """Mean over the dimensions that have one; nan without any."""
+        """Mean over the dimensions that have a correlation; nan if none has."""
         values = [value for value in self.by_dim.values() if value is not None]
         return sum(values) / len(values) if values else float("nan")
 
     def as_metrics(self) -> dict[str, float]:
-        """Flat names for metrics.jsonl; a dimension without correlation is nan there."""
+        """Flat names and numbers for metrics.jsonl; a dimension without a correlation is nan."""
         each = {f"spearman/{name}": float("nan") if v is None else v for name, v in self.by_dim.items()}
         return {"spearman": self.average, "n": float(self.n), **each}
 
@@ -46,16 +46,16 @@ class Correlation:
 def correlate(
     predicted: Sequence[Mapping[str, float]], true: Sequence[Mapping[str, float]], dims: Sequence[str]
 ) -> Correlation:
-    """Correlation per dimension of scores [n] by name."""
+    """Correlation of each dimension; scores are [n] mappings from dimension to score."""
     by_dim = {name: spearman([p[name] for p in predicted], [t[name] for t in true]) for name in dims}
     return Correlation(by_dim, len(predicted))
 
 
 def read_results(path: Path, dims: Sequence[str]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Answers and references of a result file of upstream's benchmark.
+    """Read answers and references from a result file of VideoScore's own benchmark.
 
-    Its rows are `{"id", "ref": "[2, 3]", "ans": "[1.9, 3]"}`: lists as texts, in the order of `dims`. The texts are
-    parsed as JSON, never evaluated.
+    Its rows are `{"id", "ref": "[2, 3]", "ans": "[1.9, 3]"}`: lists as strings, in the order of `dims`. The strings are
+    parsed as JSON, never evaluated as Python.
 
     Raises:
         UserError: a row has another form.

@@ -9,7 +9,7 @@ from rlvid.algorithms.advantages import group_advantages, zero_variance_share
 NAN = float("nan")
 
 
-def test_difference_to_the_mean_over_the_sample_std_plus_eps() -> None:
+def test_advantage_is_reward_minus_mean_over_sample_std_plus_eps() -> None:
     # mean 1/2, squares 4 * 1/4 = 1, sample variance 1 / (4 - 1)
     expected = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     advantages = group_advantages(np.array([[1.0, 0.0, 0.0, 1.0]]), normalise_std=True)
@@ -17,18 +17,18 @@ def test_difference_to_the_mean_over_the_sample_std_plus_eps() -> None:
     np.testing.assert_allclose(advantages, [[expected, -expected, -expected, expected]], rtol=1e-6)
 
 
-def test_eps_is_an_argument() -> None:
+def test_eps_can_be_set() -> None:
     # mean 2, squares 1 + 1, sample variance 2 / 1
     advantages = group_advantages(np.array([[1.0, 3.0]]), normalise_std=True, eps=1.0)
     np.testing.assert_allclose(advantages, [[-1 / (math.sqrt(2) + 1), 1 / (math.sqrt(2) + 1)]], rtol=1e-6)
 
 
-def test_without_normalisation_it_is_the_difference_to_the_mean() -> None:
+def test_without_normalisation_it_is_reward_minus_mean() -> None:
     advantages = group_advantages(np.array([[4.0, 1.0, 1.0], [0.0, 0.5, 1.0]]), normalise_std=False)
     np.testing.assert_allclose(advantages, [[2.0, -1.0, -1.0], [-0.5, 0.0, 0.5]])
 
 
-def test_invalid_reward_takes_no_part_and_gets_zero() -> None:
+def test_invalid_reward_is_left_out_and_gets_advantage_zero() -> None:
     # valid 1 and 3: mean 2, variance 2 / 1. Counted as 0, the two nans would make the mean 1.
     advantages = group_advantages(np.array([[1.0, NAN, 3.0, NAN]]), normalise_std=True)
     step = 1 / (math.sqrt(2) + 1e-4)
@@ -37,13 +37,13 @@ def test_invalid_reward_takes_no_part_and_gets_zero() -> None:
 
 @pytest.mark.parametrize("group", [[5.0, NAN, NAN], [NAN, NAN, NAN]])
 @pytest.mark.parametrize("normalise_std", [True, False])
-def test_fewer_than_two_valid_rewards_train_nothing(group: list[float], normalise_std: bool) -> None:
+def test_fewer_than_two_valid_rewards_give_zero_advantages(group: list[float], normalise_std: bool) -> None:
     advantages = group_advantages(np.array([group, [1.0, 1.0, 2.5]]), normalise_std)
     assert advantages[0].tolist() == [0.0, 0.0, 0.0]
     assert advantages[1].all()
 
 
-def test_equal_rewards_train_exactly_nothing_although_their_mean_is_rounded() -> None:
+def test_equal_rewards_give_exactly_zero_although_their_mean_is_rounded() -> None:
     rewards = np.array([[0.1, 0.1, 0.1], [0.7, 0.7, NAN]])
     assert rewards[0].mean() != 0.1  # the rounding that this is about
     for normalise_std in (True, False):
@@ -56,12 +56,12 @@ def test_same_as_trl_when_all_rewards_are_valid() -> None:
     np.testing.assert_allclose(group_advantages(rewards.numpy(), normalise_std=True), trl.numpy(), atol=1e-5)
 
 
-def test_zero_variance_share_counts_all_groups_without_signal() -> None:
+def test_zero_variance_share_counts_all_groups_without_gradient() -> None:
     rewards = np.array([[1.0, 1.0], [0.0, 1.0], [NAN, 1.0], [NAN, NAN], [2.0, 3.0]])
     assert zero_variance_share(rewards) == pytest.approx(3 / 5)
 
 
-def test_no_groups() -> None:
+def test_no_groups_give_no_advantages() -> None:
     empty = np.zeros((0, 4))
     assert group_advantages(empty, normalise_std=True).shape == (0, 4)
     assert math.isnan(zero_variance_share(empty))

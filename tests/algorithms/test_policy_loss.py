@@ -19,7 +19,7 @@ def test_clipped_loss_in_the_four_corners() -> None:
     # A > 0, ratio above: -min(3, 1.3 * 2); A < 0, ratio below: -min(-0.5, -0.8); the other two are not clipped
     torch.testing.assert_close(loss, torch.tensor([-2.6, 0.8, -0.5, 1.5]))
     loss.sum().backward()
-    # -A * ratio where the clip is not at work, 0 where it is
+    # -A * ratio where the clip has no effect, 0 where it has
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.0, -0.5, 1.5]))
 
     n_tokens = sums.pop("tokens")

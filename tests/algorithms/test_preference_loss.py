@@ -1,4 +1,4 @@
-"""Against numbers worked out by hand from the papers' formulas."""
+"""Losses compared with numbers computed by hand from the formulas of the papers."""
 
 import math
 
@@ -28,8 +28,8 @@ def test_dpo_starts_at_log_2() -> None:
 
 
 def test_conservative_dpo_mixes_in_the_flipped_pair() -> None:
-    kept, flipped = -math.log(sigmoid(1.0)), -math.log(sigmoid(-1.0))
-    close(dpo(CHOSEN, REJECTED, 0.5, 0.25), [0.75 * kept + 0.25 * flipped, 0.75 * flipped + 0.25 * kept])
+    as_given, flipped = -math.log(sigmoid(1.0)), -math.log(sigmoid(-1.0))
+    close(dpo(CHOSEN, REJECTED, 0.5, 0.25), [0.75 * as_given + 0.25 * flipped, 0.75 * flipped + 0.25 * as_given])
 
 
 def test_robust_dpo_is_unbiased_under_flips() -> None:
@@ -49,7 +49,7 @@ def test_kto_weighs_both_sides_around_the_reference_point() -> None:
     close(loss, [first / 2, second / 2])
 
 
-def test_simpo_asks_for_a_margin() -> None:
+def test_simpo_has_a_target_margin() -> None:
     chosen, rejected = torch.tensor([-0.5]), torch.tensor([-1.0])  # mean log-probs
     close(simpo(chosen, rejected, beta=2.0, margin=0.3), [-math.log(sigmoid(2.0 * 0.5 - 0.3))])
 

@@ -5,7 +5,7 @@ import pytest
 from rlvid.algorithms.schedule import lr_multiplier
 
 
-def test_warm_up_climbs_in_equal_steps_and_wastes_none() -> None:
+def test_warm_up_rises_in_equal_steps_and_never_is_zero() -> None:
     values = [lr_multiplier(step, 10, 4, "constant") for step in range(7)]
     assert values == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 1, 1])
 
@@ -22,11 +22,11 @@ def test_cosine_falls_to_zero_at_the_end() -> None:
     assert values == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
 
 
-def test_warm_up_longer_than_the_run_never_gets_to_one() -> None:
+def test_warm_up_longer_than_the_run_never_reaches_one() -> None:
     assert [lr_multiplier(step, 2, 4, "cosine") for step in range(2)] == pytest.approx([1 / 5, 2 / 5])
 
 
-def test_constant_goes_on_after_the_end() -> None:
+def test_constant_stays_at_one_after_the_end() -> None:
     assert lr_multiplier(100, 10, 0, "constant") == 1.0
 
 

@@ -19,14 +19,14 @@ def test_sample_weighted_and_macro_differ_when_types_have_different_n() -> None:
     assert report.macro == pytest.approx((3 / 4 + 1 + 0) / 3)
 
 
-def test_samples_without_a_verdict_are_counted_apart() -> None:
+def test_samples_without_a_verdict_are_counted_separately() -> None:
     report = accuracy_report([True, None, None, False], ["a", "a", "b", "a"])
     assert report.sample_weighted == Accuracy(n=2, correct=1)
     assert report.n_invalid == 2
     assert report.by_type == {"a": Accuracy(n=2, correct=1)}  # nothing is known of b
 
 
-def test_metrics_carry_kind_and_n() -> None:
+def test_metric_names_say_the_kind_of_average_and_n() -> None:
     metrics = accuracy_report([True, False, True, True], ["a", "a", "b", "b"]).as_metrics()
     assert metrics.pop("accuracy_low95") < 0.75 < metrics.pop("accuracy_high95")
     assert metrics == {
@@ -56,13 +56,13 @@ def test_wilson_interval_of_a_published_example() -> None:
     assert Accuracy(n=148, correct=15).interval() == pytest.approx((0.0624, 0.1605), abs=5e-5)
 
 
-def test_nothing_to_count() -> None:
+def test_no_samples_have_no_accuracy() -> None:
     report = accuracy_report([], [])
     assert math.isnan(report.sample_weighted.value) and math.isnan(report.macro)
     assert report.sample_weighted.interval() == (0.0, 1.0)
 
 
-def test_nonsense_is_refused() -> None:
+def test_impossible_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="between 0 and n=2"):
         Accuracy(n=2, correct=3)
     with pytest.raises(ValueError):

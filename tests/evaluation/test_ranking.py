@@ -1,4 +1,4 @@
-"""Spearman as VideoScore reports it: by hand, and against the values that upstream's own results came with."""
+"""Spearman as VideoScore reports it: computed by hand, and compared with the stored results of VideoScore itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlvid.rewards.videoscore import DIMS
 RESULTS = Path(__file__).parents[3] / "shared" / "data" / "videoscore" / "eval_results" / "video_feedback"
 STORED = "spearman_corr_video_feedback.json"
 
-# Upstream names a row by what stands between "_" or before the first ".": two Geminis share a name.
+# VideoScore names a row by the text between "_" or before the first ".": two Geminis share a name.
 FILES = {
     **{name: (name,) for name in ("BRISQUE", "CLIP-Score", "CLIP-sim", "DINO-sim", "PIQE", "SSIM-dyn", "X-CLIP-Score")},
     "gemini-1": ("gemini-1.5-flash-latest", "gemini-1.5-pro-latest"),
@@ -34,14 +34,16 @@ def test_spearman_by_hand() -> None:
 
 
 @pytest.mark.parametrize("columns", [([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [4, 4, 4]), ([2], [3]), ([], [])])
-def test_constant_column_has_no_correlation_and_no_part_in_the_average(columns: tuple[list[int], list[int]]) -> None:
+def test_constant_column_has_no_correlation_and_is_left_out_of_the_average(
+    columns: tuple[list[int], list[int]],
+) -> None:
     assert spearman(*columns) is None
     found = correlate([{"a": 1, "b": 3}, {"a": 2, "b": 3}], [{"b": 1, "a": 1}, {"b": 2, "a": 2}], ("a", "b"))
     assert found.by_dim == {"a": 100.0, "b": None} and found.average == 100.0 and found.n == 2
     assert math.isnan(found.as_metrics()["spearman/b"])
 
 
-def test_scores_of_other_length_are_a_fault() -> None:
+def test_scores_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError):
         spearman([1, 2], [1, 2, 3])
 
@@ -59,8 +61,8 @@ def measured(name: str, rows: int | None = None) -> list[float | None]:
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="../shared/data/videoscore is not on this machine")
-def test_every_stored_correlation_of_videofeedback_is_found_again() -> None:
-    """60 values of 12 metrics and models, some of them from several runs of upstream's script."""
+def test_every_stored_correlation_of_videofeedback_is_reproduced() -> None:
+    """60 values of 12 metrics and models, some of them from several runs of VideoScore's script."""
     stored = [next(iter(entry.items())) for entry in json.loads((RESULTS / STORED).read_text())]
     assert {name for name, _ in stored} == set(FILES)
     for name, entry in stored:

@@ -1,4 +1,4 @@
-"""Accuracy on the held-out manifest, by the reward parts that say whether an answer is right."""
+"""Accuracy on the held-out manifest, by the reward parts that measure accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HeldOut:
     """Share of right answers (sample-weighted, with n), overall and by problem type.
 
     Args:
-        parts: rules only. A sample without a valid reward has no verdict and counts as invalid.
+        parts: rules only; a sample without a valid reward has no verdict and counts as invalid.
         opening: the text with which prompts begin the response (`ChatFamily.opening`).
     """
 

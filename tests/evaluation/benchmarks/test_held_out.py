@@ -25,7 +25,7 @@ def samples(*answers: str) -> list[Sample]:
 
 
 class Answers:
-    """Answers by sample id; remembers what it was asked, and fails when it runs out."""
+    """Answers by sample id; records which samples were asked, and fails when it runs out."""
 
     def __init__(self, texts: Mapping[str, str], fails_at: int | None = None):
         self.texts, self.fails_at, self.asked = texts, fails_at, []
@@ -38,7 +38,7 @@ class Answers:
             yield {s.id: Prediction(self.texts[s.id], 3, "stop") for s in batch if s.id in self.texts}
 
 
-def test_accuracy_counts_each_sample_once_and_the_unread_as_invalid(tmp_path: Path) -> None:
+def test_accuracy_counts_each_sample_once_and_unreadable_ones_as_invalid(tmp_path: Path) -> None:
     benchmark = HeldOut(samples("red", "blue", "green", "red"), PARTS)
     answer = Answers({"0": "red", "1": "red", "2": "Green."})  # the clip of 3 cannot be read
     metrics = evaluate(benchmark, answer, RowFile(tmp_path / "p.jsonl"), batch_size=2)
@@ -46,7 +46,7 @@ def test_accuracy_counts_each_sample_once_and_the_unread_as_invalid(tmp_path: Pa
     assert metrics["accuracy/shape"] == 1.0 and metrics["accuracy/colour"] == 0.0 and metrics["length"] == 3
 
 
-def test_an_interrupted_evaluation_asks_only_what_is_missing_and_ends_with_the_same_file(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_answers_only_the_missing_samples_and_writes_the_same_file(tmp_path: Path) -> None:
     benchmark = HeldOut(samples(*"abcdef"), PARTS)
     texts = {str(i): letter for i, letter in enumerate("abcdef")}
     with pytest.raises(KeyboardInterrupt):
@@ -58,6 +58,6 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing_and_ends_with_the_s
     assert (tmp_path / "p.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_no_verdict_at_all_is_an_error(tmp_path: Path) -> None:
+def test_no_verdict_for_any_sample_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 2 held-out samples could be scored"):
         evaluate(HeldOut(samples("a", "b"), PARTS), Answers({}), RowFile(tmp_path / "p.jsonl"), batch_size=2)
