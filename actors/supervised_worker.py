@@ -211,7 +211,7 @@ class Worker:
         groups, objective, metrics = self.task.batch(step, groups)
         lr = train.lr * lr_multiplier(step, train.steps, train.warmup_steps, train.schedule)
         stats = self.learner.step(groups, objective, lr)
-        names = {**self.task.names, "grad_norm": "train/grad_norm", "lr": "train/lr"}
+        names = {**self.task.names, "grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped"}
         times = {"time/encode": read_s - begin_s, "time/step": time.monotonic() - begin_s}
         return metrics | {name: stats[key] for key, name in names.items()} | times
 

@@ -157,6 +157,7 @@ def optimize(
         "train/loss": mean["loss"],
         "train/lr": mean["lr"],
         "train/grad_norm": mean["grad_norm"],
+        "train/skipped": sum(s["skipped"] for s in all_stats),
         "policy/entropy_trained": mean["entropy"],  # of the groups that train; `policy/entropy` is of all rollouts
         "policy/ratio": mean["ratio"],
         "policy/kl_to_old": mean["kl_to_old"],

@@ -99,6 +99,9 @@ class Run:
             tracker = Tracker(self.folder, self.cfg.run, self.cfg.model_dump(mode="json"))
             self._tracker = self._stack.enter_context(tracker)
         self._tracker.log(step, metrics, phase)
+        if skipped := float(metrics.get("train/skipped", 0)):
+            updates = "its update" if skipped == 1 else f"{skipped:g} of its updates"
+            self.console.message(f"step {step}: {updates} was skipped, loss or gradient was not finite")
         self._logged = (step, self.state_of_parts()) if phase == TRAIN else None
 
     def has_logged(self, step: int, key: str) -> bool:

@@ -42,6 +42,7 @@ def warm_start(run: Run, inputs: Inputs, trainer: TrainerGroup, cfg: WarmStartCo
                 lr = cfg.lr * lr_multiplier(step, cfg.steps, cfg.warmup_steps, cfg.schedule)
                 stats = trainer.step(answer_batch(prompts, inputs.family), Supervised(), lr)
             metrics = {"warm_start/loss": stats["loss"], "train/lr": lr, "train/grad_norm": stats["grad_norm"]}
+            metrics |= {"train/skipped": stats["skipped"]}
             metrics |= run.take_times() | {"time/step": time.monotonic() - begin}
             run.log(done, metrics, PHASE)
             if done % 10 == 0 or done == cfg.steps:

@@ -292,6 +292,9 @@ class TrainConfig(ScheduleConfig):
     """DeepSpeed ZeRO stage."""
     shared_prefix: bool = changeable(True, "memory and speed; the gradient is the same up to rounding")
     """Forward a group's prompt once for all its responses."""
+    max_skipped: int = changeable(3, "when to give up", ge=1)
+    """A step whose loss or gradient is not finite is skipped. After this many in a row the run stops, without a
+    checkpoint."""
     max_workers: int | None = changeable(None, "a run may continue with another number of workers", ge=1)
     """Elastic training of sft, dpo, reward-model and isrt: up to this number of workers while the cluster has room, at
     least `placement.trainer_workers`. Empty: exactly `placement.trainer_workers`."""

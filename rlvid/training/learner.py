@@ -6,6 +6,7 @@ by all ranks, so every public method is called on every rank.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlvid.config import ModelConfig, TrainConfig
+from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
@@ -103,6 +105,7 @@ class Learner:
         self.engine, *_ = deepspeed.initialize(model=self.policy, model_parameters=trained, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None
+        self._skipped_in_a_row = 0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
             self.engine.optimizer.register_step_pre_hook(self._clip)
 
@@ -114,10 +117,11 @@ class Learner:
 
         Raises:
             ValueError: the groups lack an array that the objective needs.
+            UserError: the last `train.max_skipped` steps were skipped.
 
         Returns:
             Means over the response tokens, or pairs, of all ranks (entropy, objective's statistics), `loss`,
-            `grad_norm`, `lr`.
+            `grad_norm`, `lr`, and `skipped`: 1 if loss or gradient was not finite and nothing was changed.
         """
         check_arrays(groups, objective.needs, type(objective).__name__)
         for parameters in self.engine.optimizer.param_groups:
@@ -125,18 +129,36 @@ class Learner:
         rows = micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i in range(self._most(len(rows))):
-            # Collectives want as many micro-batches on every rank: one with fewer repeats a row that counts nothing.
+            # Collectives need the same number of micro-batches on every rank: one with fewer repeats its last row, with
+            # zero weight.
             row = rows[min(i, len(rows) - 1)]
             logprobs, entropy = self.engine(pack(row).to(self.device))
             loss, stats = objective(logprobs, row)
-            counts = i < len(rows)
+            is_counted = i < len(rows)
             # DeepSpeed averages gradients over ranks; the weights already average over the whole mini-batch.
-            self.engine.backward(loss * (self.world_size if counts else 0.0))
-            if counts:
+            scale = float(self.world_size if is_counted else 0)
+            # A loss that is not finite makes all gradients nan, so that every rank sees it in their common norm.
+            self.engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
+            if is_counted:
                 for name, value in {**stats, "entropy": entropy.sum()}.items():
                     sums[name] += value.to(self.device)
         self.engine.step()
-        return self._means(sums) | {"grad_norm": self._last_grad_norm(), "lr": lr}
+        means, norm = self._means(sums), self._last_grad_norm()
+        return means | {"grad_norm": norm, "lr": lr, "skipped": self._count_skipped(means["loss"], norm)}
+
+    def _count_skipped(self, loss: float, grad_norm: float) -> float:
+        """1 if the optimizer left the step out, which DeepSpeed and `_clip` do where the gradient's norm is not finite.
+
+        The norm is that of all ranks, so they agree.
+        """
+        self._skipped_in_a_row = 0 if math.isfinite(grad_norm) else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= self.cfg.max_skipped:
+            raise UserError(
+                f"{self._skipped_in_a_row} steps in a row were skipped because their loss or gradient was not finite "
+                f"(the last loss: {loss:g}). No checkpoint was written after them: lower train.lr and start the job "
+                f"again; train.max_skipped tolerates more"
+            )
+        return float(self._skipped_in_a_row > 0)
 
     @torch.no_grad()
     def logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
@@ -220,7 +242,12 @@ class Learner:
         return [(name.removeprefix(NETWORK), p) for name, p in self.engine.module.named_parameters()]
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimizer; `folder` is shared by all ranks."""
+        """Write this rank's part of weights and optimizer; `folder` is shared by all ranks.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        self._check_finite()
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self.lora is not None)
 
     def load(self, folder: Path) -> None:
@@ -231,7 +258,12 @@ class Learner:
 
     def export(self, folder: Path, checkpoint: Path) -> None:
         """Write the policy as a Hugging Face checkpoint, tokenizer and processor copied from `checkpoint`. Rank 0
-        writes. Adapters are merged into the weights, and stand in `folder/adapter` by themselves too."""
+        writes. Adapters are merged into the weights, and are in `folder/adapter` by themselves too.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        self._check_finite()
         parts = in_parts(self._named(), EXPORT_BYTES, self._is_sharded)
         state = {name: t.detach().to("cpu", copy=True).contiguous() for part, _ in parts for name, t in part}
         if dist.get_rank() == 0:
@@ -249,6 +281,11 @@ class Learner:
                     (folder / file.name).write_bytes(file.read_bytes())
         dist.barrier()
 
+    def _check_finite(self) -> None:
+        trained = [getattr(p, "ds_tensor", p) for p in self.policy.parameters() if p.requires_grad]  # ZeRO-3: its share
+        if self._most(not all(bool(tensor.isfinite().all()) for tensor in trained)):
+            raise UserError("the trained weights are not finite, they are not saved: lower train.lr and start again")
+
     def _adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters, whole on every rank."""
         named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
@@ -265,11 +302,13 @@ class Learner:
     def _clip(self, *_: object) -> None:
         """Clip reduced gradients where DeepSpeed hands the step to plain torch (ZeRO 0, float32).
 
-        It would clip there too, but forgets the norm.
+        It would clip there too, but forgets the norm, and would take a step whose norm is not finite.
         """
-        self._clipped_norm = float(
-            torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.cfg.max_grad_norm)
-        )
+        parameters = list(self.engine.module.parameters())
+        self._clipped_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm))
+        if not math.isfinite(self._clipped_norm):
+            for parameter in parameters:
+                parameter.grad = None  # torch's optimizer leaves such a parameter alone
 
     def _last_grad_norm(self) -> float:
         return float(self.engine.get_global_grad_norm()) if self._clipped_norm is None else self._clipped_norm
