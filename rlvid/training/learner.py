@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,6 @@ def deepspeed_config(cfg: TrainConfig, dtype: str, world_size: int) -> dict[str,
         "gradient_clipping": cfg.max_grad_norm if cfg.zero_stage or dtype != "float32" else 0.0,  # see Learner._clip
         "zero_optimization": {"stage": cfg.zero_stage},
         "bf16": {"enabled": dtype == "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": cfg.lr,
-                "betas": list(cfg.betas),
-                "weight_decay": cfg.weight_decay,
-                "torch_adam": True,  # plain torch: nothing to compile, same numbers on CPU and GPU
-            },
-        },
         "steps_per_print": 2**31 - 1,
     }
 
@@ -77,12 +68,7 @@ class Learner:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        family: ChatFamily,
-        model: ModelConfig,
-        cfg: TrainConfig,
-        head: Head | None = None,
+        self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, head: Head | None = None
     ):
         self.cfg = cfg
         network = load_model(folder, model.dtype)
@@ -102,7 +88,9 @@ class Learner:
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.engine, *_ = deepspeed.initialize(model=self.policy, model_parameters=trained, config=settings)
+        # torch's own: nothing to compile, and the same numbers on CPU and GPU
+        adam = torch.optim.AdamW(trained, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
+        self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None
         self._skipped_in_a_row = 0
@@ -160,34 +148,25 @@ class Learner:
             )
         return float(self._skipped_in_a_row > 0)
 
-    @torch.no_grad()
     def logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Log-probs of every response token under the current weights: one array [sum R] per group."""
-        self.engine.eval()
-        values = score(
-            lambda row: self.engine(row.to(self.device))[0],
-            groups,
-            self.cfg.micro_batch_tokens,
-            self.cfg.shared_prefix,
-            rounds=self._most,
-        )
-        self.engine.train()
-        return values
+        return self._outputs(groups, lambda group: group.n_tokens)
 
-    @torch.no_grad()
     def scores(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Scores [D] of each group's prompt, or [G * D] of its responses one after another."""
-        assert isinstance(self.policy, PackedScorer)
-        width = self.policy.head.out_features
+        assert self._head is not None
+        width = len(self._head.outputs)
+        return self._outputs(groups, lambda group: width * max(1, len(group.responses)))
+
+    @torch.no_grad()
+    def _outputs(
+        self, groups: Sequence[Group[Prompt]], size: Callable[[Group[Prompt]], int]
+    ) -> list[npt.NDArray[np.float32]]:
+        """The first output of the policy for each group, `size(group)` values."""
         self.engine.eval()
-        values = score(
-            lambda row: self.engine(row.to(self.device))[0].flatten(),
-            groups,
-            self.cfg.micro_batch_tokens,
-            self.cfg.shared_prefix,
-            rounds=self._most,
-            size=lambda group: width * max(1, len(group.responses)),
-        )
+        forward = lambda row: self.engine(row.to(self.device))[0].flatten()  # noqa: E731
+        budget, is_shared = self.cfg.micro_batch_tokens, self.cfg.shared_prefix
+        values = score(forward, groups, budget, is_shared, rounds=self._most, size=size)
         self.engine.train()
         return values
 

@@ -115,37 +115,36 @@ class Preferred:
         # SimPO and ORPO have no reference: their implicit reward is the log-prob itself.
         chosen, rejected = (self.cfg.beta * scores.detach()).unbind(1)
         sizes = lengths.view(-1, 2).float()
-        sums = {
-            "pair/loss": losses.detach().sum(),
-            "pair/chosen": chosen.sum(),
-            "pair/rejected": rejected.sum(),
-            "pair/margin": (chosen - rejected).sum(),
-            "pair/accuracy": (
-                (chosen > rejected).float() + 0.5 * (chosen == rejected)
-            ).sum(),  # at the start all are equal
-            "pair/logps_chosen": own.detach()[:, 0].sum(),
-            "pair/logps_rejected": own.detach()[:, 1].sum(),
-            "pair/length_chosen": sizes[:, 0].sum(),
-            "pair/length_rejected": sizes[:, 1].sum(),
-            "pairs": torch.tensor(float(len(losses))),
-            "tokens": torch.tensor(float(len(logprobs))),
+        pairs = {
+            "loss": losses.detach(),
+            "chosen": chosen,
+            "rejected": rejected,
+            "margin": chosen - rejected,
+            "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected),  # at the start all are equal
+            "logps_chosen": own.detach()[:, 0],
+            "logps_rejected": own.detach()[:, 1],
+            "length_chosen": sizes[:, 0],
+            "length_rejected": sizes[:, 1],
         }
+        sums = {f"pair/{name}": values.sum() for name, values in pairs.items()}
+        sums |= {"pairs": torch.tensor(float(len(losses))), "tokens": torch.tensor(float(len(logprobs)))}
         return loss, sums | {"loss": loss.detach()}
 
     def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        cfg = self.cfg
-        if cfg.loss == "sigmoid":
-            return preference_loss.dpo(chosen, rejected, cfg.beta, cfg.label_smoothing)
-        if cfg.loss == "robust":
-            return preference_loss.robust_dpo(chosen, rejected, cfg.beta, cfg.label_smoothing)
-        if cfg.loss == "ipo":
-            return preference_loss.ipo(chosen, rejected, cfg.beta)
-        if cfg.loss == "kto":
-            weights = cfg.chosen_weight, cfg.rejected_weight
-            return preference_loss.kto(chosen, rejected, cfg.beta, self.kl, *weights)
-        if cfg.loss == "simpo":
-            return preference_loss.simpo(chosen, rejected, cfg.beta, cfg.simpo_margin)
-        return preference_loss.orpo(chosen, rejected, cfg.beta)
+        cfg, both = self.cfg, (chosen, rejected, self.cfg.beta)
+        match cfg.loss:
+            case "sigmoid":
+                return preference_loss.dpo(*both, cfg.label_smoothing)
+            case "robust":
+                return preference_loss.robust_dpo(*both, cfg.label_smoothing)
+            case "ipo":
+                return preference_loss.ipo(*both)
+            case "kto":
+                return preference_loss.kto(*both, self.kl, cfg.chosen_weight, cfg.rejected_weight)
+            case "simpo":
+                return preference_loss.simpo(*both, cfg.simpo_margin)
+            case "orpo":
+                return preference_loss.orpo(*both)
 
 
 @dataclass(frozen=True)
