@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
 
 from rlvid.config import JobConfig
-
-if TYPE_CHECKING:
-    from rlvid.training.learner import Learner
 
 WeightBackend = Literal["buckets", "nccl", "ipc"]
 
@@ -76,30 +73,3 @@ class ReplicaClient:
                 ray.get(call, timeout=max(0.0, deadline_s - time.monotonic()))
             except Exception as e:
                 self.failed[name] = f"{step}: {e}"
-
-
-class WeightSender:
-    """One trainer rank's end, for replicas that come and go."""
-
-    def __init__(self, learner: Learner, rank: int, cfg: JobConfig):
-        from rlvid.rollout import vllm_plugin
-
-        vllm_plugin.register()  # before the first import of vLLM
-        from rlvid.rollout.weights.gpu_sender import GpuSender
-
-        self._cfg = cfg.rollout
-        self._sender = GpuSender(weight_backend(cfg), learner, rank, ray.util.get_node_ip_address(), cfg.rollout)
-        self._client = ReplicaClient({}, 1, 0.0)
-        self._members: tuple[str, ...] = ()
-
-    def send(self, version: int, replicas: Mapping[str, ActorHandle[Any]]) -> dict[str, str]:
-        """Send the weights; the replicas that did not take them, with the reason."""
-        if self._members != tuple(replicas):
-            self._client = ReplicaClient(replicas, self._cfg.tensor_parallel, self._cfg.sync_timeout_s)
-            self._sender.connect(self._client, len(replicas))
-            self._members = tuple(replicas)
-        self._client.version = version
-        self._sender.send()
-        if self._client.failed:
-            self._members = ()
-        return self._client.failed

@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 
 from actors.actor_process import enter_process
 from actors.generator import SentBucket
-from actors.gpu_weight_sync import WeightSender
+from actors.gpu_weight_sync import ReplicaClient, weight_backend
 from actors.placement import Placement, Slot
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
@@ -48,7 +48,7 @@ class TrainerRank:
     def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
         enter_process(log_file, threads)
         self._on_gpu = on_gpu
-        self._sender: WeightSender | None = None
+        self._sender: Any = None
         self._shared: SharedBuckets | None = None
         self._node = str(ray.get_runtime_context().get_node_id())
 
@@ -108,12 +108,21 @@ class TrainerRank:
                 pass
 
     def send_weights(self, version: int, replicas: Mapping[str, ActorHandle[Any]]) -> dict[str, str]:
-        """Send the weights from GPU to GPU; see `WeightSender.send`."""
+        """Send the weights from GPU to GPU; see `GpuSender.send`."""
         import torch.distributed as dist
 
+        from rlvid.rollout import vllm_plugin
+
         if self._sender is None:
-            self._sender = WeightSender(self._learner, dist.get_rank(), self._cfg)
-        return self._sender.send(version, replicas)
+            vllm_plugin.register()  # before the first import of vLLM
+            from rlvid.rollout.weights.gpu_sender import GpuSender
+
+            host, backend = ray.util.get_node_ip_address(), weight_backend(self._cfg)
+            self._sender = GpuSender(
+                backend, self._learner, dist.get_rank(), host, self._cfg.rollout, open_client=ReplicaClient
+            )
+        failed: dict[str, str] = self._sender.send(version, replicas)
+        return failed
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)

@@ -40,7 +40,7 @@ class Sampling:
     """How to answer a prompt. `temperature` 0 is greedy.
 
     With a `seed` the answers are a function of seed and `Prompt.sample_id`, whatever else is in the batch, up to the
-    rounding of the logits; without one, of the engine's seed and all that it has sampled before.
+    rounding of the logits. Without one they depend on the engine's seed and everything it has sampled before.
     """
 
     n: int
@@ -50,7 +50,7 @@ class Sampling:
     seed: int | None = None
 
     def request_seed(self, sample_id: str) -> int | None:
-        """The seed of one prompt; its n responses have this one and those that follow it."""
+        """The seed of one prompt; its n responses have this seed and the next n - 1."""
         if self.seed is None:
             return None
         digest = hashlib.sha256(f"{self.seed} {sample_id}".encode()).digest()
@@ -63,15 +63,14 @@ def set_environment(on_gpu: bool, kv_cache_gib: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not on_gpu:
-        # One small op of the vision tower would be compiled at the first prompt: 4 s and more, for nothing on this
-        # scale.
+        # One small op of the vision tower would be compiled at the first prompt: 4 s and more for no gain.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
 def _lora_options(lora: LoraConfig | None) -> dict[str, Any]:
-    """Engine arguments for one adapter; vLLM knows only some ranks, and takes smaller ones in their room."""
+    """Engine arguments for one adapter; vLLM knows only some ranks; a smaller one fits into the next larger."""
     if lora is None:
         return {}
     from vllm.config.lora import MaxLoRARanks
@@ -84,9 +83,9 @@ class VllmEngine:
     """One engine replica.
 
     Args:
-        lora: the checkpoint's own weights are served as they are, and what `update_weights` brings are adapters.
-        weight_backend: of vLLM's weight transfer; with another than ours the update comes in steps, `init_transfer` to
-            `finish_update`.
+        lora: the checkpoint's own weights are served unchanged, and `update_weights` takes adapters.
+        weight_backend: of vLLM's weight transfer. With vLLM's own ones an update comes in steps, from `init_transfer`
+            to `finish_update`.
 
     Raises:
         UserError: the checkpoint cannot be served.
@@ -145,13 +144,13 @@ class VllmEngine:
         except ValueError as e:
             raise UserError(f"vLLM cannot serve {folder}: {e}") from e
         if weight_backend == vllm_plugin.WEIGHT_BACKEND:
-            self.init_transfer({})  # the others meet the trainer later
+            self.init_transfer({})  # the others connect to the trainer later
         self._prompts: dict[str, Prompt] = {}
         self._count = 0
-        self.is_updating = False  # between the first and the last bucket there is no model that could answer
-        self._arrived: list[Bucket] = []  # of adapters, which are taken all at once
+        self.is_updating = False  # between the first and the last bucket no model is complete
+        self._arrived: list[Bucket] = []  # of adapters, which are loaded all at once
         self._lora = lora
-        self._adapter: LoRARequest | None = None  # what new requests are answered with
+        self._adapter: LoRARequest | None = None  # for new requests
 
     @property
     def is_busy(self) -> bool:
@@ -165,44 +164,27 @@ class VllmEngine:
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> str:
         """Queue a prompt; the returned id comes back from `step` with its rollouts."""
-        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
+        request = self._add(
+            prompt,
             n=sampling.n,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             top_p=sampling.top_p,
             seed=sampling.request_seed(prompt.sample_id),
             logprobs=0,  # of the sampled token alone
-            logit_bias=dict.fromkeys(self.family.banned_tokens, BAN),
             stop_token_ids=[self.family.end_of_turn],
-            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        request_id = str(self._count)
-        self._count += 1
-        self.engine.add_request(request_id, self.family.engine_input(prompt), params, lora_request=self._adapter)
-        self._prompts[request_id] = prompt
-        return request_id
+        self._prompts[request] = prompt
+        return request
 
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-prob of each of `tokens` as the first response token. Only while nothing else is queued."""
-        from vllm import SamplingParams
-
         if self.is_busy:
             raise RuntimeError("first_logprobs needs an idle engine")
-        params = SamplingParams(
-            temperature=temperature,
-            max_tokens=1,
-            logprob_token_ids=list(tokens),
-            logit_bias=dict.fromkeys(self.family.banned_tokens, BAN),
-            detokenize=False,
-        )
-        self.engine.add_request(
-            f"first-{self._count}", self.family.engine_input(prompt), params, lora_request=self._adapter
-        )
-        self._count += 1
+        self._add(prompt, temperature=temperature, max_tokens=1, logprob_token_ids=list(tokens))
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
@@ -210,23 +192,28 @@ class VllmEngine:
                     return np.array([first[token].logprob for token in tokens], dtype=np.float32)
         raise RuntimeError("the engine ended a request without an answer")
 
+    def _add(self, prompt: Prompt, **parameters: Any) -> str:
+        from vllm import SamplingParams
+
+        bans = dict.fromkeys(self.family.banned_tokens, BAN)
+        params = SamplingParams(**parameters, logit_bias=bans, detokenize=False)
+        request, self._count = str(self._count), self._count + 1
+        self.engine.add_request(request, self.family.engine_input(prompt), params, lora_request=self._adapter)
+        return request
+
     def step(self) -> list[tuple[str, list[Rollout]]]:
         """One scheduler step; the requests that ended in it."""
         ended = []
         for output in self.engine.step():
             if output.finished:
                 prompt = self._prompts.pop(output.request_id)
-                ended.append(
-                    (
-                        output.request_id,
-                        [self._rollout(prompt, c) for c in sorted(output.outputs, key=lambda c: c.index)],
-                    )
-                )
+                responses = sorted(output.outputs, key=lambda response: response.index)
+                ended.append((output.request_id, [self._rollout(prompt, response) for response in responses]))
         return ended
 
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Take all of the new weights, or the next part of them, between two steps; with the last bucket the caches
-        computed with the old ones are dropped. Older versions are ignored."""
+        """Take all of the new weights, or the next part of them, between two steps (the contract is in
+        rlvid/rollout/weights)."""
         if version <= self.weight_version:
             return
         if self._lora:
@@ -245,7 +232,7 @@ class VllmEngine:
         self.finish_update(version)
 
     def init_transfer(self, info: dict[str, Any]) -> None:
-        """Meet the trainer. `info`, here and below, is what vLLM's weight-transfer backend wants."""
+        """Connect to the trainer. `info`, here and below, is what vLLM's weight-transfer backend takes."""
         self.engine.collective_rpc("shutdown_weight_transfer_engine")  # an earlier group had other members
         self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
@@ -257,7 +244,7 @@ class VllmEngine:
         self.engine.collective_rpc("update_weights", kwargs={"update_info": info})
 
     def finish_update(self, version: int) -> None:
-        """The weights are whole; what was computed with the old ones is dropped."""
+        """The weights are complete; what was computed with the old ones is dropped."""
         if self.is_updating:
             self.engine.collective_rpc("finish_weight_update")
             self.is_updating = False
@@ -266,7 +253,7 @@ class VllmEngine:
         self.engine.reset_prefix_cache(reset_running_requests=self.is_busy)
 
     def _take_adapter(self, lora: LoraConfig, buckets: Sequence[Bucket]) -> None:
-        """Put new adapters in the place of the old ones. vLLM reads them from a folder only."""
+        """Replace the adapters. vLLM reads them from a folder only."""
         from vllm.lora.request import LoRARequest
 
         with tempfile.TemporaryDirectory(prefix="rlvid-adapter-") as folder:
@@ -275,7 +262,7 @@ class VllmEngine:
             adapter = LoRARequest("policy", 1, folder, load_inplace=True)
             if not self.engine.add_lora(adapter):
                 raise RuntimeError("vLLM did not take the adapter")
-        # Requests name the adapter that is loaded: with load_inplace each of them would have it read again.
+        # Requests name the adapter that is loaded: with load_inplace vLLM would read it again for each of them.
         self._adapter = LoRARequest("policy", 1, folder)
 
     def _rollout(self, prompt: Prompt, completion) -> Rollout:  # type: ignore[no-untyped-def]  # vLLM is imported late

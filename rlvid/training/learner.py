@@ -1,7 +1,7 @@
 """One rank of the trainer: a DeepSpeed engine around the packed policy.
 
-The process group and DeepSpeed's environment are the caller's business (`actors/trainer.py`); collectives must be met
-by all ranks, so every public method is called on every rank.
+The caller makes the process group and sets DeepSpeed's environment (`actors/trainer.py`). Ranks meet in collectives, so
+every public method is called on every rank.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Learner:
     """Policy, optimizer and the steps on them.
 
     Args:
-        folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights stay as they are, and
-            adapters beside them are trained.
+        folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights are frozen and adapters
+            are trained.
         head: of a reward model; the outputs are its scores in place of log-probs. Read from `folder` if it is there.
     """
 
@@ -87,9 +87,10 @@ class Learner:
         self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        named = self.policy.named_parameters()
+        self._trained = [(name.removeprefix(NETWORK), p) for name, p in named if p.requires_grad]
         # torch's own: nothing to compile, and the same numbers on CPU and GPU
-        adam = torch.optim.AdamW(trained, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
+        adam = torch.optim.AdamW([p for _, p in self._trained], cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         self.device = self.engine.device
         self._clipped_norm: float | None = None
@@ -174,7 +175,7 @@ class Learner:
         """Log-probs under the reference, which is this model with its adapters off, or as `freeze_reference` left them.
 
         Raises:
-            RuntimeError: the whole model is trained; its reference is a model of its own.
+            RuntimeError: the whole model is trained, so its reference is another model.
         """
         if self.lora is None:
             raise RuntimeError("without adapters the reference is no part of the trainer")
@@ -189,7 +190,7 @@ class Learner:
             self._put_adapters(present)
 
     def freeze_reference(self) -> None:
-        """From now on the reference has the adapters of this moment; none at all while they change nothing."""
+        """From now on the reference has the current adapters, or none if they change nothing."""
         adapters = self._adapters()
         changes = any(".lora_B." in name and bool(t.any()) for name, t in adapters.items())
         self._reference = adapters if changes else {}
@@ -230,7 +231,7 @@ class Learner:
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self.lora is not None)
 
     def load(self, folder: Path) -> None:
-        """Take up weights and optimizer from `save`, on as many ranks as saved them."""
+        """Load what `save` wrote, on the same number of ranks under ZeRO."""
         path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.lora is None)
         if path is None:
             raise FileNotFoundError(f"no trainer state in {folder}")
@@ -243,9 +244,13 @@ class Learner:
             UserError: a weight is not finite.
         """
         self._check_finite()
+        is_writer = dist.get_rank() == 0
         parts = in_parts(self._named(), EXPORT_BYTES, self._is_sharded)
-        state = {name: t.detach().to("cpu", copy=True).contiguous() for part, _ in parts for name, t in part}
-        if dist.get_rank() == 0:
+        state: dict[str, Tensor] = {}
+        for part, _ in parts:  # all ranks gather, one keeps
+            if is_writer:
+                state |= {name: t.detach().to("cpu", copy=True).contiguous() for name, t in part}
+        if is_writer:
             head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
             if self._head:
                 self._head.save(head, folder)
@@ -261,21 +266,19 @@ class Learner:
         dist.barrier()
 
     def _check_finite(self) -> None:
-        trained = [getattr(p, "ds_tensor", p) for p in self.policy.parameters() if p.requires_grad]  # ZeRO-3: its share
-        if self._most(not all(bool(tensor.isfinite().all()) for tensor in trained)):
+        trained = [getattr(p, "ds_tensor", p) for _, p in self._trained]  # under ZeRO-3 this rank's share
+        if self._most(sum(not tensor.isfinite().all() for tensor in trained)):
             raise UserError("the trained weights are not finite, they are not saved: lower train.lr and start again")
 
     def _adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters, whole on every rank."""
-        named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
-        with GatheredParameters([p for _, p in named], enabled=self._is_sharded):
-            return {name: p.detach().clone() for name, p in named}
+        with GatheredParameters([p for _, p in self._trained], enabled=self._is_sharded):
+            return {name: p.detach().clone() for name, p in self._trained}
 
     @torch.no_grad()
     def _put_adapters(self, state: Mapping[str, Tensor]) -> None:
-        named = [(name, p) for name, p in self.policy.network.named_parameters() if p.requires_grad]
-        with GatheredParameters([p for _, p in named], modifier_rank=0, enabled=self._is_sharded):
-            for name, parameter in named:
+        with GatheredParameters([p for _, p in self._trained], modifier_rank=0, enabled=self._is_sharded):
+            for name, parameter in self._trained:
                 parameter.copy_(state[name])
 
     def _clip(self, *_: object) -> None:

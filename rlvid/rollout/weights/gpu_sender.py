@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -53,23 +53,40 @@ class GpuSender:
 
     Args:
         host: address of this machine.
+        open_client: (replicas, GPUs of each, deadline in seconds) -> vLLM's `VLLMWeightSyncClient`, with `version` to
+            set and `failed`, the replicas that did not take the weights, with the reason.
     """
 
-    def __init__(self, backend: str, learner: Learner, rank: int, host: str, cfg: RolloutConfig):
+    def __init__(
+        self,
+        backend: str,
+        learner: Learner,
+        rank: int,
+        host: str,
+        cfg: RolloutConfig,
+        open_client: Callable[[Mapping[str, Any], int, float], Any],
+    ):
         self._backend, self._rank, self._host, self._cfg = backend, rank, host, cfg
-        self._source = LearnerSource(learner)
+        self._source, self._open_client = LearnerSource(learner), open_client
+        self._members: tuple[str, ...] = ()
         self._engine: Any = None
 
-    def connect(self, client: Any, n_replicas: int) -> None:
-        """Form a new group with the replicas that `client` reaches."""
-        if self._engine is not None:
-            self._engine.shutdown()
-        info = self._ipc_info() if self._backend == "ipc" else self._nccl_info(n_replicas)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+    def send(self, version: int, replicas: Mapping[str, Any]) -> dict[str, str]:
+        """Send the weights. It has no deadline of its own: the caller's call has one.
 
-    def send(self) -> None:
-        """Send the current weights to the group. No deadline of its own: the caller's call has one."""
+        Returns:
+            The replicas that did not take them, with the reason.
+        """
+        if self._members != tuple(replicas):
+            if self._engine is not None:
+                self._engine.shutdown()
+            self._client = self._open_client(replicas, self._cfg.tensor_parallel, self._cfg.sync_timeout_s)
+            info = self._ipc_info() if self._backend == "ipc" else self._nccl_info(len(replicas))
+            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
+        self._client.version = version
         self._engine.send_weights()
+        self._members = () if self._client.failed else tuple(replicas)
+        return dict(self._client.failed)
 
     def _ipc_info(self) -> IPCTrainerInitInfo:
         room = max(PACKED_BYTES, self._source.largest_bytes)  # a tensor has to fit into the buffer
