@@ -177,7 +177,7 @@ class TrainerGroup:
         return self._score("reference_logprobs", groups)
 
     def freeze_reference(self, file: Path) -> None:
-        """The present adapters are the reference's from now on; kept in `file`."""
+        """From now on the reference has the current adapters; they are kept in `file`."""
         self._all("freeze_reference", [(file,)] * len(self._ranks))
 
     def load_reference(self, file: Path) -> None:
@@ -199,7 +199,7 @@ class TrainerGroup:
         the next is written.
 
         Args:
-            nodes: who will read them. If that is the node of rank 0 alone they lie in memory shared with it, until the
+            nodes: who will read them. If that is the node of rank 0 alone they are in memory shared with it, until the
                 next call; else in the object store.
         """
         streams = [rank.put_weights.remote(is_checked, nodes) for rank in self._ranks]
@@ -214,7 +214,7 @@ class TrainerGroup:
         """Send the weights from GPU to GPU. Returns the replicas that did not take them, with the reason.
 
         Raises:
-            RuntimeError: no end within the deadline; a replica that dies in the middle leaves NCCL waiting for ever.
+            RuntimeError: no end within the deadline; a replica that fails in the middle leaves NCCL waiting forever.
         """
         calls = [rank.send_weights.remote(version, replicas) for rank in self._ranks]
         try:
@@ -222,7 +222,7 @@ class TrainerGroup:
         except ray.exceptions.GetTimeoutError as e:
             raise RuntimeError(
                 f"weights {version} were not taken within rollout.sync_timeout_s={timeout_s:g} by "
-                f"{', '.join(replicas)}; start the job again, it goes on from its last checkpoint"
+                f"{', '.join(replicas)}; start the job again, it resumes from its last checkpoint"
             ) from e
         return failed
 

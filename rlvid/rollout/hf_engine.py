@@ -1,4 +1,4 @@
-"""Greedy answers by transformers' own `generate`, for families that vLLM does not serve: scores as text, one by one."""
+"""Greedy answers by transformers' own `generate`, for families that vLLM does not serve."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class PlainEngine:
-    """As `VllmEngine`, of which it has what a reward model needs.
+    """The part of `VllmEngine` that a reward model needs.
 
     Args:
         network: as `load_model` gives it.
-        is_synced: the network is spread over ranks (ZeRO-3), which generate side by side: none may stop before all do.
+        is_synced: the network is sharded over ranks (ZeRO-3), which generate together: none stops before all do.
     """
 
     def __init__(self, network: PreTrainedModel, family: ChatFamily, is_synced: bool = False):
@@ -39,7 +39,7 @@ class PlainEngine:
     def submit(self, prompt: Prompt, sampling: Sampling) -> str:
         """Queue a prompt; greedy, one answer."""
         if sampling.n != 1 or sampling.temperature:
-            raise ValueError("one greedy answer is all that this engine gives")
+            raise ValueError("this engine gives one greedy answer: n=1 and temperature=0")
         self._count += 1
         self._queue.append((str(self._count), prompt, sampling))
         return str(self._count)

@@ -23,8 +23,9 @@ def register() -> None:
 def keep_plain_weights() -> None:
     """CPU: linear layers compute with the weights as they are, instead of a copy packed for oneDNN.
 
-    New weights are then one copy into the model's memory. Packed, each update also staged, packed and allocated anew
-    every layer, at five times the time; a packed product is about 5 % faster for 64 to 256 rows of float32.
+    New weights are then one copy into the model's memory. With packed weights each update also stages, packs and
+    allocates every layer, which took five times as long; a packed product is about 5 % faster for 64 to 256 rows of
+    float32.
     """
     from vllm import _custom_ops
 

@@ -12,7 +12,7 @@ Part: TypeAlias = tuple[list[NamedTensor], bool]  # tensors, and whether it is t
 
 
 def in_parts(named: Iterable[NamedTensor], part_bytes: int, is_sharded: bool = False) -> Iterator[Part]:
-    """Parts of about `part_bytes`, in order; a larger tensor is a part of its own.
+    """Parts of about `part_bytes`, in order; a larger tensor is a part by itself.
 
     Args:
         is_sharded: ZeRO-3. All ranks iterate together, and a part is whole only until the next one is taken.

@@ -32,7 +32,7 @@ def check_reference(logprobs: dict[str, list[float]]) -> None:
     assert logprobs["after"] != pytest.approx(logprobs["moved"], abs=1e-3)
 
 
-def test_adapters_learn_and_the_reference_stays(alone: dict[str, Any]) -> None:
+def test_adapters_are_trained_and_the_reference_is_not(alone: dict[str, Any]) -> None:
     assert alone["losses"][3] < alone["losses"][0]
     check_reference(alone["logprobs"])
     assert alone["again"] == pytest.approx(alone["losses"][3], abs=1e-6)
@@ -59,6 +59,6 @@ def test_exported_checkpoint_is_the_adapted_policy(alone: dict[str, Any], folder
     group = group_of(prompt_of(family, (4, 56, 56), seed=0), answer)
     with torch.no_grad():
         logprobs = PackedPolicy(load_model(export, "float32"), family)(pack([group]))[0]
-    # exported after a step that was taken up from the checkpoint and done once more: the same weights
+    # exported after a step that was repeated from the checkpoint: the same weights
     assert logprobs.tolist() == pytest.approx(alone["logprobs"]["after"], abs=1e-5)
     assert (export / "adapter" / "adapter_model.safetensors").exists()

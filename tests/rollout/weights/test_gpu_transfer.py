@@ -39,7 +39,7 @@ def config(way: str = "auto", lora: bool = False, **placement: Any) -> GrpoJobCo
         ({"gpus": 1, "replicas": 2}, "buckets"),  # one replica shares the trainer's GPU, one does not
         ({"gpus": 2}, "nccl"),  # a GPU each
         ({"gpus": 1, "colocate": False, "replicas": 3}, "nccl"),
-        ({"gpus": 0.5, "colocate": False}, "buckets"),  # they may lie on one GPU
+        ({"gpus": 0.5, "colocate": False}, "buckets"),  # they may share one GPU
         ({"gpus": 1, "lora": True}, "buckets"),
     ],
 )
@@ -54,7 +54,7 @@ def test_what_auto_chooses_may_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "placement", "mend"),
+    ("way", "placement", "fix"),
     [
         ("nccl", {}, "needs GPUs: set placement.gpus"),
         ("ipc", {}, "needs GPUs: set placement.gpus"),
@@ -64,8 +64,8 @@ def test_what_auto_chooses_may_be_asked_for() -> None:
         ("ipc", {"gpus": 1, "lora": True}, "model.lora trains adapters"),
     ],
 )
-def test_a_way_that_cannot_work_is_refused(way: str, placement: dict[str, Any], mend: str) -> None:
-    with pytest.raises(ValueError, match=f"rollout.weight_transfer={way}.*{mend}"):
+def test_a_way_that_cannot_work_is_refused(way: str, placement: dict[str, Any], fix: str) -> None:
+    with pytest.raises(ValueError, match=f"rollout.weight_transfer={way}.*{fix}"):
         config(way, **placement)
 
 
@@ -108,7 +108,7 @@ def test_what_is_announced_is_what_is_sent() -> None:
 
 @ray.remote
 class Replica:
-    """Notes the steps it is asked for; the network behind them is vLLM's and needs a GPU."""
+    """Records the steps it is asked for; the network behind them is vLLM's and needs a GPU."""
 
     def __init__(self, fails_at: str | None = None):
         self._fails_at, self._steps = fails_at, []  # type: ignore[var-annotated]
