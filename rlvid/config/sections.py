@@ -357,14 +357,14 @@ class RolloutConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Greedy answers to the held-out manifest during a run."""
+    """Evaluation on the held-out manifest: greedy answers; in sft, dpo and reward-model what is trained."""
 
     every: int = Field(50, ge=1)
-    """Steps between greedy evaluations. There is always one before the first and one after the last step."""
+    """Steps between evaluations. There is always one before the first and one after the last step."""
     max_samples: int | None = Field(None, ge=1)
     """Evaluate only the first samples of the held-out manifest, up to this number."""
     batch_size: int = Field(256, ge=1)
-    """Prompts given to the engines at a time."""
+    """Prompts given to the engines, or to each worker, at a time."""
 
 
 class PlacementConfig(Section):
