@@ -202,15 +202,15 @@ class Steps:
             # the real Sampling lies in a module that imports torch, which 64 processes had better not load
             groups = team.fleet.generate(prompts, SimpleNamespace(n=GROUP, temperature=1.0, max_tokens=128))
         with self.stage("reward"):
-            marks = team.rewards([p.sample for p in prompts], groups)
-            advantages = advantages_of(marks, self.cfg.grpo)
+            rewards = team.rewards([p.sample for p in prompts], groups)
+            advantages = advantages_of(rewards, self.cfg.grpo)
         with self.stage("train"):
             stats = optimize(self.cfg, team, self.step, prompts, groups, advantages)
         self.step += 1
         with self.stage("sync"):
             team.fleet.sync(team.trainer, self.step)
         with self.stage("metrics"):
-            self.tracker.log(self.step, summarize(groups, marks) | stats | team.fleet.metrics())
+            self.tracker.log(self.step, summarize(groups, rewards) | stats | team.fleet.metrics())
         assert len(prompts) == len(self.samples) and all(len(g) == GROUP for g in groups)
 
 
