@@ -41,8 +41,11 @@ def _plain(value: Any) -> Any:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write beside `path` and rename: a reader sees the old content or the new one, never half of it."""
-    unfinished = path.with_name(f".{path.name}.tmp")
+    """Write beside `path` and rename: a reader sees the old content or the new one, never half of it.
+
+    Several processes may write the same file, as trials of a sweep do.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     unfinished.replace(path)
 

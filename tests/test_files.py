@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +86,14 @@ def test_of_a_long_file_some_rows_are_read_and_all_evaluations(tmp_path: Path) -
     read = read_rows(path, max_rows=100, always=b'"eval/')
     assert len(read) == 102 and read[-1] == {"step": 9999} and sum("eval/accuracy" in row for row in read) == 2
     assert read_rows(path) == rows
+
+
+def test_processes_that_write_the_same_file_do_not_disturb_one_another(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, rlvid.files\nfor _ in range(50): rlvid.files.write_rows(pathlib.Path(sys.argv[1]), rows)"
+    )
+    rows = [{"id": str(i)} for i in range(2_000)]
+    command = [sys.executable, "-c", f"rows = {rows}\n{code}", str(tmp_path / "rows.jsonl")]
+    writers = [subprocess.Popen(command) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert read_rows(tmp_path / "rows.jsonl") == rows and len(list(tmp_path.iterdir())) == 1
