@@ -22,7 +22,7 @@ def check_disjoint(train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
     problems = []
     train_ids = {sample.id for sample in train}
     if shared := [sample.id for sample in held_out if sample.id in train_ids]:
-        problems.append(f"{len(shared)} ids stand in both ({_some(shared)})")
+        problems.append(f"{len(shared)} ids are in both ({_some(shared)})")
     train_id_of = {_asked(sample): sample.id for sample in train}
     pairs = [(train_id_of.get(_asked(sample)), sample.id) for sample in held_out if sample.id not in train_ids]
     if twins := [f"{train_id} = {held_out_id}" for train_id, held_out_id in pairs if train_id is not None]:

@@ -124,7 +124,7 @@ class Rubric:
         Where scores are text, that text becomes its answer.
 
         Raises:
-            NoScore: no caption, no scores, or an answer whose scores are not those of the labels.
+            NoScore: no video, no caption, no scores, or an answer whose scores are not those of the labels.
         """
         labels = sample.extra.get("labels")
         scores = self.scores(labels)
@@ -137,6 +137,8 @@ class Rubric:
         caption = sample.extra.get("prompt")
         if not isinstance(caption, str) or not caption.strip():
             raise NoScore("prompt, the text that the video was generated from, is missing or empty")
+        if not sample.media:
+            raise NoScore("it has no video, and its prompt is about one")
         system = [m for m in sample.messages if m.role == "system"]
         asked = Message.about(sample.media, self.question(caption))
         return replace(sample, messages=(*system, asked), choices=None)

@@ -20,7 +20,7 @@ def test_the_same_video_with_another_question_is_allowed() -> None:
 def test_shared_ids_are_named_up_to_five() -> None:
     train = [sample(str(i), video=f"/data/{i}.mp4") for i in range(9)]
     held_out = [sample(str(i), video=f"/held_out/{i}.mp4") for i in range(2, 9)]
-    with pytest.raises(UserError, match=r"7 ids stand in both \(2, 3, 4, 5, 6, \.\.\.\)"):
+    with pytest.raises(UserError, match=r"7 ids are in both \(2, 3, 4, 5, 6, \.\.\.\)"):
         check_disjoint(train, held_out)
 
 
@@ -44,5 +44,5 @@ def test_a_last_turn_alone_does_not_make_two_conversations_equal() -> None:
 
 
 def test_both_problems_are_told_at_once() -> None:
-    with pytest.raises(UserError, match="1 ids stand in both.*1 samples have the same.*Take these rows out"):
+    with pytest.raises(UserError, match="1 ids are in both.*1 samples have the same.*Take these rows out"):
         check_disjoint([sample("1"), sample("2", question="Q")], [sample("1"), sample("3", question="Q")])

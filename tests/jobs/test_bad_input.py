@@ -85,7 +85,7 @@ def test_evaluation_without_a_part_that_measures_accuracy(refused: Refused, tmp_
 
 def test_train_and_eval_share_ids(refused: Refused, tmp_path: Path) -> None:
     path = manifest(tmp_path / "m.jsonl")
-    assert "ids stand in both (a)" in refused(f"data.train={path}", f"data.eval={path}")
+    assert "ids are in both (a)" in refused(f"data.train={path}", f"data.eval={path}")
 
 
 def test_gpu_that_is_not_there(refused: Refused) -> None:

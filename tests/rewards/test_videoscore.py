@@ -150,6 +150,8 @@ def test_graded_sample_has_the_rubrics_prompt_and_answer() -> None:
     assert graded.messages[-1].content == (MediumRef(0), five_scores_question("a cat")) and graded.answer == TEXT
     with pytest.raises(NoScore, match="prompt"):
         FIVE.graded(Sample("s", (), sample.messages, "", extra={"labels": LABELS}))
+    with pytest.raises(NoScore, match="it has no video"):
+        FIVE.graded(Sample("s", (), (Message("user", ("old",)),), "", extra={"prompt": "a cat", "labels": LABELS}))
 
 
 def test_thinking_sample_whose_answer_says_something_else_is_refused() -> None:
