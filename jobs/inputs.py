@@ -57,8 +57,25 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
         check_rewards(cfg.rewards)
         check_scored(cfg, spec, {key: loaded.samples for key, loaded in rows.items()})
     if cfg.model.path is not None:
-        lines.append(f"model.path: {load_family(cfg.model.path).architecture}")
+        lines.append(f"model.path: {check_model(cfg.model.path, spec.roles(cfg)).architecture}")
     return lines
+
+
+def check_model(folder: Path, roles: Sequence[str]) -> ChatFamily:
+    """The family of a checkpoint that can take part in a job with these roles.
+
+    Raises:
+        UserError: it is none that rlvid knows, has no weights, or cannot generate and the job has generators.
+    """
+    family = load_family(folder)
+    if "generator" in roles and family.vllm_module is None:
+        raise UserError(
+            f"model.path: vLLM does not serve {family.architecture} ({folder}), so it cannot generate responses. "
+            f"rlvid sft, dpo and reward-model can train it"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path: {folder} holds no *.safetensors weights")
+    return family
 
 
 def check_scored(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
@@ -116,6 +133,8 @@ class Inputs:
         self.cfg, self._run = cfg, run
         self._clips_before = {"decodes": 0, "cache_hits": 0}  # in the parts of the run before it was resumed
         kind, data = spec.load(cfg), cfg.data
+        if cfg.model.path is not None:  # before clips are made
+            check_model(cfg.model.path, spec.roles(cfg))
         train, held_out = data.train, data.eval
         if train is None and data.synthetic is not None:
             run.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
@@ -135,11 +154,6 @@ class Inputs:
         if self.train:
             run.console.message(f"data.train: {count_media(self.train)}")
         self._load_model()
-
-    @property
-    def can_generate(self) -> bool:
-        """Whether vLLM serves the model's family."""
-        return self.family.vllm_module is not None
 
     def require_training_data(self) -> None:
         """
@@ -218,8 +232,6 @@ class Inputs:
         for sample in (*self.train, *self.held_out, *self.warm_up):
             self.family.check_media(sample)
         weights = sorted(self.model.glob("*.safetensors"))
-        if not weights:
-            raise UserError(f"model.path: {self.model} holds no *.safetensors weights")
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
         run.folder.record(model={p.name: _sha256(p) for p in weights}, prompt_templates={"chat": template})
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
+from rlvid.config import TinyModelConfig
+from rlvid.models.tiny import make_tiny
 
 Refused = Callable[..., str]
 
@@ -111,3 +113,22 @@ def test_frame_size_that_does_not_fit_the_family(refused: Refused) -> None:
 )
 def test_a_judge_that_is_not_there_is_known_before_anything_is_made(refused: Refused, judge: str, message: str) -> None:
     assert message in refused(f"isrt.judge={judge}", job="isrt")
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_a_family_without_an_engine_is_refused_before_clips_are_made(
+    refused: Refused, tmp_path: Path, is_dry: bool
+) -> None:
+    """Fault 21: said after 2,304 clips."""
+    for architecture, model_type in (("Idefics2", "idefics2"), ("VideoLlava", "video_llava")):
+        model = tmp_path / model_type
+        make_tiny(model, TinyModelConfig.model_validate({"family": model_type, "layers": 1}), ["red", "blue"], 0)
+        error = refused(f"model.path={model}", *["--dry-run"] * is_dry)
+        assert f"model.path: vLLM does not serve {architecture}ForConditionalGeneration ({model})" in error
+
+
+def test_a_checkpoint_without_weights_is_refused_before_clips_are_made(refused: Refused, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    make_tiny(model, TinyModelConfig(layers=1), ["red", "blue"], 0)
+    (model / "model.safetensors").unlink()
+    assert f"model.path: {model} holds no *.safetensors weights" in refused(f"model.path={model}")
