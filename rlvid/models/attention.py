@@ -1,9 +1,9 @@
-"""Attention over packed tokens: all groups of a micro-batch lie one after another in one row, without padding.
+"""Attention over packed tokens: all groups of a micro-batch follow one another in one row, without padding.
 
-A group is `[prompt | response 1 | ... | response G]`. Each prompt token sees the prompt up to itself; each response
-token sees the whole prompt and its own response up to itself. No mask of the square of the row is built: on CPU,
-prompts and responses are gathered into two rectangles; on GPU, FlexAttention skips the blocks that nobody may see and
-keeps no scores. Both are exactly the scores of separate sequences.
+A group is `[prompt | response 1 | ... | response G]`. A prompt token attends to the prompt up to itself; a response
+token attends to the whole prompt and to its own response up to itself. No mask of N x N is built for a row of N tokens:
+on CPU, prompts and responses are gathered into two padded tensors; on GPU, FlexAttention skips the blocks that are
+masked and stores no scores. Both give the same result as separate sequences.
 
 The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`).
 """
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 TEXT_ATTENTION = "rlvid_shared_prefix"
-VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower hands over block boundaries only where the name says flash
+VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower passes block boundaries only if the name contains "flash"
 
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """Where the B groups of a packed row of N tokens lie.
+    """The positions of the B groups in a packed row of N tokens.
 
-    Index tensors point into the row; -1 pads. G is the largest group, P and R the longest prompt and response.
+    Index tensors hold positions in the row, and -1 for padding. G is the number of responses of the largest group;
+    P and R are the lengths of the longest prompt and response.
     """
 
     prompt_index: Tensor  # [B, P] int64
@@ -39,10 +40,10 @@ class SharedPrefixLayout:
 
     @classmethod
     def of(cls, groups: list[tuple[int, list[int]]]) -> SharedPrefixLayout:
-        """From (prompt length, response lengths) of each group, in the row's order."""
+        """Make a layout from (prompt length, response lengths) of each group, in the order of the row."""
         longest_prompt = max(p for p, _ in groups)
         size = max(len(r) for _, r in groups)
-        longest = max((n for _, r in groups for n in r), default=0)  # 0: prompts alone
+        longest = max((n for _, r in groups for n in r), default=0)  # 0: prompts only
         prompts = np.full((len(groups), longest_prompt), -1, dtype=np.int64)
         responses = np.full((len(groups), size, longest), -1, dtype=np.int64)
         at = 0
@@ -56,29 +57,29 @@ class SharedPrefixLayout:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """FlexAttention's mask of the row, made once for all layers: which blocks of it anybody sees."""
+        """FlexAttention's mask of the row, made once for all layers."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        group, response = self.owners()
+        group, response = self.membership()
 
-        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             is_own = (group[q] == group[k]) & ((response[k] < 0) | (response[q] == response[k]))
             return is_own & (k <= q)
 
         n = len(group)
-        return create_block_mask(sees, None, None, n, n, device=str(group.device))
+        return create_block_mask(attends, None, None, n, n, device=str(group.device))
 
-    def owners(self) -> tuple[Tensor, Tensor]:
-        """Group [N] of each token, and its response in that group [N], -1 for the tokens of a prompt."""
+    def membership(self) -> tuple[Tensor, Tensor]:
+        """Index of each token's group [N] and of its response within the group [N]; -1 for the tokens of a prompt."""
         n = int(torch.cat([self.prompt_index.flatten(), self.response_index.flatten()]).max()) + 1
         group = torch.full((n,), -1, dtype=torch.int64, device=self.prompt_index.device)
         response = group.clone()
         for index in (self.prompt_index, self.response_index):
-            kept = index >= 0
-            b, column = kept.nonzero(as_tuple=True)
-            group[index[kept]] = b
+            is_token = index >= 0
+            b, column = is_token.nonzero(as_tuple=True)
+            group[index[is_token]] = b
             if index is self.response_index and self.group_size:
-                response[index[kept]] = column // (index.shape[1] // self.group_size)
+                response[index[is_token]] = column // (index.shape[1] // self.group_size)
         return group, response
 
     def to(self, device: torch.device) -> SharedPrefixLayout:
@@ -95,14 +96,14 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row.
+    """Return the attention output of a packed row.
 
     Args:
         query: [1, heads, N, D]; key and value: [1, kv_heads, N, D].
-        attention_mask: the row's layout (transformers hands on whatever the caller gave as mask).
+        attention_mask: the row's layout; transformers passes on what the caller gave as mask.
 
     Returns:
-        [1, N, heads, D] and no weights.
+        The output [1, N, heads, D], and None in place of attention weights.
     """
     layout = attention_mask
     if dropout:
@@ -116,7 +117,7 @@ def shared_prefix_attention(
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
-    # Padding stands behind the prompt, so causality alone keeps it out.
+    # Padding follows the prompt, so the causal mask excludes it.
     prompts = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scale)
     out = _put(q.new_zeros(n, heads, dim), layout.prompt_index, prompts)
     if not layout.group_size:
@@ -126,15 +127,16 @@ def shared_prefix_attention(
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, is_compiled: bool) -> Tensor:
-    """Attention of a packed row by FlexAttention: q [1, heads, N, D], k and v [1, kv_heads, N, D] -> like q.
+    """Attention of a packed row by FlexAttention: q [1, heads, N, D], k and v [1, kv_heads, N, D] -> shape of q.
 
-    Compiled it needs memory of the order of N; not compiled (for tests) it builds the scores.
+    Compiled, it needs memory proportional to N; not compiled (for tests), it stores all scores.
     """
-    n, named = q.shape[2], layout.block_mask.shape[-1]
-    q, k, v = (x[:, :, :named] for x in (q, k, v))  # behind them may lie a clip that no group owns: it sees nothing
+    n, n_grouped = q.shape[2], layout.block_mask.shape[-1]
+    # The tokens of a clip that belongs to no group may follow those of the groups: their output is 0.
+    q, k, v = (x[:, :, :n_grouped] for x in (q, k, v))
     flex = _flex_attention(is_compiled)
     out: Tensor = flex(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return F.pad(out, (0, 0, 0, n - named))
+    return F.pad(out, (0, 0, 0, n - n_grouped))
 
 
 @cache
@@ -147,7 +149,7 @@ def _flex_attention(is_compiled: bool) -> Any:
 def _attend_responses(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> Tensor:
-    """One softmax over a prompt's keys and a response's own: [B, heads, G * R, D]."""
+    """Attention of the responses [B, heads, G * R, D]: one softmax over the keys of the prompt and of the response."""
     qr, kr, vr = (_take(x, layout.response_index) for x in (q, k, v))  # [B, heads, G * R, D]
     batch, heads, _, dim = qr.shape
     own = (batch, heads, layout.group_size, -1, dim)  # [B, heads, G, R, D]
@@ -163,14 +165,14 @@ def _attend_responses(
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x [N, heads, D] at index [B, L] (padding takes row 0) -> [B, heads, L, D]."""
+    """Gather x [N, heads, D] at index [B, L] -> [B, heads, L, D]. Padding gets the values of row 0."""
     return x[index.clamp(min=0)].transpose(1, 2)
 
 
 def _put(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Write values [B, heads, L, D] to the rows of out [N, heads, D] that index [B, L] names."""
-    kept = index >= 0
-    return out.index_put((index[kept],), values.transpose(1, 2)[kept])
+    """Write values [B, heads, L, D] into out [N, heads, D] at index [B, L], without the padding."""
+    is_token = index >= 0
+    return out.index_put((index[is_token],), values.transpose(1, 2)[is_token])
 
 
 def block_attention(
@@ -184,9 +186,9 @@ def block_attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Full attention inside each block (a frame) of the vision tower; neighbours of equal length go in one call.
+    """Full attention within each block (a frame) of the vision tower; adjacent blocks of equal length share one call.
 
-    transformers' own sdpa path makes one call per block: 128 small calls a layer for 32 clips of 8 frames.
+    transformers' sdpa path makes one call per block: 128 small calls per layer for 32 clips of 8 frames.
 
     Args:
         query, key, value: [1, heads, N, D].

@@ -1,4 +1,4 @@
-"""A linear head on a network's hidden states, and its file beside a checkpoint."""
+"""A linear head on a network's hidden states, and the file that stores it in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ HEAD_FILE = Path("reward_model") / "head.safetensors"  # in a checkpoint folder
 
 @dataclass(frozen=True)
 class Head:
-    """What a head computes: `Linear(hidden, outputs)` with bias.
+    """A head `Linear(hidden, outputs)` with bias.
 
-    It starts at `initial_bias` for every input.
+    A new one returns `initial_bias` for every input: its weights are 0.
     """
 
-    outputs: tuple[str, ...]  # names, in the order of the rows
+    outputs: tuple[str, ...]  # names, in the order of the rows of the weight
     initial_bias: float = 0.0
 
     def build(self, width: int, dtype: torch.dtype) -> nn.Linear:
-        """A new head on hidden states of `width`."""
+        """Make a new head for hidden states of size `width`."""
         layer = nn.Linear(width, len(self.outputs), dtype=dtype)
         nn.init.zeros_(layer.weight)
         nn.init.constant_(layer.bias, self.initial_bias)
@@ -41,10 +41,10 @@ class Head:
         save_file(dict(state), file, metadata={"outputs": json.dumps(self.outputs)})
 
     def load(self, layer: nn.Linear, folder: Path) -> None:
-        """Read the head of checkpoint `folder` into `layer`, each output's row by its name.
+        """Read the head of checkpoint `folder` into `layer`; rows are matched by the names of the outputs.
 
         Raises:
-            UserError: there is no head, or it lacks one of the outputs.
+            UserError: the checkpoint has no head, or the head lacks one of the outputs.
         """
         file = folder / HEAD_FILE
         try:
@@ -52,8 +52,8 @@ class Head:
                 names = json.loads((stored.metadata() or {}).get("outputs", "[]"))
                 state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it has no __iter__
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{file} cannot be read ({e}): a reward model with a head has it there") from e
+            raise UserError(f"{file} cannot be read ({e}): expected the head of a reward model") from e
         if missing := [name for name in self.outputs if name not in names]:
-            raise UserError(f"{file} scores {', '.join(names) or 'nothing'}; it lacks {', '.join(missing)}")
+            raise UserError(f"{file} scores {', '.join(names) or 'nothing'} but not {', '.join(missing)}")
         rows = torch.tensor([names.index(name) for name in self.outputs])
         layer.load_state_dict({name: tensor[rows] for name, tensor in state.items()})

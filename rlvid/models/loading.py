@@ -1,4 +1,4 @@
-"""Loading a checkpoint's weights, with our attention in place of transformers' own."""
+"""Loads a checkpoint with packed attention in place of transformers' attention."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """The policy network with packed attention, in training precision, on the CPU.
+    """Load the policy network with packed attention, in training precision, on the CPU.
 
     Raises:
-        UserError: missing weights or a setting that packed attention cannot follow.
+        UserError: weights are missing, or packed attention does not support a setting of the model.
     """
     torchvision_ops.ensure()
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -36,7 +36,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         )
     except OSError as e:
         raise UserError(f"model.path: cannot load {folder}: {e}") from e
-    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
+    if missing := sorted(loaded["missing_keys"]):  # transformers would use random numbers instead
         raise UserError(f"model.path: {folder} lacks {len(missing)} weights, for example {missing[0]}")
     text_config = model.config.get_text_config()
     if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
@@ -51,7 +51,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def freeze_towers(network: nn.Module, family: ChatFamily) -> None:
-    """Train nothing of the vision towers but their projection (Qwen-VL's `merger`, elsewhere a module of its own)."""
+    """Freeze the vision towers, except for their projection (`merger` in Qwen-VL, outside the tower elsewhere)."""
     for tower in family.towers:
         for name, parameter in network.get_submodule(f"model.{tower}").named_parameters():
             if "merger" not in name:
@@ -59,9 +59,9 @@ def freeze_towers(network: nn.Module, family: ChatFamily) -> None:
 
 
 class PatchProjection(nn.Module):
-    """A convolution whose stride is its kernel is one matrix product, under the same parameter names.
+    """A convolution whose stride equals its kernel, computed as one matrix product. Parameter names stay the same.
 
-    torch's Conv3d took a fifth of forward and backward of a 1,000-token prompt on CPU, for the same numbers.
+    On CPU, torch's Conv3d took a fifth of forward and backward of a 1,000-token prompt, with the same result.
     """
 
     def __init__(self, conv: nn.Conv3d):
@@ -76,9 +76,9 @@ class PatchProjection(nn.Module):
 def _text_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Takes the row's layout from the forward's own argument `shared_prefix`.
+    """Attention with the layout that the forward was given as argument `shared_prefix`.
 
-    As attention mask it would not arrive: Qwen3-VL and Llama make masks of their own from what they are given.
+    The layout cannot be passed as attention mask: Qwen3-VL and Llama replace the mask by one of their own.
     """
     layout = kwargs.pop("shared_prefix")
     return shared_prefix_attention(module, query, key, value, layout, **kwargs)

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on the language model's linear layers, by peft.
 
-The adapters are injected into the network, so it keeps its own class and forward. An adapter file has peft's format:
-`PeftModel.from_pretrained` and vLLM's `LoRARequest` load it.
+The adapters are injected into the network, which keeps its class and its forward. An adapter file has peft's format, so
+`PeftModel.from_pretrained` and vLLM's `LoRARequest` can load it.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from rlvid.config import LoraConfig
 from rlvid.errors import UserError
 
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # peft's default name
 PEFT_PREFIX = "base_model.model."  # before every name in peft's adapter files
 
 
 def peft_config(cfg: LoraConfig, excluded: Sequence[str]):  # type: ignore[no-untyped-def]  # peft is imported late
-    """peft's configuration; modules under the names in `excluded` get no adapters (`ChatFamily.no_lora`)."""
+    """Return peft's configuration. Modules within those named in `excluded` get no adapters (`ChatFamily.no_lora`)."""
     from peft import LoraConfig as PeftConfig
 
-    nowhere = rf"(?!.*\b(?:{'|'.join(excluded)})\b)" if excluded else ""
-    targets = rf"{nowhere}.*\.(?:{'|'.join(cfg.targets)})"
+    not_excluded = rf"(?!.*\b(?:{'|'.join(excluded)})\b)" if excluded else ""
+    targets = rf"{not_excluded}.*\.(?:{'|'.join(cfg.targets)})"
     return PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
 def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str], seed: int = 0) -> None:
-    """Freeze the network and put an adapter beside each target layer; at first it changes nothing (B is 0).
+    """Freeze the network and add an adapter to each target layer. New adapters do not change its output (B is 0).
 
     Args:
-        seed: all ranks of a trainer must draw the same A.
+        seed: of the random A; the same on all ranks of a trainer.
 
     Raises:
-        UserError: no layer has one of the target names.
+        UserError: no layer has any of the target names.
     """
     from peft import inject_adapter_in_model
 
@@ -55,13 +55,13 @@ def is_adapter(name: str) -> bool:
 
 
 def file_name(name: str) -> str:
-    """A parameter's name in the network -> in an adapter file."""
+    """The name in an adapter file of a parameter of the network."""
     return PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
-    """The base model: what the adapters were put beside."""
+    """Disable the adapters within the context: the network is then the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
@@ -71,12 +71,11 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)  # it would also make a frozen adapter trainable; there is none
+            layer.enable_adapters(True)  # it also makes adapters trainable, as they were before
 
 
 def merged(state: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:
-    """The network's parameters with W + alpha / rank * B A in place of the adapted layers, under a plain checkpoint's
-    names."""
+    """Merge adapters into the weights: W + alpha / rank * B A, under the names of a checkpoint without adapters."""
     plain = {}
     for name, tensor in state.items():
         if is_adapter(name):
@@ -95,8 +94,8 @@ def save_adapter(
     """Write an adapter file and its configuration.
 
     Args:
-        state: adapter tensors under the file's names (`file_name`).
-        base: the checkpoint that the adapter belongs to.
+        state: adapter tensors by their names in the file (`file_name`).
+        base: path of the base checkpoint.
     """
     from safetensors.torch import save_file
 

@@ -1,5 +1,6 @@
-"""Random models of about one million parameters, with a real architecture, processor and tokenizer: nothing is
-downloaded. What differs between families is in their files (`make_tiny`).
+"""Makes random models of about one million parameters, with a real architecture, processor and tokenizer.
+
+Nothing is downloaded. What differs between families is in their own files (`make_tiny`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: int) -> None:
-    """Save a random model of `cfg.family` that transformers and vLLM load: weights, configuration, tokenizer, and the
-    processor where it sees videos.
+    """Save a random model of `cfg.family` that transformers and vLLM can load, with its tokenizer and processor.
 
-    The tokenizer is a byte-level BPE trained on `texts`. Written to a side folder first, so `folder` is whole or
-    absent.
+    The tokenizer is a byte-level BPE trained on `texts`. `folder` is written under another name and renamed, so it is
+    either complete or absent.
     """
     torchvision_ops.ensure()
     from transformers.utils import logging as transformers_logging
@@ -40,7 +40,7 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: in
         network, processor = family.make_tiny(cfg, _text_settings(cfg, tokenizer), tokenizer)
         _spread_weights(network)
     part = folder.with_name(folder.name + ".part")
-    with _deepspeed_told_cpu():
+    with _deepspeed_on_cpu():
         network.save_pretrained(part)
     processor.save_pretrained(part)
     part.rename(folder)
@@ -64,19 +64,19 @@ def _text_settings(cfg: TinyModelConfig, tokenizer: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _deepspeed_told_cpu() -> Iterator[None]:
-    """`save_pretrained` imports DeepSpeed (through accelerate), which warns when it has to guess its device."""
-    is_chosen = "DS_ACCELERATOR" in os.environ
+def _deepspeed_on_cpu() -> Iterator[None]:
+    """Tell DeepSpeed its device: `save_pretrained` imports it (through accelerate), and it warns if it has to guess."""
+    is_set = "DS_ACCELERATOR" in os.environ
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         yield
     finally:
-        if not is_chosen:
-            del os.environ["DS_ACCELERATOR"]  # processes that are started later choose for themselves
+        if not is_set:
+            del os.environ["DS_ACCELERATOR"]  # processes started later must make their own choice
 
 
 def _spread_weights(model: nn.Module) -> None:
-    """Draw matrices with std 1/sqrt(fan_in): with the default 0.02 a model this small does not learn."""
+    """Draw matrices with std 1/sqrt(fan_in): with the default 0.02 such a small model does not learn."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.weight[0].numel()))

@@ -1,8 +1,8 @@
-"""Lets transformers import torchvision on machines where its compiled operators do not load.
+"""Makes `import torchvision` work on machines where its compiled operators do not load.
 
-transformers' video processors need `import torchvision`, which fails at `torchvision::nms` when its extension was built
-for another torch (the registry's wheel beside a CPU torch). No detection operator is ever called here, so naming the
-schemas is enough. Call `ensure()` before the first import of transformers or vLLM.
+transformers' video processors import torchvision. The import fails at `torchvision::nms` if the compiled extension was
+built for another torch (a CUDA wheel with a CPU torch, for example). rlvid calls no detection operator, so it is enough
+to define their schemas. Call `ensure()` before the first import of transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-_libraries: list[torch.library.Library] = []  # a Library's definitions live as long as the object
+_libraries: list[torch.library.Library] = []  # definitions are removed when their Library is deleted
 
 
 def ensure() -> bool:
     """Define the two operator schemas where torchvision's extension cannot be loaded. Idempotent.
 
     Returns:
-        Whether they had to be defined: then a child process that does not call this cannot import torchvision.
+        True if they had to be defined: child processes then have to call this too before they import torchvision.
     """
     if _libraries:
         return True
@@ -33,7 +33,7 @@ def ensure() -> bool:
         if extensions:
             return False
     except (OSError, RuntimeError):
-        pass  # the extension is for another torch: go on without its operators
+        pass  # the extension is for another torch: define the schemas below
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

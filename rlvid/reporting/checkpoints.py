@@ -1,7 +1,7 @@
-"""The `checkpoints/` folder of a run: which checkpoints are complete, and how one becomes so.
+"""The `checkpoints/` folder of a run: finds, writes and removes checkpoints.
 
-Invariant: a folder named `step_N` is complete. It is written as `step_N.tmp` and renamed, which is atomic, so a process
-killed at any moment leaves either no `step_N` or a whole one. What is in a checkpoint is the trainer's matter.
+Invariant: a folder named `step_N` is complete. It is written as `step_N.tmp` and then renamed, which is atomic, so a
+process killed at any time leaves either a complete `step_N` or none. The trainer decides what a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rlvid.files import naming_write_errors
 
-STATE_FILE = "job.json"  # in a checkpoint: the state of the job, beside weights and optimizer
+STATE_FILE = "job.json"  # in a checkpoint: the state of the job
 _COMPLETE = re.compile(r"step_(\d+)")
 
 
@@ -44,17 +44,17 @@ class Checkpoints:
 
     @contextmanager
     def writing(self, step: int, keep: int) -> Iterator[Path]:
-        """Yields an empty folder to write into. It becomes `step_<step>` when the block ends without an error.
+        """Yield an empty folder to write into, which becomes `step_<step>` when the block ends without an error.
 
-        Then all but the newest `keep` complete checkpoints are removed. A checkpoint of the same step is replaced.
-        After an error nothing is left of the new checkpoint.
+        A checkpoint of the same step is replaced. Then all but the newest `keep` complete checkpoints are removed.
+        After an error the new checkpoint is removed.
 
         Raises:
-            UserError: the disk cannot be written.
+            UserError: writing failed, for example because the disk is full.
         """
         naming = naming_write_errors(
             f"the checkpoint of step {step} in {self.dir}",
-            "free some space; the earlier checkpoints are whole, and the same command resumes from the newest",
+            "free some space; earlier checkpoints are complete, and the same command resumes from the newest",
         )
         with naming:
             yield from self._writing(step, keep)
@@ -80,14 +80,14 @@ class Checkpoints:
         self.prune(keep)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`."""
+        """Remove all complete checkpoints but the newest `keep`."""
         for checkpoint in self.complete()[:-keep]:
-            # renamed first: a kill in mid-removal must not leave half a `step_N`
-            doomed = checkpoint.path.with_name(checkpoint.path.name + ".tmp")
-            checkpoint.path.rename(doomed)
-            shutil.rmtree(doomed)
+            # Renamed first: if the process is killed here, no incomplete `step_N` is left.
+            removed = checkpoint.path.with_name(checkpoint.path.name + ".tmp")
+            checkpoint.path.rename(removed)
+            shutil.rmtree(removed)
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed process left. Call it only while holding the run folder's lock."""
+        """Remove what a killed process left incomplete. Call it only while holding the run folder's lock."""
         for path in self.dir.glob("step_*.tmp"):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What a person sees on stdout while a job runs: one aligned line per step, phases, and the result as the last line.
+"""Prints a job's progress on stdout: phases, one aligned line per step, and the result as the last line.
 
-On a terminal a progress bar stays below the lines. In a pipe or a file there are only plain lines: no control
-characters, each written at once.
+On a terminal a progress bar stays below the lines. In a pipe or a file there are only plain lines without control
+characters, each flushed when it is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _percent(value: float) -> str:
 
 
 def _compact(value: float) -> str:
-    """At most eight characters, three digits that count."""
+    """At most eight characters, three significant digits."""
     if value == 0 or 0.001 <= abs(value) < 100_000:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.1e}"
@@ -51,14 +51,14 @@ FORMS: dict[Form, Callable[[float], str]] = {
 
 
 class Console:
-    """Prints a run's progress. `with Console() as console:` takes the progress bar away at the end."""
+    """Prints a run's progress. `with Console() as console:` removes the progress bar at the end."""
 
     def __init__(self, stream: TextIO | None = None, width: int | None = None) -> None:
         self._stream = stream or sys.stdout
         self._is_terminal = self._stream.isatty()
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not stop a run
-        # All three are given: rich would otherwise colour a pipe where FORCE_COLOR or TTY_COMPATIBLE is set, as in CI.
+        # Without the first three, rich prints colours into a pipe if FORCE_COLOR or TTY_COMPATIBLE is set, as in CI.
         self._console = RichConsole(
             file=self._stream,
             force_terminal=self._is_terminal,
@@ -70,12 +70,12 @@ class Console:
         )
         self._total: int | None = None
         self._stages: list[str] = []
-        self._columns: tuple[str, ...] = ()  # metrics
+        self._columns: tuple[str, ...] = ()  # names of metrics
         self._lines_since_heading = 0
         self._progress: Progress | None = None
 
     def phase(self, name: str, steps: int | None = None, done: int = 0) -> None:
-        """Announce what comes next; `steps` of it are shown as a progress bar, of which `done` are done already."""
+        """Announce a phase; with `steps` a progress bar is shown, of which `done` steps are complete."""
         self._stop_progress()
         self._total = steps
         self._columns, self._stages = (), []
@@ -94,12 +94,12 @@ class Console:
             self._progress.start()
 
     def working(self, stage: str, done: int | None = None) -> None:
-        """Show the stage of the step beside the progress bar, and how many are done. On a terminal only."""
+        """On a terminal, show the current stage beside the progress bar, and the number of steps done."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=_printable(stage), completed=done)
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """One line: step, the numbers of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
+        """Print one line: step, the metrics of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
         metrics = {key.removeprefix("warm_start/"): value for key, value in metrics.items()}
         base = next(columns for marker, columns in COLUMNS if not marker or marker in metrics)
         new_stages = [key for key in metrics if key.startswith("time/") and key not in ("time/step", *self._stages)]
@@ -116,10 +116,13 @@ class Console:
             self._progress.update(self._progress.task_ids[0], completed=step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """One line over n held-out samples: accuracy, and by kind of question; or rank correlation, by dimension; or
-        the loss."""
+        """Print one line on held-out samples: accuracy by kind of question, rank correlation by dimension, or loss."""
         n = metrics.get("eval/n")
-        forms = {"spearman": _tenths, "accuracy": _percent, "loss": _compact}  # of the first that was measured
+        forms = {
+            "spearman": _tenths,
+            "accuracy": _percent,
+            "loss": _compact,
+        }  # the first of these that was measured is shown
         name = next((name for name in forms if f"eval/{name}" in metrics), "accuracy")
         form = forms[name]
         parts = [f"evaluation after step {step}: {name} {_shown(metrics.get(f'eval/{name}'), form)}"]
@@ -136,7 +139,7 @@ class Console:
         self._print(text)
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-        """Rows under headings, as wide as they need; on a terminal long cells are wrapped. `Text` keeps its style."""
+        """Print rows under headings; on a terminal long cells are wrapped. A `Text` keeps its style."""
         self._stop_progress()
         table = Table(box=SIMPLE_HEAD if self._is_terminal else None, pad_edge=False)
         for heading in headings:
@@ -151,7 +154,7 @@ class Console:
         self._stream.flush()
 
     def result(self, result: Mapping[str, Any]) -> None:
-        """The result of the job as one line of JSON, the last line of stdout."""
+        """Print the result of the job as one line of JSON, the last line of stdout."""
         self._stop_progress()
         self._stream.write(dumps(result) + "\n")  # not through rich: it would wrap it on a terminal
         self._stream.flush()
@@ -173,7 +176,7 @@ class Console:
         for key, cell in zip(self._columns, cells, strict=True):
             width = max(len(_heading(key)), _MIN_COLUMN) + 2
             if self._is_terminal and len(line) + width > self._console.width:
-                break  # a narrow window leaves out the stages, which are last
+                break  # in a narrow window the last columns, the stages, are left out
             line += cell.rjust(width)
         return line
 
@@ -196,5 +199,5 @@ def _shown(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def _printable(text: str) -> str:
-    """File names and model output may carry terminal escapes."""
+    """Replace control characters: file names and model output may contain terminal escapes."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)

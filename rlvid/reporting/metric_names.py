@@ -1,7 +1,7 @@
-"""Every metric that has a place of its own: its title, unit and format, for console, report and tracker.
+"""The known metrics: title, unit and format of each, for console, report and tracker.
 
-A new metric needs one line in METRICS and, to be drawn beside others, its name in CHARTS; one without a line is drawn
-under "Other metrics" by its name.
+A new metric needs one line in METRICS. To draw it in a chart with others, add its name to CHARTS. A metric without a
+line is drawn under "Other metrics" with its name as title.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Form = Literal["number", "tenths", "percent", "seconds"]
 
 @dataclass(frozen=True)
 class Metric:
-    title: str  # of its curve
+    title: str  # of its chart
     form: Form = "number"
     unit: str = ""
     column: str = ""  # its heading in the console
-    series: str = ""  # its name in the legend of a chart that it shares
-    is_exact: bool = False  # has no noise in it: its curve is not smoothed
+    series: str = ""  # its name in the legend of a chart with several curves
+    is_exact: bool = False  # without noise: its curve is not smoothed
 
 
 METRICS: dict[str, Metric] = {
@@ -71,9 +71,9 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves in one picture. Title, unit and format are those of the first metric, unless given."""
+    """Curves in one chart. Title and format are those of the first metric, unless they are given."""
 
-    keys: tuple[str, ...]  # in the order of the legend; "reward/*" takes the rest of that prefix
+    keys: tuple[str, ...]  # in the order of the legend; "reward/*" means all others with that prefix
     title: str = ""
     form: Form | None = None
     is_stacked: bool = False
@@ -117,7 +117,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
 WARM_START_CHARTS = (Chart(("warm_start/loss", "warm_start/*")), Chart(("train/accuracy", "eval/accuracy")))
 NO_CHART = ("step", "phase", "time_s", "eval/n", "time/step", "eval/accuracy_low95", "eval/accuracy_high95")
 
-COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # of the console, for the first of these metrics that a step has
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # (metric, console columns): the first whose metric is in a step
     (
         "rewards/chosen",
         ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "train/lr"),
@@ -138,8 +138,8 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # of the console, for the 
     ),
 )
 
-HEADLINES = ("eval/accuracy", "eval/spearman")  # the number on top of the report: the first that a run has
-HEADLINE_TITLES = {  # (job, metric): what that number is; otherwise greedy accuracy
+HEADLINES = ("eval/accuracy", "eval/spearman")  # the headline of the report is the first of these that a run has
+HEADLINE_TITLES = {  # (job, metric): title of the headline; otherwise greedy accuracy
     ("dpo", "eval/accuracy"): "Pairs ranked right",
     ("reward-model", "eval/accuracy"): "Pairs ranked right",
     ("reward-model", "eval/spearman"): "Spearman correlation x 100",

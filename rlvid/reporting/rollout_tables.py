@@ -1,6 +1,6 @@
-"""Rollout tables: `rollouts/step_000010.parquet`, one row per response, and `frames/step_000010.parquet` beside them.
+"""Reads and writes rollout tables: `rollouts/step_000010.parquet`, one row per response, `frames/step_000010.parquet`.
 
-Frames lie in a folder of their own, so that `pandas.read_parquet("runs/demo/rollouts")` gives the tables of all steps
+Frames are in a folder of their own, so that `pandas.read_parquet("runs/demo/rollouts")` gives the tables of all steps
 without megabytes of pictures.
 """
 
@@ -21,9 +21,9 @@ SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("group_index", pa.int64(), nullable=False),  # place of the response in its group
+        pa.field("group_index", pa.int64(), nullable=False),  # index of the response in its group
         pa.field("question", pa.string(), nullable=False),
-        pa.field("answer", pa.string(), nullable=False),  # the right one
+        pa.field("answer", pa.string(), nullable=False),  # the right answer
         pa.field("response", pa.string(), nullable=False),
         pa.field("reward_total", pa.float64()),  # null: the reward is invalid
         pa.field("reward_parts", pa.string(), nullable=False),  # JSON object: name -> value
@@ -35,16 +35,18 @@ SCHEMA = pa.schema(
         pa.field("logprob_mean", pa.float64(), nullable=False),
     ]
 )
-"""Columns of a rollout table; a row has all of them."""
+"""Columns of a rollout table; every row has all of them."""
 
 FRAME_SCHEMA = pa.schema([("sample_id", pa.string()), ("frames", pa.list_(pa.binary()))])
-"""Columns of a frame table; frames are encoded pictures (JPEG or PNG) in their order of time."""
+"""Columns of a frame table; frames are encoded images (JPEG or PNG) in order of time."""
 
 _FILE = re.compile(r"step_(\d+)\.parquet")
 
 
 def write(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]], frames: Mapping[str, Sequence[bytes]]) -> Path:
-    """Write both tables of a step, frames first: a rollout table that can be seen has its frames. Returns its path.
+    """Write both tables of a step and return the path of the rollout table.
+
+    Frames are written first, so a rollout table is never without its frames.
 
     Raises:
         ValueError: a row has other columns than `SCHEMA`.
@@ -58,7 +60,7 @@ def write(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]], frames: M
 
 
 def read(run_dir: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, list[bytes]]]:
-    """Rows and frames of a step. No frame file gives no frames."""
+    """Rows and frames of a step. Without a frame table there are no frames."""
     rows: list[dict[str, Any]] = _read_table(_path(run_dir, "rollouts", step))
     frame_path = _path(run_dir, "frames", step)
     frame_rows = _read_table(frame_path) if frame_path.exists() else []
@@ -90,12 +92,14 @@ def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a rollout row lacks {missing} and has unknown {unknown}")
     clean: dict[str, Any] = {key: _text(value) if isinstance(value, str) else value for key, value in row.items()}
     total = clean["reward_total"]
-    clean["reward_total"] = None if total is None or math.isnan(total) else total  # Reward.invalid has NaN
+    clean["reward_total"] = (
+        None if total is None or math.isnan(total) else total
+    )  # the total of an invalid Reward is nan
     return clean
 
 
 def _text(value: str) -> str:
-    """File names and byte-level tokenizers can give lone surrogates, which Arrow refuses."""
+    """Replace lone surrogates, which Arrow does not accept; file names and byte-level tokenizers can contain them."""
     return value.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -108,7 +112,7 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
     try:
-        # one file, not a dataset: `read_table` would take folder names like `step=3` for columns
+        # `read_table` would read folder names like `step=3` as columns
         rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file: {error}") from None

@@ -1,20 +1,20 @@
-"""The run folder: everything that a run leaves behind, and the only code that knows its layout.
+"""The run folder: all files of a run. Only this module knows the layout.
 
     config.yaml        resolved configuration; its presence makes a folder a run folder
     run.json           versions, commit, seed, start, hashes of model and data, prompt templates
     metrics.jsonl      one row per step
-    rollouts/, frames/ step_000010.parquet: responses with their rewards, and the frames that were shown
+    rollouts/, frames/ step_000010.parquet: responses with their rewards, and the frames of their videos
     predictions/       step_000010.jsonl: greedy answers to the held-out samples
     bad_clips.jsonl    clips that could not be read, with the reason
-    refused.jsonl      rows of the manifests that a reward model cannot learn from, with the reason
+    refused.jsonl      manifest rows that cannot train a reward model, with the reason
     checkpoints/       step_N, complete by construction (see checkpoints.py)
-    logs/              noise of engines, and tracebacks
-    iterations/NN/     i-SRT: contexts, responses, judgements and pairs, one file of rows each, and the model after them
-    judge_cache.jsonl  answers of judges, by a hash of what they were asked
-    report.html        the page made of all this
+    logs/              output of engines, and tracebacks
+    iterations/NN/     i-SRT: contexts, responses, judgements and pairs, a file each, and the model trained on them
+    judge_cache.jsonl  answers of judges, keyed by a hash of the prompt
+    report.html        the report, made from these files
 
-Two invariants: one writing process at a time (a lock that ends with its process), and one config per folder (a key says
-itself in `rlvid/config` whether it may change when a run is resumed).
+Two invariants. One process writes at a time: it holds a lock, which the system releases when the process ends. A folder
+has one config: `rlvid/config` says for each key whether it may change when a run is resumed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from rlvid.reporting import rollout_tables
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.run_start import StartedRun
 
-_PHASES = ("warm_start", "train")  # in their order of time; rows of metrics.jsonl without a phase are of the last one
+_PHASES = ("warm_start", "train")  # in order of time; rows of metrics.jsonl without a phase belong to the last one
 
 
 class RunFolder:
-    """A run folder. To read it needs nothing more; to write, `with RunFolder(dir).start(cfg, "grpo") as run:`."""
+    """A run folder. It can be read as it is; to write to it, use `with RunFolder(dir).start(cfg, "grpo") as run:`."""
 
     def __init__(self, dir: Path) -> None:
         self.dir = Path(dir)
@@ -103,8 +103,8 @@ class RunFolder:
         """Make the folder, or resume the run in it, and lock it until `close`.
 
         Raises:
-            UserError: the folder holds a run of another job or config, is no run folder, is in use, or cannot be
-                written. Nothing is left behind then.
+            UserError: the folder has a run of another job or config, is not a run folder, is in use, or cannot be
+                written. All changes are then undone.
         """
         self._bad_paths = None
         self._started = StartedRun(self, cfg, job)
@@ -122,7 +122,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after a `UserError` that came before any result, leave no half-written new folder."""
+        """Close. After a `UserError` before any result, remove the new folder too."""
         if isinstance(error, UserError) and self._started and not self.has_results and not self.bad_clips_file.exists():
             self._started.abandon()
         self.close()
@@ -135,10 +135,10 @@ class RunFolder:
         prompt_templates: Mapping[str, str] | None = None,
         **more: Any,
     ) -> None:
-        """Add to `run.json`: hashes of the model's and the data's files, prompt-template ids, anything else.
+        """Add to `run.json`: hashes of the files of model and data, prompt-template ids, and other entries.
 
         Raises:
-            UserError: the run is taken up again and one of the hashes or templates is another than at its start.
+            UserError: the run is resumed, and a hash or template differs from that at its start.
         """
         manifest = self.manifest()
         for kind, new in (("model", model), ("data", data), ("prompt_templates", prompt_templates)):
@@ -147,7 +147,7 @@ class RunFolder:
             if changed:
                 raise UserError(
                     f"{self.dir} was started with other content: {', '.join(f'{kind} {key}' for key in changed)} "
-                    f"changed since then. Put the old content back, give another run.dir, or delete {self.dir}."
+                    f"changed since then. Restore the old content, give another run.dir, or delete {self.dir}."
                 )
             if new is not None:
                 manifest[kind] = {**old, **new}
@@ -179,11 +179,11 @@ class RunFolder:
         append_row(self.metrics_file, row)
 
     def read_metrics(self, max_rows: int | None = None) -> list[dict[str, Any]]:
-        """Rows in their order; of more than `max_rows` only every n-th, and all evaluations."""
+        """Rows in order. If there are more than `max_rows`, only every n-th row and all evaluations."""
         return read_rows(self.metrics_file, max_rows, always=b'"eval/')
 
     def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> bool:
-        """Note a clip that cannot be read. False if its path is noted already, by this or an interrupted process."""
+        """Record a clip that cannot be read. False if its path was recorded before, by this or an earlier process."""
         if self._bad_paths is None:
             self._bad_paths = {row["path"] for row in self.read_bad_clips()}
         if clip.path in self._bad_paths:
@@ -193,7 +193,7 @@ class RunFolder:
         return True
 
     def append_refused(self, sample_id: str, reason: str) -> None:
-        """Note a manifest row that a reward model cannot learn from; once, also when the run is taken up again."""
+        """Record a manifest row that cannot train a reward model, unless it was recorded before the run was resumed."""
         row = {"id": sample_id, "reason": reason}
         if row not in read_rows(self.refused_file):
             append_row(self.refused_file, row)
@@ -207,7 +207,7 @@ class RunFolder:
         rows: Iterable[Mapping[str, Any]],
         frames: Mapping[str, Sequence[bytes]],
     ) -> Path:
-        """Responses of one step (columns: `rollout_tables.SCHEMA`) and, per sample id, the encoded frames it showed."""
+        """Write the responses of a step (columns: `rollout_tables.SCHEMA`) and, by sample id, the encoded frames."""
         return rollout_tables.write(self.dir, step, rows, frames)
 
     def rollout_steps(self) -> list[int]:
@@ -219,10 +219,10 @@ class RunFolder:
         return rollout_tables.read(self.dir, step)
 
     def rewind(self, step: int | None, phase: str = "train") -> None:
-        """Remove what came after step `step` of `phase`, where the run resumes; None: after the very beginning.
+        """Remove all rows and files after step `step` of `phase`, from which the run resumes. None: remove all.
 
-        A killed run has logged steps that its newest checkpoint does not know. They will be done again, and would
-        appear twice in every curve.
+        A killed run may have logged steps after its newest checkpoint. They will be repeated, and would otherwise be in
+        every curve twice.
         """
 
         def is_kept(row: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""How a run folder is opened for writing: locked, checked against the config, made or resumed; undone if that fails."""
+"""Opens a run folder for writing: locks it, compares configs, makes or resumes the run, and undoes all on failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlvid.reporting.provenance import git_commit, versions
 if TYPE_CHECKING:
     from rlvid.reporting.run_folder import RunFolder
 
-# What a folder may hold and still be unused: leftovers of a start that failed.
+# Entries of a folder that has no results: they are left by a start that failed.
 NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb", "checkpoints"}
 NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
 
@@ -31,23 +31,23 @@ class StartedRun:
     """A run folder while this process writes it.
 
     Raises:
-        UserError: as `RunFolder.start`. Nothing is left behind then.
+        UserError: see `RunFolder.start`.
     """
 
     def __init__(self, folder: RunFolder, cfg: BaseModel, job: str):
         self.folder = folder
         self._lock: IO[str] | None = None
-        self._is_created = False  # the folder, by this process
+        self._is_created = False  # this process made the folder
         self._is_new_run = False
         try:
             self._is_created = self._make_dir()
             if not folder.is_run:
-                self._refuse_foreign_files()  # before the lock file is one of them
+                self._refuse_foreign_files()  # before this process adds the lock file
             self._take_lock()
             if folder.is_run and folder.has_results:
                 self._refuse_another_run(cfg, job)
                 self._resume(cfg)
-            else:  # new, or a start that failed: no result is bound to its config
+            else:  # new, or an earlier start failed: there are no results of its config
                 self._is_new_run = True
                 self._write_new(cfg, job)
         except BaseException as error:
@@ -58,13 +58,13 @@ class StartedRun:
             raise
 
     def close(self) -> None:
-        """Release the lock. The lock file stays: if it were removed, two processes could lock two different files."""
+        """Release the lock. The lock file stays: after a removal two processes could lock two different files."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _make_dir(self) -> bool:
-        """False if it is there already."""
+        """Make the folder. False if it exists."""
         try:
             self.folder.dir.mkdir(parents=True)
         except FileExistsError:
@@ -81,7 +81,7 @@ class StartedRun:
             lock.seek(0)
             holder = lock.read().strip() or "another job"
             lock.close()
-            message = f"{self.folder.dir} is in use by {holder}; wait for its end or give another run.dir"
+            message = f"{self.folder.dir} is in use by {holder}; wait until it ends, or give another run.dir"
             raise UserError(message) from None
         self._lock = lock
         lock.truncate(0)
@@ -94,28 +94,28 @@ class StartedRun:
         if foreign:
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             raise UserError(
-                f"{self.folder.dir} is not a run folder: it holds {shown}, but no config.yaml. Give another run.dir."
+                f"{self.folder.dir} is not a run folder: it has {shown}, but no config.yaml. Give another run.dir."
             )
 
     def _refuse_another_run(self, cfg: BaseModel, job: str) -> None:
         old_job = self.folder.manifest().get("job", job)
         if old_job != job:
             raise UserError(
-                f"{self.folder.dir} holds a run of rlvid {old_job}, not of {job}: give another run.dir, or delete it"
+                f"{self.folder.dir} has a run of rlvid {old_job}, not of {job}: give another run.dir, or delete it"
             )
         saved = self.folder.config()
-        with contextlib.suppress(ValidationError):  # a key that is newer than the saved file has its default there
+        with contextlib.suppress(ValidationError):  # keys added since the file was saved get their defaults
             saved = type(cfg).model_validate(saved).model_dump(mode="json")
         differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
         if not differences:
             return
-        shown = [f"  {key}: {old} there, {new} now" for key, old, new in differences[:12]]
+        shown = [f"  {key}: was {old}, now {new}" for key, old, new in differences[:12]]
         if len(differences) > len(shown):
             shown.append(f"  and {len(differences) - len(shown)} more")
         raise UserError(
-            f"{self.folder.dir} holds a run of another config:\n"
+            f"{self.folder.dir} has a run with another config:\n"
             + "\n".join(shown)
-            + f"\nGive another run.dir, set the keys back to resume that run, or delete {self.folder.dir}."
+            + f"\nGive another run.dir, restore these values to resume that run, or delete {self.folder.dir}."
         )
 
     def _write_new(self, cfg: BaseModel, job: str) -> None:
@@ -137,13 +137,13 @@ class StartedRun:
         for path in (self.folder.metrics_file, self.folder.bad_clips_file):
             cut_torn_line(path)
         manifest = self.folder.manifest()
-        again = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
-        manifest["resumed"] = [*manifest.get("resumed", []), again]
+        resumed = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
+        manifest["resumed"] = [*manifest.get("resumed", []), resumed]
         write_atomic(self.folder.manifest_file, dumps(manifest, indent=2) + "\n")
         write_atomic(self.folder.config_file, dump_config(cfg))
 
     def abandon(self) -> None:
-        """Undo a start. Logs stay: they may hold the reason."""
+        """Undo a start. Logs are not removed: they may say why it failed."""
         self.close()
         has_logs = self.folder.logs_dir.is_dir() and any(self.folder.logs_dir.iterdir())
         if self._is_created and not has_logs:

@@ -1,7 +1,7 @@
 """Writes a run's numbers to `metrics.jsonl` and to Weights & Biases.
 
-`metrics.jsonl` is the record; Weights & Biases is a mirror of it. So the mirror may fail, and the run goes on: the
-first failure is logged, the others are counted (`Tracker.wandb_errors`, metric `wandb/errors`).
+`metrics.jsonl` is the record and Weights & Biases a copy of it, so its failures do not end the run: the first one is
+logged, and all are counted (`Tracker.wandb_errors`, metric `wandb/errors`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rlvid.reporting.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# With wandb 0.31, an unreachable server blocks `init` for the whole of init_timeout (measured; default 90 s), and
-# `finish` waits without an end for its uploads unless finish_timeout is set.
+# With wandb 0.31, an unreachable server blocks `init` for all of init_timeout (measured; default 90 s), and `finish`
+# waits for uploads without a limit unless finish_timeout is set.
 _CONNECT_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 60.0
 
 
 class Tracker:
-    """One row per step. Make it after `RunFolder.rewind`, so that its clock goes on from the last row kept."""
+    """Writes one row per step. Make it after `RunFolder.rewind`: its clock continues from the last row of the file."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Tracker:
         numbers = {key: value for key, value in row.items() if key not in ("step", "phase")}
         if phase == "train":
             numbers["step"] = step
-        else:  # steps of their own, so a name of their own
+        else:  # steps of a phase are counted separately
             numbers = {key if key.startswith(f"{phase}/") else f"{phase}/{key}": v for key, v in numbers.items()}
             numbers[f"{phase}/step"] = step
         try:
@@ -70,7 +70,7 @@ class Tracker:
             self._count_wandb_error("log", error)
 
     def close(self, exit_code: int = 0) -> None:
-        """Flush Weights & Biases. Called twice it does nothing."""
+        """Flush Weights & Biases. A second call does nothing."""
         run, self._wandb_run = self._wandb_run, None
         if run is None:
             return
@@ -102,29 +102,29 @@ class Tracker:
             except Exception as error:
                 self._count_wandb_error("login", error)
                 logger.error(
-                    "Weights & Biases is logged offline instead; send it later with `wandb sync %s`",
+                    "Weights & Biases logs offline instead; upload it later with `wandb sync %s`",
                     self._folder.dir / "wandb" / "offline-run-*",
                 )
-                self._forget_failed_start()
+                self._reset_wandb()
         try:
             self._wandb_run = self._init_wandb("offline", run_cfg, run_id, config_dict)
         except Exception as error:
             self._count_wandb_error("start", error)
 
-    def _forget_failed_start(self) -> None:
+    def _reset_wandb(self) -> None:
         import wandb
 
         try:
-            wandb.teardown()  # else its service says that the id of the run "is in use" (wandb 0.31)
+            wandb.teardown()  # otherwise its service says that the run id "is in use" (wandb 0.31)
         except Exception as error:
             self._count_wandb_error("teardown", error)
 
     def _init_wandb(self, mode: str, run_cfg: RunConfig, run_id: str, config_dict: Mapping[str, Any]) -> Any:
-        import wandb  # most of a second, and not needed when disabled
+        import wandb  # slow (most of a second), and not needed when disabled
 
         settings = wandb.Settings(
             silent=True,
-            console="off",  # it would wrap stdout, which the console of the run owns
+            console="off",  # it would wrap stdout, where the run prints its progress
             disable_git=True,  # run.json has the commit
             disable_job_creation=True,
             save_code=False,
@@ -135,7 +135,7 @@ class Tracker:
             login_timeout=_CONNECT_TIMEOUT_S,
             finish_timeout=_FINISH_TIMEOUT_S,
         )
-        # Else `login` prints where it found the key, and `init` praises a product wherever openai has been imported.
+        # Otherwise `login` prints where it found the key, and `init` advertises a product if openai has been imported.
         wandb.setup(settings=wandb.Settings(silent=True))
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no API key: run `wandb login` or set WANDB_API_KEY")
@@ -149,7 +149,7 @@ class Tracker:
             config=dict(config_dict),
             settings=settings,
         )
-        # Steps are given as a metric: wandb's own counter must not fall, ours does when a run is taken up again.
+        # Steps are logged as a metric: wandb's own counter must not decrease, and a resumed run repeats steps.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         run.define_metric("warm_start/step", hidden=True)
@@ -160,4 +160,4 @@ class Tracker:
         self.wandb_errors += 1
         if self.wandb_errors == 1:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
-            logger.error("Weights & Biases %s failed, the run goes on without it: %s", action, first_line)
+            logger.error("Weights & Biases %s failed, the run continues without it: %s", action, first_line)

@@ -103,7 +103,7 @@ def test_too_many_bad_clips_stop_the_run(make: Make, samples: list[Sample], tmp_
 
 def test_prompt_that_does_not_fit_is_a_readable_error(make: Make, samples: list[Sample]) -> None:
     clips = make(rollout={"max_model_len": 48, "max_tokens": 16})
-    with pytest.raises(UserError, match=r"has \d+ tokens \(16 of them video\), the context leaves 32"):
+    with pytest.raises(UserError, match=r"has \d+ tokens \(16 of them video\), but the context has room for 32"):
         clips.encode(samples[:1])
 
 

@@ -1,4 +1,4 @@
-"""Both forms of packed attention against plain causal attention on separate sequences."""
+"""Both forms of packed attention compared with plain causal attention on separate sequences."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ GROUPS = [(5, [3, 1, 4]), (9, [2, 6]), (1, [1])]
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
 
-def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each response's sequence by itself: [heads, N, D], a prompt's rows from its first sequence."""
+def attend_separately(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each response as a sequence of its own: [heads, N, D]; prompt rows are from the first one."""
     out = torch.zeros_like(q[0])
     at = 0
     for prompt, lengths in GROUPS:
@@ -45,7 +45,7 @@ def test_flex_attention_equals_separate_sequences(inputs: list[Tensor]) -> None:
     """Without gradients: FlexAttention has no backward on CPU."""
     inputs = [x.detach() for x in inputs]
     out = flex_attend(*inputs, SharedPrefixLayout.of(GROUPS), DIM**-0.5, is_compiled=False)[0]
-    torch.testing.assert_close(out, apart(*inputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out, attend_separately(*inputs), atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu
@@ -57,17 +57,17 @@ def test_compiled_flex_attention_and_its_gradients_on_gpu(inputs: list[Tensor]) 
 
 
 def check(inputs: list[Tensor], got: Tensor, atol: float = 1e-5) -> None:
-    """`got` and the gradients of a random sum of it against those of separate sequences."""
-    expected = apart(*inputs)
+    """Compare `got` and the gradients of a random weighted sum of it with those of separate sequences."""
+    expected = attend_separately(*inputs)
     torch.testing.assert_close(got, expected, atol=atol, rtol=0)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.device)
-    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
     grads = torch.autograd.grad((got * weights).sum(), inputs)
-    for g, w in zip(grads, wanted, strict=True):
+    for g, w in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(g, w, atol=atol, rtol=0)
 
 
-def test_tokens_behind_the_last_group_see_nothing(inputs: list[Tensor]) -> None:
+def test_tokens_after_the_last_group_have_output_zero(inputs: list[Tensor]) -> None:
     layout = SharedPrefixLayout.of(GROUPS)
     longer = [F.pad(x.detach(), (0, 0, 0, 1)) for x in inputs]
     for out in (
@@ -75,11 +75,11 @@ def test_tokens_behind_the_last_group_see_nothing(inputs: list[Tensor]) -> None:
         shared_prefix_attention(nn.Identity(), *longer, layout)[0][0].transpose(0, 1),
     ):
         assert (out[:, -1] == 0).all()
-        torch.testing.assert_close(out[:, :-1], apart(*inputs), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out[:, :-1], attend_separately(*inputs), atol=1e-5, rtol=0)
 
 
-def test_owners_name_group_and_response_of_each_token() -> None:
-    group, response = SharedPrefixLayout.of([(2, [1, 2]), (1, [2])]).owners()
+def test_membership_gives_group_and_response_of_each_token() -> None:
+    group, response = SharedPrefixLayout.of([(2, [1, 2]), (1, [2])]).membership()
     assert group.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
     assert response.tolist() == [-1, -1, 0, 1, 1, -1, 0, 0]
 

@@ -1,4 +1,4 @@
-"""The head's file beside a checkpoint."""
+"""The file of a head in a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_a_head_that_is_absent_or_lacks_an_output_is_named(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"head\.safetensors cannot be read"):
         head.load(layer, tmp_path)
     Head(("a",)).save(Head(("a",)).build(4, torch.float32).state_dict(), tmp_path)
-    with pytest.raises(UserError, match=f"{HEAD_FILE} scores a; it lacks z"):
+    with pytest.raises(UserError, match=f"{HEAD_FILE} scores a but not z"):
         head.load(layer, tmp_path)

@@ -17,12 +17,12 @@ def write(checkpoints: Checkpoints, step: int, text: str = "weights", keep: int 
         (path / "model").write_text(text)
 
 
-def test_no_folder_has_no_checkpoint(checkpoints: Checkpoints) -> None:
+def test_missing_folder_has_no_checkpoint(checkpoints: Checkpoints) -> None:
     assert checkpoints.complete() == [] and checkpoints.newest() is None
     checkpoints.remove_unfinished()
 
 
-def test_newest_by_number_and_last_k_kept(checkpoints: Checkpoints) -> None:
+def test_newest_is_by_number_and_older_than_k_are_removed(checkpoints: Checkpoints) -> None:
     for step in (2, 9, 10):
         write(checkpoints, step)
     assert [checkpoint.step for checkpoint in checkpoints.complete()] == [9, 10]
@@ -31,7 +31,7 @@ def test_newest_by_number_and_last_k_kept(checkpoints: Checkpoints) -> None:
     assert sorted(path.name for path in checkpoints.dir.iterdir()) == ["step_10", "step_9"]
 
 
-def test_checkpoint_is_not_seen_before_it_is_whole(checkpoints: Checkpoints) -> None:
+def test_checkpoint_is_not_listed_before_it_is_complete(checkpoints: Checkpoints) -> None:
     with checkpoints.writing(1, keep=2) as path:
         (path / "model").write_text("half")
         assert checkpoints.newest() is None

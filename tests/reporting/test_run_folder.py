@@ -56,7 +56,7 @@ def with_results(folder: RunFolder, cfg: GrpoJobConfig | None = None) -> RunFold
 # --- making and taking up ---------------------------------------------------------------------------------------------
 
 
-def test_new_folder_holds_resolved_config_and_manifest(folder: RunFolder) -> None:
+def test_new_folder_has_resolved_config_and_manifest(folder: RunFolder) -> None:
     with folder.start(config(), "grpo"):
         folder.record(model={"weights": "aa"}, data={"train": "bb"}, prompt_templates={"qwen": "cc"}, extra=1)
     assert load_config(GrpoJobConfig, folder.config_file, []).seed == 7
@@ -67,7 +67,7 @@ def test_new_folder_holds_resolved_config_and_manifest(folder: RunFolder) -> Non
     assert not list(folder.dir.glob("*.tmp"))
 
 
-def test_git_commit_is_noted_inside_a_repository_only(
+def test_git_commit_is_recorded_only_inside_a_repository(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,18 +81,18 @@ def test_another_config_is_refused_and_names_the_keys(folder: RunFolder) -> None
     with pytest.raises(UserError) as caught:
         folder.start(config(seed=8, train={"lr": 0.5}), "grpo")
     message = str(caught.value)
-    assert "seed: 7 there, 8 now" in message
-    assert "train.lr: 1e-06 there, 0.5 now" in message
+    assert "seed: was 7, now 8" in message
+    assert "train.lr: was 1e-06, now 0.5" in message
     assert "Give another run.dir" in message
     assert folder.config_file.read_bytes() == before
 
 
-def test_many_differing_keys_are_cut_short(folder: RunFolder) -> None:
+def test_long_list_of_differing_keys_is_shortened(folder: RunFolder) -> None:
     with_results(folder)
     other = config(
         model={"path": "m"}, video={"frames": 4, "reader": "decord"}, train={"lr": 1, "betas": [0, 0], "batch_size": 1}
     )
-    with pytest.raises(UserError, match=r"model\.tiny\.layers: 4 there, nothing now"):
+    with pytest.raises(UserError, match=r"model\.tiny\.layers: was 4, now nothing"):
         folder.start(other, "grpo")
     many = config(model={"path": "m"}, seed=1, grpo={"clip_low": 0.1, "clip_high": 0.1, "kl_coef": 1, "group_size": 2})
     many = GrpoJobConfig.model_validate(many.model_dump() | {"video": other.video, "train": other.train})
@@ -112,7 +112,7 @@ def test_many_differing_keys_are_cut_short(folder: RunFolder) -> None:
         {"train": {"micro_batch_tokens": 100, "shared_prefix": False}, "video": {"timeout_s": 1}},
     ],
 )
-def test_keys_that_change_nothing_learned_may_change(folder: RunFolder, changes: dict[str, Any]) -> None:
+def test_keys_that_do_not_affect_training_may_change(folder: RunFolder, changes: dict[str, Any]) -> None:
     with_results(folder)
     with folder.start(config(**changes), "grpo"):
         pass
@@ -134,17 +134,17 @@ def test_config_saved_before_a_key_existed_is_the_same_config(folder: RunFolder)
     assert folder.config_file.read_text() != text
     folder.start(config(), "grpo").close()
     folder.config_file.write_text(text.replace("  loss_average: token\n", ""))
-    with pytest.raises(UserError, match=r'grpo\.loss_average: "token" there, "sequence" now'):
+    with pytest.raises(UserError, match=r'grpo\.loss_average: was "token", now "sequence"'):
         folder.start(config(grpo={"loss_average": "sequence"}), "grpo")
 
 
 def test_another_job_is_refused(folder: RunFolder) -> None:
     with_results(folder)
-    with pytest.raises(UserError, match="holds a run of rlvid grpo, not of sft"):
+    with pytest.raises(UserError, match="has a run of rlvid grpo, not of sft"):
         folder.start(SftJobConfig.model_validate(config().model_dump(exclude={"grpo", "warm_start"})), "sft")
 
 
-def test_start_that_came_to_nothing_binds_no_config(folder: RunFolder) -> None:
+def test_config_may_change_after_a_start_that_failed(folder: RunFolder) -> None:
     with folder.start(config(), "grpo"):
         folder.append_bad_clip(BadClip("a.mp4", "empty"))
     with folder.start(config(seed=8), "grpo"):
@@ -192,7 +192,7 @@ def test_crash_keeps_the_folder(folder: RunFolder) -> None:
 def test_folder_with_foreign_files_is_refused_and_untouched(folder: RunFolder) -> None:
     folder.dir.mkdir(parents=True)
     (folder.dir / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"not a run folder: it holds thesis\.tex"):
+    with pytest.raises(UserError, match=r"not a run folder: it has thesis\.tex"):
         folder.start(config(), "grpo")
     assert [path.name for path in folder.dir.iterdir()] == ["thesis.tex"]
 
@@ -216,7 +216,7 @@ def hold_lock(directory: Path, ready: Connection) -> None:
     folder.close()
 
 
-def test_two_jobs_do_not_share_a_folder_and_a_killed_one_is_no_obstacle(folder: RunFolder) -> None:
+def test_folder_is_locked_while_a_job_runs_and_free_after_it_was_killed(folder: RunFolder) -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=hold_lock, args=(folder.dir, there))
@@ -224,7 +224,9 @@ def test_two_jobs_do_not_share_a_folder_and_a_killed_one_is_no_obstacle(folder: 
     try:
         assert here.poll(60)
         pid = here.recv()
-        with pytest.raises(UserError, match=f"is in use by process {pid} on .*; wait for its end or give another run"):
+        with pytest.raises(
+            UserError, match=f"is in use by process {pid} on .*; wait until it ends, or give another run"
+        ):
             RunFolder(folder.dir).start(config(), "grpo")
         assert folder.is_run
     finally:
@@ -233,7 +235,7 @@ def test_two_jobs_do_not_share_a_folder_and_a_killed_one_is_no_obstacle(folder: 
     RunFolder(folder.dir).start(config(), "grpo").close()
 
 
-def test_lock_is_given_back_at_close(folder: RunFolder) -> None:
+def test_close_releases_the_lock(folder: RunFolder) -> None:
     first = RunFolder(folder.dir).start(config(), "grpo")
     with pytest.raises(UserError, match="in use"):
         folder.start(config(), "grpo")
@@ -244,7 +246,7 @@ def test_lock_is_given_back_at_close(folder: RunFolder) -> None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_torn_last_line_is_left_out_and_cut_off(folder: RunFolder) -> None:
+def test_incomplete_last_line_is_skipped_and_removed(folder: RunFolder) -> None:
     with_results(folder)
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 2, "rew')
@@ -261,14 +263,14 @@ def test_broken_line_in_the_middle_is_an_error(folder: RunFolder) -> None:
         folder.read_metrics()
 
 
-def test_not_a_number_is_null_and_lines_stay_lines(folder: RunFolder) -> None:
+def test_nan_is_written_as_null_and_a_row_stays_one_line(folder: RunFolder) -> None:
     with folder.start(config(), "grpo"):
         folder.append_metrics({"step": np.int64(1), "a": float("nan"), "b": np.float32("inf"), "c": "x\n\u2028\ud800"})
     assert folder.metrics_file.read_text().count("\n") == 1
     assert folder.read_metrics() == [{"step": 1, "a": None, "b": None, "c": "x\n\u2028\ud800"}]
 
 
-def test_bad_clip_is_noted_once_also_after_resume(folder: RunFolder) -> None:
+def test_bad_clip_is_recorded_once_also_after_resume(folder: RunFolder) -> None:
     with folder.start(config(), "grpo"):
         folder.append_metrics({"step": 1})
         assert folder.append_bad_clip(BadClip("a.mp4", "no video stream"), sample_id="s1")
@@ -283,7 +285,7 @@ def test_bad_clip_is_noted_once_also_after_resume(folder: RunFolder) -> None:
     ]
 
 
-def test_rollouts_come_back_with_their_frames(folder: RunFolder) -> None:
+def test_rollouts_are_read_with_their_frames(folder: RunFolder) -> None:
     rows = [
         rollout_row(),
         rollout_row(group_index=1, reward_total=float("nan"), invalid_reason="judge: timeout", response="\ud800"),
@@ -312,7 +314,7 @@ def test_broken_rollout_file_is_a_readable_error(folder: RunFolder) -> None:
         folder.read_rollouts(1)
 
 
-def test_rewind_forgets_later_steps(folder: RunFolder) -> None:
+def test_rewind_removes_later_steps(folder: RunFolder) -> None:
     rows: list[dict[str, Any]] = [
         {"step": 1, "phase": "warm_start"},
         {"step": 2, "phase": "warm_start"},
@@ -334,7 +336,7 @@ def test_rewind_forgets_later_steps(folder: RunFolder) -> None:
         assert folder.read_metrics() == []
 
 
-def test_leftovers_of_a_start_that_came_to_nothing_are_no_obstacle(folder: RunFolder) -> None:
+def test_run_starts_in_the_folder_of_a_start_that_failed(folder: RunFolder) -> None:
     folder.dir.mkdir(parents=True)  # by the user, so it is not ours to remove
     with pytest.raises(UserError), folder.start(config(), "grpo"):
         for name in ("model", "data", "wandb"):

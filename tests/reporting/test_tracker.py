@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolde
 
 
 class FakeWandb:
-    """Stands for the module; `broken` names the calls that fail."""
+    """A fake of the wandb module; `broken` names the calls that fail."""
 
     def __init__(self, broken: tuple[str, ...] = (), api_key: str | None = "k") -> None:
         self.broken = broken
@@ -71,7 +71,7 @@ class FakeWandb:
 
     def log(self, row: dict[str, Any]) -> None:
         if "log" in self.broken:
-            raise BrokenPipeError("service died")
+            raise BrokenPipeError("service ended")
         self.rows.append(row)
 
     def finish(self, exit_code: int) -> None:
@@ -102,7 +102,7 @@ def test_disabled_never_imports_wandb(folder: RunFolder, monkeypatch: pytest.Mon
     assert "wandb_id" not in folder.manifest()
 
 
-def test_time_goes_on_after_resume(folder: RunFolder) -> None:
+def test_time_continues_after_resume(folder: RunFolder) -> None:
     clock = Clock()
     first = Tracker(folder, DISABLED, {}, clock)
     for step in (1, 2, 3):
@@ -146,13 +146,13 @@ def test_failing_login_falls_back_to_offline_with_one_message(
         tracker.log(1, {"a": 1.0})
     assert [arguments["mode"] for arguments in fake.inits] == ["online", "offline"]
     assert [record.getMessage() for record in caplog.records] == [
-        "Weights & Biases login failed, the run goes on without it: server is away",
-        f"Weights & Biases is logged offline instead; send it later with `wandb sync {folder.dir}/wandb/offline-run-*`",
+        "Weights & Biases login failed, the run continues without it: server is away",
+        f"Weights & Biases logs offline instead; upload it later with `wandb sync {folder.dir}/wandb/offline-run-*`",
     ]
     assert folder.read_metrics()[0]["wandb/errors"] == 1
 
 
-def test_missing_key_is_not_asked_for(folder: RunFolder, fake: FakeWandb, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_api_key_does_not_prompt(folder: RunFolder, fake: FakeWandb, caplog: pytest.LogCaptureFixture) -> None:
     fake.api_key = None
     with Tracker(folder, RunConfig(wandb="online"), {}):
         pass
@@ -160,7 +160,7 @@ def test_missing_key_is_not_asked_for(folder: RunFolder, fake: FakeWandb, caplog
     assert "run `wandb login` or set WANDB_API_KEY" in caplog.text
 
 
-def test_failures_while_logging_are_counted_and_said_once(
+def test_failures_while_logging_are_counted_and_logged_once(
     folder: RunFolder, fake: FakeWandb, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.broken = ("log",)

@@ -1,4 +1,4 @@
-"""Model families: one file each. This module is light, it needs neither torch nor transformers."""
+"""Model families, one file each. This module imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FAMILIES: dict[str, type[ChatFamily]] = {
 
 
 def load_family(folder: Path) -> ChatFamily:
-    """The prompt side of the checkpoint in `folder`.
+    """Return the family object of the checkpoint in `folder`.
 
     Raises:
-        UserError: no checkpoint there, or one of a family that rlvid does not know.
+        UserError: `folder` is no checkpoint, or its family is not supported.
     """
     config = folder / "config.json"
     if not config.exists():
         raise UserError(
-            f"model.path: {folder} holds no config.json; give a Hugging Face checkpoint folder, or leave it empty "
-            f"and set model.tiny"
+            f"model.path: {folder} has no config.json; give a Hugging Face checkpoint folder, or leave model.path "
+            f"empty and set model.tiny"
         )
     model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     if model_type not in FAMILIES:

@@ -1,4 +1,4 @@
-"""The part of a prompt that all families share: tokenizer, chat template, and text that must stay text."""
+"""What all families share: tokenizer, chat template, and the escaping of special tokens in user text."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ CHAT_TEMPLATE = (
 
 
 class ChatFamily(ABC):
-    """Prompt side of one checkpoint folder. A family adds how videos stand in a prompt, if it takes any.
+    """Makes prompts for the checkpoint in one folder. A subclass defines how videos are written in a prompt.
 
     Raises:
         UserError: the folder lacks a file that the family needs.
     """
 
-    vllm_module: str | None = None  # where vLLM keeps the class called `architecture`; None: it does not serve it
-    default_template = CHAT_TEMPLATE  # where the checkpoint brings none
-    banned_tokens: tuple[int, ...]  # a response may not hold these
+    vllm_module: str | None = None  # vLLM module of the class called `architecture`; None: not served by vLLM
+    default_template = CHAT_TEMPLATE  # if the checkpoint has none
+    banned_tokens: tuple[int, ...]  # never sampled in a response
     towers: tuple[str, ...] = ()  # modules of `network.model` that are a vision tower
-    no_lora: tuple[str, ...] = ()  # modules without adapters: vLLM takes them on the language model only
+    no_lora: tuple[str, ...] = ()  # modules without adapters: vLLM supports them on the language model only
     tiny_tokens: tuple[str, ...] = ("<|im_start|>", END_OF_TURN)  # special tokens of a tiny model's tokenizer
-    tiny_end = END_OF_TURN  # the one of them that ends a turn
-    media_kinds: frozenset[str] = frozenset()  # of `Medium.kind`: what it takes
+    tiny_end = END_OF_TURN  # the token among them that ends a turn
+    media_kinds: frozenset[str] = frozenset()  # values of `Medium.kind` that it accepts
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
     def __init__(self, folder: Path):
@@ -67,57 +67,58 @@ class ChatFamily(ABC):
         try:
             self.architecture: str = self.config["architectures"][0]
         except (KeyError, IndexError, TypeError) as e:
-            raise UserError(f"{folder / 'config.json'} does not name the model's architecture") from e
+            raise UserError(f"{folder / 'config.json'} has no architectures; give a Hugging Face checkpoint") from e
         tokenizer_file = folder / "tokenizer.json"
         if not tokenizer_file.exists():
             raise UserError(
-                f"{tokenizer_file} is missing: rlvid needs the fast tokenizer's file; save it with transformers"
+                f"{tokenizer_file} is missing: rlvid needs the file of the fast tokenizer; save it with transformers"
             )
         self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
         self.end_of_turn = self.special(self.end_of_turn_token())
 
     @abstractmethod
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
-        """Make the prompt of `sample` from its decoded clips; never cut.
+        """Return the prompt of `sample`, which is never truncated.
 
         Args:
-            clips: one per `sample.media`, frames [T, H, W, 3] with H and W multiples of `frame_multiple`.
-            max_tokens: longest prompt that fits the context beside a response.
+            clips: decoded, one per `sample.media`; frames [T, H, W, 3] with H and W multiples of `frame_multiple`.
+            max_tokens: longest prompt that leaves room for a response in the context.
 
         Raises:
             UserError: the prompt is longer than `max_tokens`, or its messages do not use each video exactly once.
         """
 
     def check_media(self, sample: Sample) -> None:
-        """
+        """Check that the family accepts all media of `sample`.
+
         Raises:
-            UserError: the family does not take a medium of `sample`.
+            UserError: it does not.
         """
         for medium in sample.media:
             if medium.kind in self.media_kinds:
                 continue
             if medium.kind == "image":
-                raise UserError(f"sample {sample.id!r}: {medium.path}: images are not read yet; leave the row out")
+                raise UserError(f"sample {sample.id!r}: {medium.path}: images are not supported yet; remove the row")
             raise UserError(
-                f"sample {sample.id!r} has a {medium.kind}, but {self.architecture} in {self.folder} takes text alone; "
-                f"give a video-language model, or a manifest without videos"
+                f"sample {sample.id!r} has a {medium.kind}, but {self.architecture} in {self.folder} accepts only "
+                f"text; give a video-language model, or a manifest without videos"
             )
 
     @abstractmethod
     def engine_input(self, prompt: Prompt) -> MultiModalInput | dict[str, Any]:
-        """What vLLM's `LLMEngine.add_request` takes for `prompt`."""
+        """The input for vLLM's `LLMEngine.add_request`."""
 
     def engine_limits(self, max_videos: int) -> dict[str, int]:
-        """vLLM's limit of media in a prompt, by kind."""
+        """vLLM's limits on the number of media in a prompt, by kind."""
         return {}
 
     def prepare(self, network: PreTrainedModel) -> None:  # noqa: B027  # most families have nothing to change
-        """Change a loaded network where packed training asks for it."""
+        """Change a loaded network as packed training needs it."""
 
     @classmethod
     @abstractmethod
     def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-        """A random network of this architecture, and its processor (of a text model the tokenizer).
+        """Return a random network of this architecture and its processor (for a text model, the tokenizer).
 
         Args:
             text: settings of the language model (`rlvid/models/tiny.py`).
@@ -146,27 +147,26 @@ class ChatFamily(ABC):
 
     @cached_property
     def opening(self) -> str:
-        """The text with which a prompt begins the response, from its first tag on: "<think>\\n" where the chat template
-        opens it, else nothing."""
+        """Beginning of the response that the chat template writes: "<think>\\n" if it ends in that, else empty."""
         sample = Sample("", (), (Message("user", ("?",)),), "")
         prompt = self.tokenizer.decode(self.encode(sample, ()).token_ids.tolist(), skip_special_tokens=True)
         tag = re.search(r"<[A-Za-z][\w-]*>", after := prompt.rpartition("?")[2])
         return after[tag.start() :] if tag else ""
 
     def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
-        """Token ids [R] of a response, the end-of-turn token last."""
+        """Token ids [R] of a response, with the end-of-turn token last."""
         return np.array([*self.tokens(self.escape(text)), self.end_of_turn], dtype=np.int32)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of rendered text; special tokens in it count as such."""
+        """Token ids of rendered text; special tokens in it are special."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def render(self, turns: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The chat template on `turns` (role, content), up to where the answer begins."""
-        # A checkpoint's template is untrusted: the sandbox is the one that transformers uses.
+        """Render the chat template for `turns` (role, content), up to the start of the answer."""
+        # A checkpoint's template is untrusted, so it runs in the sandbox that transformers uses.
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -174,31 +174,36 @@ class ChatFamily(ABC):
         return env.from_string(self.chat_template).render(messages=turns, add_generation_prompt=True, **variables)
 
     def escape(self, text: str) -> str:
-        """Special tokens written out in user text stay text: a zero-width space breaks them up.
+        """Insert a zero-width space into special tokens in user text, so that they are tokenized as text.
 
-        Added tokens that are not special (<think>, <tool_call>) are ordinary words to a model that has them.
+        Added tokens that are not special (<think>, <tool_call>) stay as they are.
         """
         for token in self._special_tokens:
             text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
         return text
 
     def check_length(self, sample: Sample, n_tokens: int, n_video: int, max_tokens: int | None) -> None:
-        """Raises UserError where a prompt does not fit."""
+        """Check that a prompt fits.
+
+        Raises:
+            UserError: it does not.
+        """
         if max_tokens is None or n_tokens <= max_tokens:
             return
         fix = "start a new run with fewer video.frames or a lower video.max_pixels" if n_video else "shorten the prompt"
         raise UserError(
-            f"sample {sample.id!r}: its prompt has {n_tokens} tokens ({n_video} of them video), the context leaves "
-            f"{max_tokens}. Prompts are never cut: raise rollout.max_model_len (a resumed run may), or {fix}"
+            f"sample {sample.id!r}: its prompt has {n_tokens} tokens ({n_video} of them video), but the context has "
+            f"room for {max_tokens}. Prompts are never truncated: raise rollout.max_model_len (also "
+            f"possible when resuming), or {fix}"
         )
 
     def special(self, token: str) -> int:
-        """Id of a special token that this family cannot do without."""
+        """Id of a special token that this family needs."""
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
             raise UserError(
-                f"{self.folder / 'tokenizer.json'} has no token {token}: no checkpoint of "
-                f"{self.config.get('model_type')}, or a base model without chat tokens?"
+                f"{self.folder / 'tokenizer.json'} has no token {token}; expected a chat model of type "
+                f"{self.config.get('model_type')} (is this a base model?)"
             )
         return int(token_id)
 
@@ -208,10 +213,10 @@ class ChatFamily(ABC):
 
 
 def read_json(*paths: Path) -> dict[str, Any]:
-    """The first of `paths` that exists.
+    """Content of the first of `paths` that exists.
 
     Raises:
-        UserError: none exists, or it is no JSON.
+        UserError: none exists, or it is not valid JSON.
     """
     for path in paths:
         if path.exists():
@@ -223,4 +228,4 @@ def read_json(*paths: Path) -> dict[str, Any]:
 
 
 def _raise_template_error(message: str) -> None:
-    raise UserError(f"the checkpoint's chat template refuses these messages: {message}")
+    raise UserError(f"the checkpoint's chat template does not accept these messages: {message}")

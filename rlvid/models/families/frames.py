@@ -1,8 +1,8 @@
-"""Families whose tower takes whole frames as pictures: Idefics2 (Mantis, VideoScore) and Video-LLaVA.
+"""Families whose vision tower takes frames as images: Idefics2 (Mantis, VideoScore) and Video-LLaVA.
 
-vLLM serves neither: they are reward models, or trained on given answers. Scores as text come from
-`rlvid/rollout/hf_engine.py`.
-Token ids and pixels are those of transformers' processors (tests/models/families/test_frames.py).
+vLLM serves neither of them. They can be reward models and can be trained on given answers; scores as text are generated
+by `rlvid/rollout/hf_engine.py`. Token ids and pixels equal those of transformers' processors (compared in
+tests/models/families/test_frames.py).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ VIDEO = "<video>"
 
 
 class FrameFamily(VisionFamily):
-    """A prompt is one text in which every video has been written out as placeholders."""
+    """A prompt is one text, in which each video is a run of placeholders."""
 
     vision_tokens = (IMAGE, VIDEO, FAKE_AROUND_IMAGE)
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
         first, *others = self.render_around(sample, len(clips))
         text = first + "".join(self.expand(grid) + piece for grid, piece in zip(grids, others, strict=True))
-        # With the marks that the tokenizer puts around a text: Mistral's and Llama's begin with <s>.
+        # With the special tokens that the tokenizer adds: Mistral's and Llama's texts begin with <s>.
         ids = list(self.tokenizer.encode(self.finish(text)).ids)
         return ids, _runs(np.array(ids) == self.video_token)
 
     @abstractmethod
     def expand(self, grid: Grid) -> str:
-        """What stands for a clip."""
+        """The text that stands for a clip in the prompt."""
 
     def finish(self, text: str) -> str:
         return text
@@ -56,9 +56,11 @@ class FrameFamily(VisionFamily):
         return np.arange(n_tokens, dtype=np.int32)[None]
 
     def engine_input(self, prompt: Prompt) -> dict[str, Any]:
-        raise NotImplementedError(f"vLLM does not serve {self.architecture}")  # VllmEngine refuses it at its start
+        raise NotImplementedError(
+            f"vLLM does not serve {self.architecture}"
+        )  # VllmEngine refuses this family when it starts
 
-    def pictures(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
+    def images(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
         """Patches [t*h*w, 3*p*p] of a clip -> its frames [t, 3, h*p, w*p]."""
         (t, h, w), p = grid, self.patch_size
         return patches.view(t, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(t, 3, h * p, w * p)
@@ -76,8 +78,9 @@ def _tiny_tower(cfg: TinyModelConfig, image_size: int) -> dict[str, Any]:
 
 
 class Idefics2(FrameFamily):
-    """Idefics2 and Mantis-Idefics2: every frame is a picture of its own, whatever its size, and becomes a fixed number
-    of latents. Frames of a clip stand apart by a space, as VideoScore writes them.
+    """Idefics2 and Mantis-Idefics2: each frame is an image of any size and becomes a fixed number of latents.
+
+    Frames of a clip are separated by a space, as in VideoScore's prompts.
 
     Raises:
         UserError: the folder lacks a file that the family needs.
@@ -126,19 +129,19 @@ class Idefics2(FrameFamily):
         return transformers.Idefics2ForConditionalGeneration(config), processor
 
     def check_length(self, sample: Sample, n_tokens: int, n_video: int, max_tokens: int | None) -> None:
-        """Mistral sees no further back than its window, which packed attention does not follow."""
+        """Also check the sliding window of Mistral, which packed attention does not support."""
         super().check_length(sample, n_tokens, n_video, max_tokens)
         if self._window is not None and n_tokens > self._window:
             raise UserError(
-                f"sample {sample.id!r}: its prompt has {n_tokens} tokens, the model sees {self._window} at a time. "
-                f"Prompts are never cut: give another run.dir and fewer video.frames"
+                f"sample {sample.id!r}: its prompt has {n_tokens} tokens, but the model's window has {self._window}. "
+                f"Prompts are never truncated: give another run.dir and fewer video.frames"
             )
 
     def expand(self, grid: Grid) -> str:
         return " ".join([FAKE_AROUND_IMAGE + IMAGE * self.n_latents + FAKE_AROUND_IMAGE] * grid[0])
 
     def finish(self, text: str) -> str:
-        """As the processor does: one mark between neighbours, a space before the word that follows a picture."""
+        """As the processor does: one token between adjacent images, and a space between an image and a word."""
         text = text.replace(FAKE_AROUND_IMAGE * 2, FAKE_AROUND_IMAGE)
         return re.sub(rf"{FAKE_AROUND_IMAGE}(?=[^\s<])", f"{FAKE_AROUND_IMAGE} ", text)
 
@@ -150,12 +153,12 @@ class Idefics2(FrameFamily):
         return (1, 1, 1)
 
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
-        """Pictures of several sizes are padded to the largest, with a mask of what is picture."""
+        """Images are padded to the largest; the mask is True for pixels that are not padding."""
         import torch
 
         grids = grid_thw.tolist()
         sizes = [t * h * w for t, h, w in grids]
-        clips = [self.pictures(x, grid) for x, grid in zip(patches.split(sizes), grids, strict=True)]
+        clips = [self.images(x, grid) for x, grid in zip(patches.split(sizes), grids, strict=True)]
         n = sum(len(clip) for clip in clips)
         height, width = (max(clip.shape[axis] for clip in clips) for axis in (2, 3))
         pixels = patches.new_zeros(n, 3, height, width)
@@ -170,7 +173,7 @@ class Idefics2(FrameFamily):
 
 
 class VideoLlava(FrameFamily):
-    """Video-LLaVA: square frames of one size, a token for each patch and one for the whole frame.
+    """Video-LLaVA: square frames of one size, with one token for each patch and one for the frame.
 
     Raises:
         UserError: the folder lacks a file that the family needs.
@@ -196,7 +199,7 @@ class VideoLlava(FrameFamily):
         return self.tiny_end
 
     def prepare(self, network: PreTrainedModel) -> None:
-        network.model.image_tower.requires_grad_(False)  # its second tower, which videos do not pass
+        network.model.image_tower.requires_grad_(False)  # videos do not use it
 
     @classmethod
     def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
@@ -226,7 +229,7 @@ class VideoLlava(FrameFamily):
         side = self.frame_multiple
         if frames.shape[1:3] != (side, side):
             raise UserError(
-                f"{self.architecture} takes frames of {side} x {side} pixels, not {frames.shape[2]} x "
+                f"{self.architecture} accepts only frames of {side} x {side} pixels, not {frames.shape[2]} x "
                 f"{frames.shape[1]}: set video.height and video.width to {side}"
             )
         return super().patchify(frames)
@@ -244,12 +247,12 @@ class VideoLlava(FrameFamily):
         return (1, side, side)
 
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
-        """The tower takes frame after frame, so all clips can be one."""
+        """All clips are given as one: the tower treats each frame separately."""
         _, h, w = grid_thw[0].tolist()
-        return {"pixel_values_videos": self.pictures(patches, (len(patches) // (h * w), h, w))[None]}
+        return {"pixel_values_videos": self.images(patches, (len(patches) // (h * w), h, w))[None]}
 
 
 def _runs(is_video: npt.NDArray[np.bool_]) -> list[Span]:
-    """Runs of True."""
+    """Spans of consecutive True values."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], is_video.astype(np.int8), [0]])))
     return [Span(int(begin), int(end - begin)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

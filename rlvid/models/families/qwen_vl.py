@@ -1,8 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: how a sample becomes a prompt, and what the engine is given.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: how a sample becomes a prompt, and a prompt the input of vLLM.
 
-This part needs neither torch nor transformers, so that decoding workers stay light. Prompts follow the checkpoint's own
-chat template; token ids and patches are those of the checkpoint's processor (before normalisation), positions those of
-vLLM (checked against both in tests/models/families/test_qwen_vl.py).
+This module imports neither torch nor transformers, so that decoding workers stay small. Prompts follow the checkpoint's
+own chat template. Token ids and patches (before normalisation) equal those of the checkpoint's processor, positions
+those of vLLM (compared with both in tests/models/families/test_qwen_vl.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VISION_TOKENS = (VISION_START, VISION_END, "<|vision_pad|>", "<|image_pad|>", VI
 
 
 class QwenVL(VisionFamily):
-    """Qwen2-VL, and what the later ones have in common with it.
+    """Qwen2-VL, and what the later models have in common with it.
 
     Raises:
         UserError: the folder lacks a file that the family needs.
@@ -44,7 +44,7 @@ class QwenVL(VisionFamily):
     vision_tokens = VISION_TOKENS
     towers = ("visual",)
     tiny_tokens = ("<|im_start|>", END_OF_TURN, *VISION_TOKENS)
-    transformers_name = "Qwen2VL"  # of its classes
+    transformers_name = "Qwen2VL"  # prefix of its classes
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -53,7 +53,7 @@ class QwenVL(VisionFamily):
         self.frame_multiple = self.patch_size * self.merge_size
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
-        """The text between videos is tokenized piece by piece, since a video's tokens are ids, not text."""
+        """See the base class. The text between videos is tokenized in pieces, because videos are added as token ids."""
         first, *others = self.render_around(sample, len(clips))
         ids, spans = self.tokens(first), []
         for clip, grid, piece in zip(clips, grids, others, strict=True):
@@ -63,7 +63,7 @@ class QwenVL(VisionFamily):
         return ids, spans
 
     def expand(self, clip: Clip, grid: Grid) -> tuple[list[int], list[Span]]:
-        """The tokens that take the place of a clip's placeholder, and the runs of placeholders among them."""
+        """Token ids that replace a clip's placeholder in the template, and the runs of placeholders among them."""
         n = self.n_embeddings(grid)
         return [self.video_token] * n, [Span(0, n)]
 
@@ -79,7 +79,7 @@ class QwenVL(VisionFamily):
         return {"video": max_videos}
 
     def prepare(self, network: PreTrainedModel) -> None:
-        """The tower attends within frames by our attention, and cuts its patches by a matrix product."""
+        """Use rlvid's attention in the vision tower, and a matrix product for its patch embedding."""
         from rlvid.models.attention import VISION_ATTENTION
         from rlvid.models.loading import PatchProjection
 
@@ -108,7 +108,7 @@ class QwenVL(VisionFamily):
 
     @classmethod
     def tiny_rope(cls) -> dict[str, Any]:
-        """The rotary pairs are split over time, height and width about as in the released models."""
+        """Split of the rotary pairs into time, height and width, about as in the released models."""
         return {"mrope_section": [8, 12, 12]}
 
     @classmethod
@@ -142,10 +142,10 @@ class QwenVL(VisionFamily):
         return rotary_positions(n_tokens, spans, grid_thw, self.merge_size)
 
     def engine_input(self, prompt: Prompt) -> MultiModalInput | dict[str, Any]:
-        """What vLLM's `LLMEngine.add_request` takes: our token ids, uint8 patches, and clip ids as cache keys.
+        """The input for vLLM's `LLMEngine.add_request`: token ids, uint8 patches, and clip ids as cache keys.
 
-        `LLM.generate` would drop the video without a word, and float patches would be normalised twice
-        (measured with vLLM 0.32): only this form equals vLLM's own path.
+        Only this form gives the same result as vLLM's own preprocessing (measured with vLLM 0.32): `LLM.generate` would
+        drop the video silently, and float patches would be normalised twice.
         """
         import torch
         from vllm.inputs import mm_input, tokens_input
@@ -159,7 +159,7 @@ class QwenVL(VisionFamily):
             "pixel_values_videos": MultiModalFieldConfig.flat_from_sizes("video", grid.prod(-1)),
             "video_grid_thw": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
-        # The array is a read-only view into the object store; torch wants a writable one, and copying is cheap here.
+        # The array is a read-only view into the object store; torch needs a writable one, and the copy is cheap.
         tensors = {"pixel_values_videos": torch.from_numpy(prompt.patches.copy()), "video_grid_thw": grid}
         for name, tensor in self.engine_extras(prompt).items():
             fields[name] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
@@ -172,18 +172,18 @@ class QwenVL(VisionFamily):
         )
 
     def engine_extras(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """What else vLLM wants to know of each video: tensors [V]."""
+        """Further inputs that vLLM needs for each video: tensors [V]."""
         return {}
 
     def engine_placeholders(self, prompt: Prompt) -> list[PlaceholderRange]:
-        """One range a video, with a mask where not all of its tokens take an embedding."""
+        """One range per video, with a mask if not all of its tokens are placeholders."""
         from vllm.multimodal.inputs import PlaceholderRange
 
         return [PlaceholderRange(offset=s.offset, length=s.length) for s in prompt.spans]
 
 
 class Qwen25VL(QwenVL):
-    """Qwen2.5-VL: time positions follow the clock. (The windows of its tower are the libraries' part.)"""
+    """Qwen2.5-VL: time positions follow seconds. The windows of its tower are handled by transformers and vLLM."""
 
     vllm_module = "vllm.model_executor.models.qwen2_5_vl"
     transformers_name = "Qwen2_5_VL"
@@ -191,7 +191,7 @@ class Qwen25VL(QwenVL):
     @classmethod
     def tiny_vision(cls, cfg: TinyModelConfig) -> dict[str, Any]:
         return {
-            # Windows of 2 x 2 merged patches in every layer but the last, so that small clips have several.
+            # Windows of 2 x 2 merged patches in every layer but the last, so that small clips have more than one.
             "window_size": 56,
             "fullatt_block_indexes": [cfg.vision_layers - 1],
             "tokens_per_second": 2,
@@ -214,10 +214,10 @@ class Qwen25VL(QwenVL):
 
 
 class Qwen3VL(QwenVL):
-    """Qwen3-VL: each temporal patch stands by itself behind its time as text, so a video has several runs.
+    """Qwen3-VL: each temporal patch is a run of its own that follows its time as text, so a video has several runs.
 
-    vLLM 0.32 and transformers since 5.10 put these where the template's placeholder stood and keep the template's own
-    vision marks around them all (transformers 4 dropped those). Ours does as they do.
+    As in vLLM 0.32 and transformers since 5.10, the runs replace the template's placeholder, and the vision tokens that
+    the template writes around the placeholder stay (transformers 4 dropped these).
     """
 
     vllm_module = "vllm.model_executor.models.qwen3_vl"
@@ -269,9 +269,9 @@ class Qwen3VL(QwenVL):
         return ids, runs
 
     def patch_times(self, clip: Clip, n: int) -> list[float]:
-        """Seconds of each of the n temporal patches: the middle of its first and last frame.
+        """Time of each of the n temporal patches in seconds: the mean of the times of its first and last frame.
 
-        As transformers' processor counts them, by index and average frame rate, for files of variable rate too.
+        Times are index / average frame rate, as in transformers' processor, also for files of variable frame rate.
         """
         seconds = [int(i) / clip.fps for i in clip.indices]
         seconds += seconds[-1:] * (n * self.temporal_patch - len(seconds))  # the last frame is repeated
@@ -293,7 +293,7 @@ class Qwen3VL(QwenVL):
         ranges, runs = [], iter(prompt.spans)
         for t in prompt.grid_thw[:, 0]:
             of_video = [next(runs) for _ in range(t)]
-            # vLLM looks for the first patch's vision mark from the start of the range on: it begins with that mark.
+            # vLLM expects the range to begin with the vision-start token of the first patch.
             first, end = of_video[0].offset - 1, of_video[-1].offset + of_video[-1].length
             is_embed = torch.zeros(end - first, dtype=torch.bool)
             for run in of_video:

@@ -17,16 +17,16 @@ def rotary_positions(
     merge_size: int,
     time_steps: Sequence[float] | None = None,
 ) -> npt.NDArray[np.int32]:
-    """Positions [3, n_tokens] of a prompt, the way vLLM and transformers 4 count them.
+    """Return the positions [3, n_tokens] of a prompt as vLLM and transformers 4 count them.
 
-    Text counts on from the largest position so far + 1. transformers 5.19 counts on from max(height, width) of the
-    video instead, ignoring its time axis, which differs whenever merged T > max(H, W).
+    Text after a video continues at the largest position so far + 1. transformers 5.19 continues at max(height, width)
+    of the video instead and ignores its time axis; the two differ if merged T > max(H, W).
 
     Args:
-        spans: runs of placeholders, in order.
+        spans: runs of placeholders, in the order of the prompt.
         grid_thw: [len(spans), 3] patches of each run.
-        time_steps: positions from one temporal patch to the next, one a run; products with the patch's index are
-            rounded down. Default 1.
+        time_steps: [len(spans)] positions between one temporal patch and the next; their product with the patch's
+            index is rounded down. Default 1.
     """
     positions = np.empty((3, n_tokens), dtype=np.int32)
     done, following = 0, 0

@@ -1,4 +1,4 @@
-"""Language models without a vision tower: prompts of text alone, positions on one axis."""
+"""Language models without a vision tower: prompts are only text, and positions have one axis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TextModel(ChatFamily):
-    """A causal language model. A sample with videos is refused.
+    """A causal language model. It does not accept samples with videos.
 
     Raises:
         UserError: the folder lacks a file that the family needs.
@@ -35,15 +35,17 @@ class TextModel(ChatFamily):
         self.vllm_module = f"vllm.model_executor.models.{self.config['model_type']}"
 
     def end_of_turn_token(self) -> str:
-        """What the tokenizer calls the end of a sequence: <|im_end|> in Qwen's chat models, <|eot_id|> in Llama 3's."""
+        """The eos_token of the tokenizer: <|im_end|> in Qwen's chat models, <|eot_id|> in Llama 3's."""
         token = self._named["eos_token"]
         if token is None:
-            raise UserError(f"{self.folder / 'tokenizer_config.json'} names no eos_token, which ends a response")
+            raise UserError(
+                f"{self.folder / 'tokenizer_config.json'} has no eos_token, which is needed to end a response"
+            )
         return token
 
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
         self.check_media(sample)
-        # Templates of text models take a message's content as one string.
+        # Chat templates of text models expect a message's content as one string.
         turns = [{"role": m.role, "content": self.escape(m.text)} for m in sample.messages]
         named = {name: token for name, token in self._named.items() if token is not None}
         token_ids = self.tokens(self.render(turns, **named))
@@ -75,6 +77,6 @@ class TextModel(ChatFamily):
 
 
 def _content(token: Any) -> str | None:
-    """A special token of tokenizer_config.json: a text, or an object that holds it."""
+    """Text of a special token in tokenizer_config.json, where it is a string or an object with `content`."""
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None

@@ -1,6 +1,6 @@
-"""What all families that see videos have in common: patches, and a prompt of text with runs of placeholders.
+"""What all families with videos have in common: patches, and a prompt of text with runs of placeholders.
 
-This part needs neither torch nor transformers, so that decoding workers stay light.
+This module imports neither torch nor transformers, so that decoding workers stay small.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class VisionFamily(ChatFamily):
         UserError: the folder lacks a file that the family needs.
     """
 
-    placeholder: str  # the token that takes an embedding of the tower
-    vision_tokens: tuple[str, ...]  # a sampled one would ask for features that are not there
+    placeholder: str  # the token that is replaced by an embedding of the tower
+    vision_tokens: tuple[str, ...]  # must not be sampled: no clip belongs to them
     media_kinds = frozenset({"video"})
     no_lora = ("visual", "vision_model", "connector", "video_tower", "image_tower", "multi_modal_projector")
-    part_type = "video"  # what the chat template calls a video
-    default_patch_size = 14  # where config.json leaves out what transformers has as default
-    merge_size = 1  # patches that become one token lie in squares of this side
-    temporal_patch = 1  # frames of a patch
+    part_type = "video"  # type of a video in the chat template
+    default_patch_size = 14  # transformers' default, for config.json files without it
+    merge_size = 1  # squares of merge_size x merge_size patches become one token
+    temporal_patch = 1  # number of frames in a patch
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -54,8 +54,8 @@ class VisionFamily(ChatFamily):
             self.pixel_std: list[float] = processor["image_std"]
         except (KeyError, TypeError, AttributeError) as e:
             raise UserError(
-                f"{folder}: config.json or the processor's configuration lacks {e}: no checkpoint of "
-                f"{self.config.get('model_type')}?"
+                f"{folder}: config.json or the processor's configuration lacks {e}; expected a checkpoint of "
+                f"{self.config.get('model_type')}"
             ) from e
         self.video_token = self.special(self.placeholder)
         ids = (self.tokenizer.token_to_id(token) for token in self.vision_tokens)
@@ -66,8 +66,8 @@ class VisionFamily(ChatFamily):
         seen = [part.index for m in sample.messages for part in m.content if isinstance(part, MediumRef)]
         if seen != list(range(len(clips))):
             raise UserError(
-                f"sample {sample.id!r}: its messages use videos {seen}, but it has {len(clips)}; use each once, "
-                f"in order"
+                f"sample {sample.id!r}: its messages use the videos {seen}, but it has {len(clips)}; use each "
+                f"of them once and in order"
             )
         grids, patches = zip(*(self.patchify(clip.frames) for clip in clips), strict=True) if clips else ((), ())
         token_ids, spans = self.tokenize(sample, clips, grids)
@@ -87,32 +87,32 @@ class VisionFamily(ChatFamily):
 
     @abstractmethod
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
-        """Token ids of the rendered conversation, each video's placeholders in their place, and the runs of these."""
+        """Token ids of the rendered conversation with the placeholders of all videos, and the runs of placeholders."""
 
     @abstractmethod
     def n_embeddings(self, grid: Grid) -> int:
-        """Placeholders of a clip: how many embeddings the tower makes of it."""
+        """Number of placeholders of a clip, which is the number of embeddings of the tower."""
 
     @property
     @abstractmethod
     def smallest_grid(self) -> Grid:
-        """Of the smallest clip that the tower takes."""
+        """Grid of the smallest clip that the tower accepts."""
 
     @abstractmethod
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
-        """What transformers' model is given: from normalised patches [n, patch_dim] and grids [V, 3]."""
+        """Arguments of the network's forward, from normalised patches [n, patch_dim] and grids [V, 3]."""
 
     @abstractmethod
     def positions(
         self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
     ) -> npt.NDArray[np.int32]:
-        """Rotary positions [3, n_tokens] of a prompt, [1, n_tokens] where there is one axis."""
+        """Rotary positions [3, n_tokens] of a prompt, [1, n_tokens] for families with one axis."""
 
     def seconds_per_patch(self, clip: Clip) -> float:
-        """Seconds from one temporal patch to the next, as transformers' processors count them.
+        """Seconds between one temporal patch and the next.
 
-        They take the sampled frames to spread over the whole file (`VideoMetadata.sampled_fps`), even where sampling
-        stops early; here it is the part of the file that was sampled.
+        transformers' processors divide the duration of the whole file by the number of frames
+        (`VideoMetadata.sampled_fps`), even if sampling stops early. Here it is the duration of the sampled part.
         """
         step = (clip.indices[-1] - clip.indices[0]) / max(1, len(clip.indices) - 1)  # frames of the file
         reaches_end = clip.indices[-1] + step >= clip.n_frames - 1
@@ -124,9 +124,10 @@ class VisionFamily(ChatFamily):
         return 3 * self.temporal_patch * self.patch_size**2
 
     def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
-        """Cut frames [T, H, W, 3] into patches [t*h*w, 3 * temporal_patch * patch * patch], merge blocks together.
+        """Cut frames [T, H, W, 3] into a grid (t, h, w) of patches [t*h*w, 3 * temporal_patch * patch * patch].
 
-        An odd last frame is repeated, as transformers' Qwen2VLVideoProcessor does. Returns the grid (t, h, w) too.
+        The patches of a merge block are adjacent. If T is no multiple of `temporal_patch`, the last frame is repeated,
+        as in transformers' Qwen2VLVideoProcessor.
         """
         p, m, s = self.patch_size, self.merge_size, self.temporal_patch
         if missing := -len(frames) % s:
@@ -137,7 +138,7 @@ class VisionFamily(ChatFamily):
         return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
 
     def render_around(self, sample: Sample, n_videos: int) -> list[str]:
-        """The rendered conversation, cut at each video's single placeholder."""
+        """The rendered conversation, split at the placeholder of each video."""
         turns = [{"role": m.role, "content": [self._part(part) for part in m.content]} for m in sample.messages]
         pieces = self.render(turns).split(self.placeholder)
         if len(pieces) != n_videos + 1:

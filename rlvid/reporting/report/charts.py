@@ -1,4 +1,4 @@
-"""Curves as inline SVG: plain functions from series of points to markup, no script and no plotting library.
+"""Draws charts as inline SVG: pure functions from series of points to markup, without script or plotting library.
 
 Colours come from the page's CSS variables (`--s0` to `--s5`), so that one picture serves light and dark. Every text is
 escaped by `Markup.format`.
@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-# Drawn for cards of about this many pixels, so that a font size in the picture is one on the screen.
+# Cards have about this size in pixels, so font sizes in the chart are font sizes on the screen.
 WIDTH, HEIGHT = 400, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 12, 30
 _COLOURS = 6
-_MAX_POINTS = 300  # more than the card has pixels for: steps are averaged
+_MAX_POINTS = 300  # a card has no pixels for more: steps are averaged
 _MAX_BARS = 60
 _SMOOTH_FROM = 24  # points; shorter curves are shown as they are
 
@@ -71,10 +71,10 @@ def line_chart(
     bounds: tuple[float, float] | None = None,
     allow_log: bool = False,
 ) -> Markup:
-    """Curves over steps, on a logarithmic axis if `allow_log` and the values ask for it."""
+    """Curves over steps, on a logarithmic axis if `allow_log` and the values span a wide range."""
     drawn = [replace(s, points=_thin(s.points, _MAX_POINTS)) for s in series if s.points]
     values = [value for s in drawn for _, value in s.points]
-    steps = [step for s in series for step, _ in s.points]  # averaging must not cut the ends off the axis
+    steps = [step for s in series for step, _ in s.points]  # the axis covers all steps, also after averaging
     is_log = allow_log and min(values) > 0 and max(values) / min(values) > 30
     axis = _Axis.logarithmic(values) if is_log else _Axis.linear(values, bounds)
     x = _scale(min(steps), max(steps), _LEFT, WIDTH - _RIGHT)
@@ -96,7 +96,7 @@ def line_chart(
 
 
 def stacked_chart(label: str, series: Sequence[Series], form: Format = seconds) -> Markup:
-    """Bars over steps, the series on top of each other. A step that a series does not have counts as 0."""
+    """Bars over steps, the series on top of each other. A step that is missing in a series is 0."""
     all_steps = sorted({step for s in series for step, _ in s.points})
     width = math.ceil(len(all_steps) / _MAX_BARS)
     buckets = [all_steps[i : i + width] for i in range(0, len(all_steps), width)]
@@ -127,7 +127,7 @@ def stacked_chart(label: str, series: Sequence[Series], form: Format = seconds) 
 
 
 def scatter_chart(label: str, points: Sequence[Point], is_log: bool = False) -> Markup:
-    """A dot per point over a number, on a logarithmic axis if `is_log`, or over words in order of appearance."""
+    """One dot per point. The x axis has numbers (logarithmic if `is_log`) or words in order of appearance."""
     numbers = [p.x for p in points if isinstance(p.x, int | float) and not isinstance(p.x, bool)]
     if len(numbers) < len(points):
         words = list(dict.fromkeys(str(p.x) for p in points))
@@ -146,7 +146,9 @@ def scatter_chart(label: str, points: Sequence[Point], is_log: bool = False) -> 
         Markup('<text x="{:.1f}" y="{}" class="x">{}</text>').format(x(place), HEIGHT - _BOTTOM + 16, text)
         for place, text in ticks
     ]
-    for place, p in sorted(zip(places, points, strict=True), key=lambda pair: pair[1].is_best):  # the best on top
+    for place, p in sorted(
+        zip(places, points, strict=True), key=lambda pair: pair[1].is_best
+    ):  # the best is drawn last, on top
         dot = '<circle class="dot c{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
         size = 6 if p.is_best else 4
         parts.append(Markup(dot).format(0 if p.is_best else 1, x(place), axis.position(p.y), size, p.name))
@@ -154,7 +156,7 @@ def scatter_chart(label: str, points: Sequence[Point], is_log: bool = False) -> 
 
 
 def smoothing_window(series: Series) -> int:
-    """Points in the moving mean of a curve; 1: it is drawn as it is."""
+    """Number of points in the moving mean of a curve; 1: it is not smoothed."""
     n = min(len(series.points), _MAX_POINTS)
     return 2 * max(2, n // 40) + 1 if series.is_noisy and n >= _SMOOTH_FROM else 1
 
@@ -170,7 +172,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-# --- inside -----------------------------------------------------------------------------------------------------------
+# --- private helpers --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class _Axis:
     def linear(cls, values: Sequence[float], bounds: tuple[float, float] | None) -> _Axis:
         low, high = bounds or (min(values), max(values))
         if bounds is None:
-            if 0 <= low < 0.5 * high:  # a curve in the lower half would look like nothing without its zero
+            if 0 <= low < 0.5 * high:  # a curve near 0 is drawn with 0 on its axis
                 low = 0.0
             if high == low:
                 margin = abs(high) * 0.5 or 1.0
@@ -213,7 +215,7 @@ def _thin(points: Sequence[tuple[float, float]], limit: int) -> Sequence[tuple[f
 
 
 def _moving_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Centred mean; near the ends over the points there are."""
+    """Centred moving mean; near the ends it uses the points that exist."""
     half = window // 2
     smooth = []
     for index, (step, _) in enumerate(points):
@@ -230,7 +232,7 @@ def _path(
 
 
 def _labels(ticks: Sequence[float], form: Format) -> list[str]:
-    """A text for each tick; with more digits where `form` would give two ticks the same."""
+    """A label for each tick, with more digits if `form` would give two ticks the same label."""
     labels = [form(tick) for tick in ticks]
     if len(set(labels)) == len(ticks):
         return labels
@@ -261,7 +263,7 @@ def _x_axis(first: float, last: float, x: Callable[[float], float]) -> Markup:
 
 
 def _hover(series: Sequence[Series], x: Callable[[float], float], form: Format) -> Markup:
-    """Invisible columns with a tooltip, one per step or, when there are many, per some."""
+    """Invisible columns with a tooltip, one per step, or one per several steps if there are many."""
     steps = sorted({step for s in series for step, _ in s.points})
     width = math.ceil(len(steps) / 100)
     buckets = [steps[i : i + width] for i in range(0, len(steps), width)]

@@ -1,4 +1,4 @@
-"""The curves of the report: which metrics a run has, and the picture of each chart."""
+"""The charts of the report, made from the metrics that a run has."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ FORMS: dict[Form, Callable[[float], str]] = {
     "percent": charts.percent,
     "seconds": charts.seconds,
 }
-Rows = Mapping[int, Mapping[str, float]]  # numbers by step
+Rows = Mapping[int, Mapping[str, float]]  # step -> metrics
 
 
 def sections(train: Rows, warm: Rows) -> list[dict[str, Any]]:
-    """The sections of the page with their cards; metrics without a chart come last, folded."""
-    taken: set[str] = set(NO_CHART)
+    """Sections of the page with their charts; metrics that are in no chart are last, folded."""
+    drawn: set[str] = set(NO_CHART)
     found = []
-    for title, wanted in CHARTS.items():
-        cards = [card for chart in wanted if (card := _card(chart, train, taken))]
+    for title, charts_of_section in CHARTS.items():
+        cards = [card for chart in charts_of_section if (card := _card(chart, train, drawn))]
         if title == "Learning":
             cards += [card for chart in WARM_START_CHARTS if (card := _card(chart, warm, set(NO_CHART)))]
         found.append({"title": title, "cards": cards, "is_folded": False})
-    others = sorted({key for row in train.values() for key in row} - taken)[:MAX_OTHER]
+    others = sorted({key for row in train.values() for key in row} - drawn)[:MAX_OTHER]
     cards = [card for key in others if (card := _card(Chart((key,)), train, set()))]
     found.append({"title": "Other metrics", "cards": cards, "is_folded": True})
     return [section for section in found if section["cards"]]
 
 
-def _card(chart: Chart, rows: Rows, taken: set[str]) -> dict[str, Any] | None:
-    """A chart with its legend; None if there is nothing to draw. Adds the metrics it shows to `taken`."""
-    keys = _expand(chart.keys, rows, taken)
+def _card(chart: Chart, rows: Rows, drawn: set[str]) -> dict[str, Any] | None:
+    """A chart with its legend; None if no row has its metrics. Adds the metrics that it shows to `drawn`."""
+    keys = _expand(chart.keys, rows, drawn)
     if not keys:
         return None
-    taken |= set(keys)
+    drawn |= set(keys)
     main = METRICS.get(keys[0]) or Metric(keys[0])
     title, form = chart.title or main.title, FORMS[chart.form or main.form]
     series = [
@@ -68,8 +68,8 @@ def _card(chart: Chart, rows: Rows, taken: set[str]) -> dict[str, Any] | None:
     }
 
 
-def _expand(keys: Sequence[str], rows: Rows, taken: set[str]) -> list[str]:
-    known = dict.fromkeys(key for row in rows.values() for key in row if key not in taken)
+def _expand(keys: Sequence[str], rows: Rows, drawn: set[str]) -> list[str]:
+    known = dict.fromkeys(key for row in rows.values() for key in row if key not in drawn)
     expanded: dict[str, None] = {}
     for key in keys:
         found = [k for k in known if k.startswith(key[:-1])] if key.endswith("*") else [key] if key in known else []

@@ -1,8 +1,8 @@
 """Makes `report.html`: one page with the result, the curves, the latest rollouts with their frames, and the config.
 
-The page loads nothing: pictures are inline, curves are SVG, there is no script, and its content security policy would
-refuse one. Everything in it that comes from data or models is escaped. What is shown is decided here; how it looks, in
-`report.html.j2`; which curves there are, in `curves.py`.
+The page loads nothing: images are inline, curves are SVG, and it has no script (its content security policy would block
+one). All text from data and models is escaped. This module selects the content, `curves.py` makes the charts, and
+`report.html.j2` is the layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OPEN_GROUPS = 6
 _MAX_FRAMES = 16
 _MAX_BAD_CLIPS = 200
 _MAX_OTHER = 40
-_LONG_TEXT = 600  # characters of a response before the rest is folded away
+_LONG_TEXT = 600  # characters of a response; more are folded
 
 _JOB_NAMES = {
     "grpo": "GRPO",
@@ -39,15 +39,17 @@ _JOB_NAMES = {
     "reward-model": "Reward model",
     "eval": "Evaluation",
 }
-PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}  # label, and the key that says how many; others count steps
+PLANNED = {
+    "isrt": ("Iterations", "isrt", "iterations")
+}  # (label, section and key of the number); other jobs count steps
 MAX_ROWS = 2000  # of metrics: a curve has 300 points, and a page of 100,000 rows took 9 s
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write `report.html` from what the run folder holds so far; a run that has only begun gives a page too.
+    """Write `report.html` from the files of the run folder and return its path. The job may still be running.
 
     Raises:
-        UserError: the folder is no run folder, or one of its files is broken.
+        UserError: the folder is not a run folder, or one of its files is broken.
     """
     if not folder.is_run:
         raise UserError(f"{folder.dir} is not a run folder: it has no {folder.config_file.name}")
@@ -57,7 +59,7 @@ def write_report(folder: RunFolder) -> Path:
 
 
 def template(name: str) -> jinja2.Template:
-    """One of the page templates that lie beside this file; autoescape is on."""
+    """Load a page template from the folder of this file, with autoescape."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -71,7 +73,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _printable(value: Any) -> Any:
-    """Control characters are not allowed in HTML, and a parser may drop or reinterpret them."""
+    """Replace control characters: HTML does not allow them, and a parser may drop or reinterpret them."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in value)
     return value
@@ -105,16 +107,16 @@ def _page(folder: RunFolder) -> dict[str, Any]:
 
 
 def _by_step(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Numbers per step; rows of one step (training and evaluation) are joined, the later one counts."""
-    joined: dict[int, dict[str, float]] = {}
+    """Finite numbers by step. Rows of the same step (training and evaluation) are merged; the later value is used."""
+    by_step: dict[int, dict[str, float]] = {}
     for row in rows:
         numbers = {
             key: float(value)
             for key, value in row.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         }
-        joined.setdefault(int(row.get("step") or 0), {}).update(numbers)
-    return dict(sorted(joined.items()))
+        by_step.setdefault(int(row.get("step") or 0), {}).update(numbers)
+    return dict(sorted(by_step.items()))
 
 
 def _facts(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -141,7 +143,7 @@ def _facts(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple
 def _tiles(
     rows: Sequence[Mapping[str, Any]], train: Rows, manifest: Mapping[str, Any], config: Mapping[str, Any], n_bad: int
 ) -> list[tuple[str, str, str]]:
-    """(label, value, remark) of the small numbers beside the accuracy."""
+    """(label, value, remark) of the small numbers below the headline."""
     tiles: list[tuple[str, str, str]] = []
     if train:
         label, section, key = PLANNED.get(manifest.get("job", ""), ("Steps", "train", "steps"))
@@ -152,15 +154,15 @@ def _tiles(
         tiles.append(("Duration", duration(max(times)), ""))
     rewards = [row["reward/mean"] for row in train.values() if "reward/mean" in row]
     if rewards:
-        around = max(1, len(rewards) // 10)
-        first, last = sum(rewards[:around]) / around, sum(rewards[-around:]) / around
-        remark = f"from {charts.number(first)}" + (f"; mean of {around} steps" if around > 1 else "")
+        n = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:n]) / n, sum(rewards[-n:]) / n
+        remark = f"from {charts.number(first)}" + (f"; mean of {n} steps" if n > 1 else "")
         tiles.append(("Reward", charts.number(last), remark))
     speeds = [row["samples_per_s"] for row in train.values() if "samples_per_s" in row]
     if speeds:
         tiles.append(("Samples per second", charts.number(sum(speeds) / len(speeds)), "mean over steps"))
     if n_bad:
-        tiles.append(("Bad clips", str(n_bad), "left out, listed below"))
+        tiles.append(("Bad clips", str(n_bad), "skipped, listed below"))
     return tiles
 
 
@@ -174,8 +176,7 @@ def duration(seconds: float) -> str:
 
 
 def _evaluation(rows: Rows, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """First and last evaluation, in percent (correlations x 100). They are compared only when made over the same number
-    of samples."""
+    """First and last evaluation, in percent (correlations x 100); compared only if their numbers of samples agree."""
     name = next((name for name in HEADLINES if any(name in row for row in rows.values())), "")
     found = [(step, row) for step, row in rows.items() if name in row]
     if not found:
@@ -219,7 +220,7 @@ def _rollouts(folder: RunFolder, step: int) -> dict[str, Any]:
         grouped.setdefault(row["sample_id"], []).append(row)
     largest = max((abs(row["advantage"]) for row in rows if math.isfinite(row["advantage"])), default=0.0)
     groups = [_group(sample_id, members, frames.get(sample_id, []), largest) for sample_id, members in grouped.items()]
-    groups.sort(key=lambda group: not group["is_mixed"])  # stable: those with a gradient first
+    groups.sort(key=lambda group: not group["is_mixed"])  # stable sort: groups with a gradient first
     shown = groups[:_MAX_GROUPS]
     return {
         "step": step,
@@ -285,7 +286,7 @@ def _weights(text: str) -> str:
 
 
 def _pictures(frames: Sequence[bytes]) -> list[tuple[int, str | None]]:
-    """(number of the frame from 1, data address or None where the bytes are no picture), at most `_MAX_FRAMES`."""
+    """(frame number from 1, data URL or None if the bytes are not an image), at most `_MAX_FRAMES`."""
     n = min(len(frames), _MAX_FRAMES)
     indices = [round(i * (len(frames) - 1) / (n - 1)) for i in range(n)] if n > 1 else list(range(n))
     return [(index + 1, _data_address(frames[index])) for index in indices]
@@ -298,11 +299,11 @@ def _data_address(picture: bytes) -> str | None:
     return None
 
 
-# --- fine print -------------------------------------------------------------------------------------------------------
+# --- details ----------------------------------------------------------------------------------------------------------
 
 
 def _details(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Tables of `run.json`: versions, hashes, prompt templates, and what else was recorded."""
+    """Tables of `run.json`: versions, hashes, prompt templates, and other entries."""
     tables = []
     rest: list[tuple[str, str]] = []
     for key, value in manifest.items():

@@ -1,4 +1,4 @@
-"""The page of a sweep: a summary, the metric over each hyperparameter, its curves, and a table of the trials."""
+"""Makes the page of a sweep: a summary, the metric over each hyperparameter, a table of the trials, and curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlvid.files import write_atomic
 from rlvid.reporting.report import charts
 from rlvid.reporting.report.page import duration, template
 
-MAX_CURVES = 6  # as many as there are colours; of the best trials
+MAX_CURVES = 6  # of the best trials; there are 6 colours
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class TrialRow:
 
     trial_id: str
     values: Mapping[str, Any]  # hyperparameters, by key
-    value: float | None  # the metric's last value; None: never reached
+    value: float | None  # the last value of the metric; None if there is none
     step: int
     curve: tuple[tuple[int, float], ...]  # (step, value)
-    is_stopped: bool  # before its last step, by the scheduler
+    is_stopped: bool  # by the scheduler, before the last step
     error: str | None
     seconds: float
 
@@ -45,11 +45,12 @@ def write_sweep(
     keys: Sequence[str],
     log_keys: Collection[str] = (),
 ) -> Path:
-    """Write the page, whole or not at all. Trials link to their own reports where these exist.
+    """Write the page atomically and return `file`. Trials link to their own reports, if these exist.
 
     Args:
         mode: "max" or "min".
-        keys: hyperparameters, in the order of their charts; those of `log_keys` were drawn over their logarithm.
+        keys: hyperparameters, in the order of their charts.
+        log_keys: those with a logarithmic axis.
     """
     ranked = sorted(
         (row for row in rows if row.value is not None), key=lambda row: row.value or 0.0, reverse=mode == "max"

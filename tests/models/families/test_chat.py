@@ -11,7 +11,7 @@ from rlvid.models.families import load_family
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "idefics2", "video_llava", "qwen3"])
-def test_the_opening_is_what_the_template_writes_of_the_response(
+def test_the_opening_is_the_text_of_the_response_that_the_template_writes(
     tiny_models: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     """Fault 14: templates of thinking models end the prompt with <think>."""

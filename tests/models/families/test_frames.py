@@ -30,7 +30,7 @@ def video_llava(tiny_models: dict[str, Path]) -> VideoLlava:
     return load_family(tiny_models["video_llava"])  # type: ignore[return-value]
 
 
-def test_idefics2s_prompt_equals_the_processors(idefics2: Idefics2) -> None:
+def test_prompt_of_idefics2_equals_that_of_the_processor(idefics2: Idefics2) -> None:
     from transformers import AutoProcessor
 
     clips = [clip_of(noise(3, 56, 84), "a"), clip_of(noise(2, 84, 56, seed=1), "b")]
@@ -54,7 +54,7 @@ def test_idefics2s_prompt_equals_the_processors(idefics2: Idefics2) -> None:
     assert ours.positions.tolist() == [list(range(ours.length))]
 
 
-def test_video_llavas_prompt_equals_the_processors(video_llava: VideoLlava) -> None:
+def test_prompt_of_video_llava_equals_that_of_the_processor(video_llava: VideoLlava) -> None:
     from transformers import AutoProcessor
 
     clip = clip_of(noise(5, 56, 56), "a")
@@ -79,7 +79,7 @@ def test_frames_of_another_size_are_refused_with_the_settings_to_change(video_ll
 
 def test_a_prompt_longer_than_mistrals_window_is_refused(idefics2: Idefics2, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idefics2, "_window", 40)
-    with pytest.raises(UserError, match="never cut"):
+    with pytest.raises(UserError, match="never truncated"):
         prompt_of(idefics2, (8, 28, 28))
 
 
@@ -101,13 +101,13 @@ def test_an_answer_ends_its_turn(tiny_models: dict[str, Path], model: str) -> No
 
 
 @pytest.mark.parametrize("model", ["idefics2", "video_llava"])
-def test_adapters_are_the_language_models_alone(tiny_models: dict[str, Path], model: str) -> None:
+def test_only_the_language_model_has_adapters(tiny_models: dict[str, Path], model: str) -> None:
     network = load_model(tiny_models[model], "float32")
     add_adapters(network, LoraConfig(rank=2), VisionFamily.no_lora)
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     assert names and all(".text_model." in name or ".language_model." in name for name in names)
 
 
-def test_vllm_serves_neither(idefics2: Idefics2) -> None:
+def test_engine_input_is_not_implemented(idefics2: Idefics2) -> None:
     with pytest.raises(UserError, match="vLLM does not serve Idefics2ForConditionalGeneration"):
         VllmEngine(idefics2.folder, idefics2, RolloutConfig(), "float32", seed=0, on_gpu=False)

@@ -29,7 +29,7 @@ def any_family(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> 
 
 
 def by_processor(family: QwenVL, sample: Sample, clips: Sequence[Clip]) -> Mapping[str, Any]:
-    """What transformers' processor makes of the same frames; patches left as uint8."""
+    """Output of transformers' processor for the same frames, with patches as uint8."""
     torchvision_ops.ensure()
     from transformers import AutoProcessor
     from transformers.video_utils import VideoMetadata
@@ -72,8 +72,8 @@ def test_prompt_equals_the_processors(any_family: QwenVL, shapes: list[tuple[int
         assert ours.seconds_per_patch == pytest.approx([float(s) for s in theirs["second_per_grid_ts"]], rel=1e-6)
 
 
-def test_clock_of_a_clip_whose_tail_is_never_sampled(any_family: QwenVL) -> None:
-    """The processor would stretch 8 frames of the first second over the whole minute."""
+def test_seconds_per_patch_of_a_clip_whose_end_is_not_sampled(any_family: QwenVL) -> None:
+    """The processor would divide the whole minute by 8, though the frames are all from the first second."""
     clip = replace(clip_of(noise(8, 64, 64), "c"), indices=4 * np.arange(8), n_frames=1800, fps=30.0)
     assert any_family.seconds_per_patch(clip) == pytest.approx(2 * 29 / 30 / 8)  # of two frames, 29 frames shown
 
@@ -105,7 +105,7 @@ def test_time_steps_are_scaled_and_rounded_down() -> None:
     assert positions.tolist() == [[0, 1, 3, 4, 5], [0, 0, 0, 0, 5], [0, 0, 0, 0, 5]]
 
 
-def test_text_counts_on_from_the_largest_position() -> None:
+def test_text_continues_at_the_largest_position_plus_one() -> None:
     # 2 text tokens, a video of 3 x 1 x 2 merged patches, 2 text tokens
     positions = rotary_positions(10, [Span(2, 6)], np.array([[3, 2, 4]]), merge_size=2)
     assert positions.tolist() == [
@@ -115,7 +115,7 @@ def test_text_counts_on_from_the_largest_position() -> None:
     ]
 
 
-def test_two_videos_and_no_video() -> None:
+def test_positions_with_two_videos_and_with_none() -> None:
     positions = rotary_positions(5, [Span(0, 1), Span(2, 2)], np.array([[1, 2, 2], [2, 2, 2]]), merge_size=2)
     assert positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 4], [0, 1, 2, 2, 4]]
     assert rotary_positions(3, [], np.zeros((0, 3), dtype=np.int64), 2).tolist() == [[0, 1, 2]] * 3
@@ -125,7 +125,7 @@ def test_two_videos_and_no_video() -> None:
 def test_positions_against_transformers(
     family: QwenVL, tiny_model: Path, shape: tuple[int, int, int], is_equal: bool
 ) -> None:
-    """transformers 5.19 differs exactly where merged T > max(H, W); the day it does not, this rule can go."""
+    """transformers 5.19 differs only if merged T > max(H, W); once it agrees, `rotary_positions` is not needed."""
     from rlvid.models.loading import load_model
 
     prompt = prompt_of(family, shape)
@@ -158,14 +158,14 @@ def test_answer_ends_its_turn(family: QwenVL) -> None:
     assert family.decode(ids.tolist()) == "red"
 
 
-def test_prompt_is_never_cut(family: QwenVL) -> None:
+def test_prompt_is_never_truncated(family: QwenVL) -> None:
     with pytest.raises(UserError, match=r"'s'.*tokens \(16 of them video\).*max_model_len"):
         family.encode(sample_of(), [clip_of(noise(8, 56, 56), "c")], max_tokens=20)
 
 
 def test_each_video_is_used_once(family: QwenVL) -> None:
     twice = Sample("s", (Medium("/a.mp4"),), (Message("user", (MediumRef(0), MediumRef(0), "?")),), "a")
-    with pytest.raises(UserError, match="use each once"):
+    with pytest.raises(UserError, match="use each of them once"):
         family.encode(twice, [clip_of(noise(2, 28, 28), "c")])
 
 
@@ -175,13 +175,13 @@ def test_text_only_prompt(family: QwenVL) -> None:
     assert prompt.positions[0].tolist() == list(range(prompt.length))
 
 
-def test_images_are_refused_until_they_are_read(family: QwenVL) -> None:
+def test_images_are_refused(family: QwenVL) -> None:
     media = (Medium("/a.png", "image"),)
-    with pytest.raises(UserError, match=r"'s': /a\.png: images are not read yet"):
+    with pytest.raises(UserError, match=r"'s': /a\.png: images are not supported yet"):
         family.check_media(Sample("s", media, (Message.about(media, "?"),), "a"))
 
 
-def test_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.json"):
         load_family(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')

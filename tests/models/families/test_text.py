@@ -39,16 +39,16 @@ def test_prompt_equals_the_tokenizers(family: TextModel) -> None:
 
 
 def test_videos_are_refused_by_name(family: TextModel) -> None:
-    with pytest.raises(UserError, match=r"'s' has a video.*ForCausalLM.*text alone"):
+    with pytest.raises(UserError, match=r"'s' has a video.*ForCausalLM.*accepts only text"):
         family.encode(sample_of(), [clip_of(noise(2, 28, 28), "c")])
 
 
-def test_prompt_is_never_cut(family: TextModel) -> None:
-    with pytest.raises(UserError, match=r"'s'.*0 of them video.*shorten it or raise rollout.max_model_len"):
+def test_prompt_is_never_truncated(family: TextModel) -> None:
+    with pytest.raises(UserError, match=r"'s'.*0 of them video.*raise rollout.max_model_len.*or shorten the prompt"):
         family.encode(sample_of(n_videos=0), [], max_tokens=5)
 
 
-def test_answer_ends_with_the_tokenizers_own_end(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_answer_ends_with_the_tokenizers_eos_token(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "llama"
     shutil.copytree(tiny_models["qwen2"], folder)
     for file, change in (
@@ -62,19 +62,19 @@ def test_answer_ends_with_the_tokenizers_own_end(tiny_models: dict[str, Path], t
     end, begin = (family.tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>"))
     assert family.encode_answer("red")[-1] == family.end_of_turn == end
     ids = family.encode(sample_of(n_videos=0), []).token_ids
-    assert (ids[0], ids[-1]) == (begin, end)  # its template was given both names
+    assert (ids[0], ids[-1]) == (begin, end)  # its template got both tokens
 
 
-def test_tokenizer_without_an_end_is_an_error(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_tokenizer_without_an_eos_token_is_an_error(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     shutil.copytree(tiny_models["qwen3"], folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
-    with pytest.raises(UserError, match="names no eos_token"):
+    with pytest.raises(UserError, match="has no eos_token"):
         load_family(folder)
 
 
-def test_added_words_of_a_model_are_no_special_tokens(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_added_tokens_that_are_not_special_stay_text(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     shutil.copytree(tiny_models["qwen3"], folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

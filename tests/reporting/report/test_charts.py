@@ -95,7 +95,7 @@ def test_one_point_and_constant_curves_are_drawn(value: float) -> None:
         assert len(texts(root, "y")) >= 2
 
 
-def test_wide_range_takes_a_logarithmic_axis() -> None:
+def test_wide_range_has_a_logarithmic_axis() -> None:
     series = [Series("gap", [(1, 1e-6), (2, 1e-2)])]
     assert texts(svg(charts.line_chart("gap", series, allow_log=True)), "y") == [
         "1e−6",

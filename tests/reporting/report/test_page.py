@@ -253,7 +253,7 @@ def test_control_characters_do_not_reach_the_page(tmp_path: Path) -> None:
     assert "a\ufffdb\ufffd[31mc\ufffdd\n\te" in html
 
 
-def test_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+def test_run_without_metrics_has_a_page(tmp_path: Path) -> None:
     page = read(start(tmp_path))
     assert "Nothing has been logged yet" in page.text
     assert page.count("svg") == 0
@@ -273,7 +273,7 @@ def test_warm_start_only(tmp_path: Path) -> None:
     assert "Warm start: loss" in read(folder).text
 
 
-def test_accuracies_over_different_samples_are_not_put_side_by_side(tmp_path: Path) -> None:
+def test_accuracies_over_different_samples_are_not_compared(tmp_path: Path) -> None:
     folder = start(tmp_path)
     folder.append_metrics({"step": 0, "eval/accuracy": 0.5, "eval/n": 64, "eval/accuracy/count": 0.1})
     folder.append_metrics({"step": 9, "eval/accuracy": 0.75, "eval/n": 256, "eval/accuracy/count": 0.2})
@@ -289,7 +289,7 @@ def test_only_evaluation_so_far_claims_no_gain(tmp_path: Path) -> None:
     assert "the only evaluation so far" in text and " points" not in text
 
 
-def test_rows_of_one_step_are_joined_and_the_later_counts(tmp_path: Path) -> None:
+def test_rows_of_one_step_are_merged_and_the_later_value_is_used(tmp_path: Path) -> None:
     folder = start(tmp_path)
     for accuracy in (0.1, 0.9):
         folder.append_metrics({"step": 5, "eval/accuracy": accuracy})
@@ -309,7 +309,7 @@ def test_mixed_groups_come_first_and_the_rest_is_folded(tmp_path: Path) -> None:
     assert page.text.index("clip-30") < page.text.index("clip-00")
 
 
-def test_broken_json_in_a_table_is_shown_not_fatal(tmp_path: Path) -> None:
+def test_broken_json_in_a_table_is_shown(tmp_path: Path) -> None:
     folder = start(tmp_path)
     folder.write_rollouts(1, [row(reward_parts="nonsense", weight_versions="nonsense", advantage=float("nan"))], {})
     text = read(folder).text

@@ -19,7 +19,7 @@ def test_a_value_drawn_over_its_logarithm_lies_on_a_logarithmic_axis() -> None:
     assert middle - low < 0.02 * (high - low)
 
 
-def test_words_have_a_place_each_in_order_of_appearance() -> None:
+def test_words_are_on_the_axis_in_order_of_appearance() -> None:
     x = places(scatter_chart("loss", [Point(word, 0.5, word) for word in ("ipo", "kto", "ipo", "simpo")]))
     assert x[0] == x[2] < x[1] < x[3]
 
@@ -39,7 +39,7 @@ def trial(name: str, value: float | None, **more: object) -> TrialRow:
     return TrialRow(trial_id=name, value=value, step=10 if value else 0, curve=curve, **(fields | more))  # type: ignore[arg-type]
 
 
-def test_the_page_has_every_trial_best_first_and_escapes_what_it_is_told(tmp_path: Path) -> None:
+def test_the_page_has_every_trial_best_first_and_escapes_text(tmp_path: Path) -> None:
     best, worse = trial("kto", 0.9), trial("ipo", 0.6, is_stopped=True)
     (tmp_path / "trials" / "kto").mkdir(parents=True)
     (tmp_path / "trials" / "kto" / "report.html").touch()
