@@ -1,8 +1,8 @@
-"""`python -m benchmarks [NAME ...]`: run the benchmarks one after another and write their figures into
-docs/performance.md, the machine named. Without names, all of them.
+"""`python -m benchmarks [NAME ...]`: run the benchmarks one after another and write their figures and the
+machine into docs/performance.md. Without names, all of them are run.
 
-Figures of benchmarks that are not run stay as they were; one that fails leaves its row empty. The exit code is 1
-then, and where a figure misses its bound.
+Figures of benchmarks that are not run do not change; those of a benchmark that fails are removed. The exit code is 1 if
+a benchmark fails or a figure misses its bound.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from benchmarks.harness import machine
 
 PAGE = Path("docs/performance.md")
-FIGURES = Path("benchmarks/figures.json")  # the last figures of each, so that one benchmark can be run anew
+FIGURES = Path("benchmarks/figures.json")  # the last figures of each benchmark, so that one can be run alone
 BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"
 
-# What each key has to reach; keys without a bound are shown beside them.
+# The bounds of figures. Figures without a bound are in the table too.
 BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
     "shared_prefix": {
         "ratio_300": (">=", 3),
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def run(name: str) -> dict[str, float | str]:
-    """The last line's JSON and the machine; empty where the benchmark failed."""
+    """Run a benchmark; return the JSON of its last line and the machine. Empty if it failed."""
     command = [sys.executable, "-m", f"benchmarks.{name}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -80,7 +80,7 @@ def run(name: str) -> dict[str, float | str]:
 
 
 def is_missed(name: str, key: str, value: float | str) -> bool:
-    """Whether a figure has a bound and does not keep it."""
+    """True if a figure has a bound and misses it."""
     if key not in BOUNDS[name]:
         return False
     sign, bound = BOUNDS[name][key]
@@ -88,7 +88,7 @@ def is_missed(name: str, key: str, value: float | str) -> bool:
 
 
 def table(figures: dict[str, dict[str, float | str]]) -> str:
-    """Markdown: a row per figure, with what it has to reach."""
+    """Markdown table with one row per figure and its bound."""
     lines = ["| benchmark | figure | value | bound | machine |", "|---|---|---|---|---|"]
     for name, bounds in BOUNDS.items():
         for key, value in figures.get(name, {}).items():

@@ -1,14 +1,14 @@
-"""Does the demo learn on every seed?
+"""Checks that the demo learns on every seed.
 
 `python -m benchmarks.demo_seeds --seeds 1,2,3,4,5,6` runs `jobs/configs/demo.yaml` with the real `rlvid grpo`, one seed
 after another; a seed gives other clips, other weights and other samples. For each seed a table by kind of question:
-held-out accuracy of greedy answers after the warm start and at the end, and what GRPO had to work with, from the
-rollout tables of the run (8 groups of every tenth step): the share of groups without a gradient, whose rewards are all
-equal, and the entropy of the sampled tokens. The row `all` has these two from every group of every step.
+held-out accuracy of greedy answers after the warm start and at the end, and from the rollout tables of the run (8
+groups of every tenth step) the share of groups without a gradient, because their rewards are all equal, and the entropy
+of the sampled tokens. In the row `all` the last two are over all groups of all steps.
 
 `min_after` and `mean_after` are accuracies at the end, `min_gain` is the smallest gain over the warm start;
-`max_seconds` is the longest run, from the start of its process to the end. With --dir run folders are kept; one that is
-complete is not run again.
+`max_seconds` is the longest run, from the start of its process to the end. With --dir the run folders are kept; a
+complete one is not run again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SeedResult:
 
 
 def run_demo(seed: int, folder: Path, overrides: Sequence[str]) -> None:
-    """Run the demo in a process of its own. A complete run folder is left as it is.
+    """Run the demo in a process of its own, unless `folder` has a complete run.
 
     Raises:
         subprocess.CalledProcessError: the run failed.
@@ -69,7 +69,7 @@ def run_demo(seed: int, folder: Path, overrides: Sequence[str]) -> None:
 
 
 def read_result(seed: int, folder: Path) -> SeedResult:
-    """What a complete run folder says."""
+    """Read the result of a complete run folder."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     manifest = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     kind_of = {sample["id"]: sample["problem_type"] for sample in map(json.loads, manifest)}
@@ -82,10 +82,10 @@ def read_result(seed: int, folder: Path) -> SeedResult:
 def by_kind(
     metrics: Iterable[Mapping[str, Any]], responses: Iterable[Mapping[str, Any]], kind_of: Mapping[str, str]
 ) -> dict[str, KindRow]:
-    """A line per kind of question, and `ALL` last.
+    """Return a row for each kind of question, and `ALL` last.
 
     Args:
-        metrics: rows of metrics.jsonl, of the warm start too.
+        metrics: rows of metrics.jsonl, with those of the warm start.
         responses: rows of the rollout tables.
         kind_of: sample id -> kind of its question.
     """
@@ -130,7 +130,7 @@ def show(result: SeedResult) -> str:
 
 
 def figures(results: Sequence[SeedResult]) -> dict[str, float]:
-    """What the last line says, over all seeds."""
+    """Figures of the last line, over all seeds."""
     totals = [result.kinds[ALL] for result in results]
     return {
         "min_after": min(row.after for row in totals),

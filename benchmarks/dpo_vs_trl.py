@@ -1,18 +1,18 @@
-"""One DPO step, rlvid against TRL's `DPOTrainer`: the same weights, reference, pairs and frames.
+"""Time of one DPO step of rlvid and of TRL's `DPOTrainer`, with the same weights, reference, pairs and frames.
 
-`python -m benchmarks.dpo_vs_trl` (needs `pip install trl`; it is no dependency of rlvid). Three settings: text alone (a
-tiny Qwen2), a few small frames, and a video prompt of more than 1,000 tokens (tiny Qwen2-VL). 4 pairs of responses of
-about 30 tokens, sigmoid loss with beta 0.1 and a reference that differs from the policy, AdamW, float32. What makes it
-fair:
+`python -m benchmarks.dpo_vs_trl` (needs `pip install trl`, which rlvid does not depend on). Three settings: only text
+(a tiny Qwen2), a few small frames, and a video prompt of more than 1,000 tokens (tiny Qwen2-VL). 4 pairs of responses
+of about 30 tokens, sigmoid loss with beta 0.1 and a reference that differs from the policy, AdamW, float32. What makes
+it fair:
 
-- TRL has no video in DPO, so both sides see still frames: TRL as images, rlvid as one-frame clips. The rendered prompts
-  are the same text, and the token ids are asserted to be equal.
+- TRL does not support video in DPO, so both sides get still frames: TRL as images, rlvid as one-frame clips. The
+  rendered prompts are the same text, and the token ids are asserted to be equal.
 - Both start a step from decoded frames in memory, process them, score the reference and train, in one process with all
   cores. Gradient checkpointing and logging are off, the whole batch is one micro-batch.
-- The steps take turns, the first of each side does not count, medians are quoted.
+- The steps of both sides alternate. The first step of each is not counted; figures are medians.
 
 `loss_diff` is the largest absolute difference of the first losses on the initial weights, text and images; `grad_diff`
-that of the gradient norms over TRL's.
+is the largest relative difference of the gradient norms.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def compare(model: Path, reference: Path, tmp: Path, setting: str, rounds: int) 
 
     collate = trainer.data_collator
 
-    def timed_collate(examples: Any) -> Any:  # the loader calls it before the step begins
+    def timed_collate(examples: Any) -> Any:  # the data loader calls it before the step begins
         begin = time.perf_counter()
         batch = collate(examples)
         first.setdefault("batch", {name: t.clone() for name, t in batch.items()})
@@ -219,7 +219,7 @@ def first_trl_loss(trainer: Any, initial: dict[str, torch.Tensor], batch: dict[s
 
 
 def check_prompts(rlvid: RlvidSide, batch: dict[str, Any]) -> None:
-    """Both sides must see the same tokens in the same order."""
+    """Assert that both sides get the same tokens in the same order."""
     for i, group in enumerate(rlvid.groups(0)):
         for row, response in ((i, 0), (N_PAIRS + i, 1)):
             theirs = batch["input_ids"][row][batch["attention_mask"][row].bool()]
@@ -235,7 +235,7 @@ def _norm(module: torch.nn.Module) -> float:
 
 
 def make_models(tmp: Path, family: str) -> tuple[Path, Path]:
-    """A tiny policy and a reference near it."""
+    """Make a tiny policy and a reference that differs from it slightly."""
     model, reference = tiny_model(tmp / family, family=family), tiny_model(tmp / f"{family}-reference", family=family)
     from safetensors.torch import load_file, save_file
 

@@ -1,22 +1,22 @@
-"""How much the driver of a GRPO step can move: everything around the engines, with engines that answer at once.
+"""Throughput of the driver of a GRPO step: all code outside the engines, with engines that answer immediately.
 
 `python -m benchmarks.driver` runs whole steps of 256 and of 1,024 prompts, 8 rollouts of 16 to 128 tokens each: encode,
 generate, reward, advantages, mini-batch, train, weight sync, metrics, tracker. All of it is the code of a real run
-(`ClipStore`, `Team`, `GeneratorFleet` with the fleet's state machine, `Rewards`, `jobs.grpo.optimize`, `Tracker`) over
-real Ray with one actor process per replica, 64 of them at the largest. Three classes are fakes, the only ones of all
-benchmarks: they stand for hardware that a test machine lacks 64 times.
+(`ClipStore`, `Roles`, `GeneratorFleet` with the fleet's state machine, `Rewards`, `jobs.grpo.optimize`, `Tracker`) over
+real Ray with one actor process per replica, up to 64. Three classes are fakes, the only ones in the benchmarks,
+because a test machine does not have the hardware of 64 replicas.
 
-  encoder    hands out ready prompts of 130 KB, through the object store as real ones of this size and more
+  encoder    returns ready prompts of 130 KB through the object store, as for real prompts of this size
   generator  fetches its prompts and answers with random rollouts
   trainer    takes the mini-batch, returns statistics, and sends one small bucket of weights
 
 The driver, with all of its threads, is pinned to one core; Ray and the actors have the others. `samples_per_s` is
-rollouts per wall second with one replica, waiting for the fakes included, so a lower bound of what the driver can do.
-`growth_64` compares the driver's own CPU seconds (all threads, Ray's too, and what they still do after a step) per
-sample at 64 replicas and at 1. On a machine with few cores the wall time at 64 replicas is that of 64 processes taking
-turns on one core, which says nothing about the driver; the table shows it too. Both values are those of 256 prompts,
-which is little for 64 replicas: what a replica costs in messages is spread over 4 prompts. Each fleet has a Ray session
-of its own: in a common one the work that 64 processes have left over from one step falls into the next fleet's.
+rollouts per wall second with one replica, including the time waiting for the fakes, so it is a lower bound for the
+driver. `growth_64` compares the driver's own CPU seconds (all threads, also Ray's, also after the step) per sample at
+64 replicas and at 1. On a machine with few cores the wall time at 64 replicas is that of 64 processes taking turns on
+one core, and says nothing about the driver; the table shows it too. Both figures are for 256 prompts, which is few for
+64 replicas: the cost of a replica's messages is divided by 4 prompts. Each fleet has a Ray session of its own, because
+in a shared one unfinished work of 64 processes would be counted for the next fleet.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class InstantGenerator:
         ]
 
     def _rollout(self, prompt: Prompt, n: int) -> Rollout:
-        # arrays of its own for each, else they would be pickled only once
+        # own arrays for each rollout; shared ones would be pickled only once
         return Rollout(
             sample_id=prompt.sample_id,
             token_ids=self._ids[:n].copy(),
@@ -119,7 +119,7 @@ class InstantGenerator:
 
 
 class InstantTrainer:
-    """A rank. What it returns has the shape of the real rank's answers."""
+    """A rank that returns values of the shape of a real rank's at once."""
 
     def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
         pass
@@ -139,7 +139,7 @@ class InstantTrainer:
 
 
 class Steps:
-    """Whole steps with a fleet of `replicas`; keeps the wall seconds of each stage."""
+    """Runs whole steps with a fleet of `replicas` and records the wall seconds of each stage."""
 
     def __init__(self, replicas: int, model: Path, folder: Path, stack: ExitStack):
         self.cfg = GrpoJobConfig.model_validate(
@@ -160,7 +160,7 @@ class Steps:
         )
         self.clips = ClipStore(self.cfg, model, max(PROMPTS), on_bad=lambda path, reason: None)
         stack.callback(self.clips.close)
-        self.team = stack.enter_context(Roles(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
+        self.roles = stack.enter_context(Roles(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
         run_folder = RunFolder(self.cfg.run.dir)
         stack.enter_context(run_folder.start(self.cfg, "grpo"))
         run_folder.rewind(None)
@@ -169,8 +169,8 @@ class Steps:
         self.step = 0
         self.samples: list[Sample] = []
         self.ahead: list[Any] = []
-        self.team.wait_ready()
-        self.team.fleet.sync(self.team.trainer, 0)
+        self.roles.wait_ready()
+        self.roles.fleet.sync(self.roles.trainer, 0)
 
     def measure(self, n_prompts: int, rounds: int) -> dict[str, Any]:
         """Wall seconds of each step and each stage, and the driver's CPU seconds per step."""
@@ -182,7 +182,7 @@ class Steps:
         self.stage_s.clear()
         begin = time.process_time()
         wall = [seconds_of(self) for _ in range(rounds)]
-        time.sleep(SETTLE_S)  # what Ray's threads still have to do for the last step counts too
+        time.sleep(SETTLE_S)  # the work of Ray's threads for the last step is counted too
         cpu_s = (time.process_time() - begin) / rounds
         return {"wall_s": wall, "cpu_s": cpu_s, "stage_s": medians(self.stage_s)}
 
@@ -193,24 +193,24 @@ class Steps:
         self.stage_s[name].append(time.perf_counter() - begin)
 
     def __call__(self) -> None:
-        team = self.team
+        roles = self.roles
         with self.stage("encode"):
-            # as in a run, the next step's prompts are encoded while this one goes on
+            # as in a run, the prompts of the next step are encoded during this one
             pending, self.ahead = self.ahead, self.clips.submit(self.samples)
             prompts = self.clips.collect(pending)
         with self.stage("rollout"):
-            # the real Sampling lies in a module that imports torch, which 64 processes had better not load
-            groups = team.fleet.generate(prompts, SimpleNamespace(n=GROUP, temperature=1.0, max_tokens=128))
+            # the module of the real Sampling imports torch, which 64 processes should not load
+            groups = roles.fleet.generate(prompts, SimpleNamespace(n=GROUP, temperature=1.0, max_tokens=128))
         with self.stage("reward"):
-            rewards = team.rewards([p.sample for p in prompts], groups)
+            rewards = roles.rewards([p.sample for p in prompts], groups)
             advantages = advantages_of(rewards, self.cfg.grpo)
         with self.stage("train"):
-            stats = optimize(self.cfg, team, self.step, prompts, groups, advantages)
+            stats = optimize(self.cfg, roles, self.step, prompts, groups, advantages)
         self.step += 1
         with self.stage("sync"):
-            team.fleet.sync(team.trainer, self.step)
+            roles.fleet.sync(roles.trainer, self.step)
         with self.stage("metrics"):
-            self.tracker.log(self.step, summarize(groups, rewards) | stats | team.fleet.metrics())
+            self.tracker.log(self.step, summarize(groups, rewards) | stats | roles.fleet.metrics())
         assert len(prompts) == len(self.samples) and all(len(g) == GROUP for g in groups)
 
 
@@ -227,7 +227,7 @@ def pin(pid: int, cores: set[int]) -> None:
 
 
 def measure(replicas: int, rounds: int) -> dict[int, dict[str, Any]]:
-    """One Ray session: what `Steps.measure` says, by prompts in a step."""
+    """Run one Ray session; return the result of `Steps.measure` by number of prompts in a step."""
     first, *others = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
         model = tiny_model(Path(tmp) / "model")
@@ -237,7 +237,9 @@ def measure(replicas: int, rounds: int) -> dict[int, dict[str, Any]]:
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=2**30,
-            _system_config={"worker_maximum_startup_concurrency": 18},  # else it warns of many processes, many times
+            _system_config={
+                "worker_maximum_startup_concurrency": 18
+            },  # otherwise Ray warns repeatedly of many processes
         )
         stack.callback(ray.shutdown)
         stack.enter_context(mock.patch.object(actors.clip_store, "Encoder", InstantEncoder))
@@ -253,7 +255,9 @@ def measure(replicas: int, rounds: int) -> dict[int, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="steps in each session")
-    parser.add_argument("--replicas", type=int, help="only one session with so many; prints what it measured")
+    parser.add_argument(
+        "--replicas", type=int, help="run only one session with N replicas and print its measurements", metavar="N"
+    )
     args = parser.parse_args()
     if args.replicas:
         print(json.dumps(measure(args.replicas, args.rounds)))

@@ -1,22 +1,22 @@
-"""Seconds of one GRPO step, rlvid against TRL's `GRPOTrainer`: the same tiny Qwen2-VL, prompts, frames, G and length.
+"""Time of one GRPO step of rlvid and of TRL's `GRPOTrainer`: the same tiny Qwen2-VL, prompts, frames, G and length.
 
-`python -m benchmarks.grpo_vs_trl` (needs `pip install trl`; it is no dependency of rlvid). Two settings: prompts of
+`python -m benchmarks.grpo_vs_trl` (needs `pip install trl`, which rlvid does not depend on). Two settings: prompts of
 fewer than 100 tokens, and of more than 1,000. 4 prompts, 8 completions of up to 32 tokens each, one update per step,
 no KL, AdamW, float32. What makes it fair:
 
-- TRL takes no video in GRPO, so both sides see still frames: TRL as images, rlvid as one-frame clips. Token ids
-  (but for the pad token's name), patches and rotary positions are then equal; this is asserted.
+- TRL does not support video in GRPO, so both sides get still frames: TRL as images, rlvid as one-frame clips. Token ids
+  (except for the name of the pad token), patches and rotary positions are then equal, which is asserted.
 - Both start a step from decoded frames in memory and process them within it. rlvid prepares them in the driver, one
   after another, without the overlap that a job has.
 - TRL generates with transformers: its vLLM mode does not run on a CPU (weights cannot be loaded after the start), its
-  continuous batching refuses multimodal models. Gradient checkpointing and logging are off, the whole batch is one
-  micro-batch (smaller ones were slower), `beta=0`. Both sides may use all cores.
-- The steps take turns, the first of each side does not count, medians are quoted.
-- rlvid's step is the whole of a job's: engine actor, trainer actor, weights sent back to the engine.
+  continuous batching does not support multimodal models. Gradient checkpointing and logging are off, the whole batch is
+  one micro-batch (smaller ones were slower), `beta=0`. Both sides may use all cores.
+- The steps of both sides alternate. The first step of each is not counted; figures are medians.
+- rlvid's step is a complete step of a job: engine actor, trainer actor, weights sent back to the engine.
 
-First losses: TRL's first batch (its own completions and advantages) goes through rlvid's forward and objective on the
-same initial weights. `first_loss_diff` is the absolute difference, the larger of both settings; with a ratio of 1 the
-loss alone says little, so the gradient norm is compared in the table too.
+For the first losses, TRL's first batch (its own completions and advantages) goes through rlvid's forward and objective
+on the same initial weights. `first_loss_diff` is the absolute difference, the larger one of both settings. With a ratio
+of 1 the loss alone says little, so the table has the gradient norms too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def frames_of(setting: str, index: int) -> np.ndarray:
 
 
 def reward_of(token_ids: Sequence[int]) -> float:
-    """Share of even token ids: spreads within every group, so every group trains on both sides."""
+    """Share of even token ids. It differs within every group, so all groups have a gradient on both sides."""
     return float(np.mean([i % 2 == 0 for i in token_ids]))
 
 
@@ -98,10 +98,10 @@ class RlvidSide:
             }
         )
         self.family = load_family(model)
-        self.team = Roles(model, self.cfg, JOBS["grpo"].roles(self.cfg), logs, seed=0)
-        self.team.wait_ready()
+        self.roles = Roles(model, self.cfg, JOBS["grpo"].roles(self.cfg), logs, seed=0)
+        self.roles.wait_ready()
         self.steps = 0
-        self.team.fleet.sync(self.team.trainer, 0)
+        self.roles.fleet.sync(self.roles.trainer, 0)
         self.lengths: list[float] = []
 
     def step(self) -> None:
@@ -109,12 +109,12 @@ class RlvidSide:
         for i in range(N_PROMPTS):
             sample, prompt = encode(self.family, self.setting, N_PROMPTS * self.steps + i)
             prompts.append(Encoded(sample, ray.put(prompt), prompt.length, prompt.cost))
-        groups = self.team.fleet.generate(prompts, Sampling(GROUP, 1.0, RESPONSE))
-        marks = [[Reward({"even": r}, r) for r in (reward_of(x.token_ids) for x in g)] for g in groups]
-        stats = optimize(self.cfg, self.team, 0, prompts, groups, advantages_of(marks, self.cfg.grpo))
+        groups = self.roles.fleet.generate(prompts, Sampling(GROUP, 1.0, RESPONSE))
+        rewards = [[Reward({"even": r}, r) for r in (reward_of(x.token_ids) for x in g)] for g in groups]
+        stats = optimize(self.cfg, self.roles, 0, prompts, groups, advantages_of(rewards, self.cfg.grpo))
         assert np.isfinite(stats["train/loss"])
         self.steps += 1
-        self.team.fleet.sync(self.team.trainer, self.steps)
+        self.roles.fleet.sync(self.roles.trainer, self.steps)
         self.lengths.append(_mean_length(groups))
 
 
@@ -154,7 +154,7 @@ def trl_trainer(model: Path, out: Path, setting: str, rounds: int, family: QwenV
         gradient_accumulation_steps=1,
         num_generations=GROUP,
         max_completion_length=RESPONSE,
-        generation_kwargs={"suppress_tokens": list(family.banned_tokens)},  # sampled, they would break its forward
+        generation_kwargs={"suppress_tokens": list(family.banned_tokens)},  # its forward fails if they are sampled
         beta=0.0,
         loss_type="bnpo",  # the mean over all tokens of the batch, as grpo.loss_average: token
         shuffle_dataset=False,
@@ -215,7 +215,7 @@ def compare(model: Path, tmp: Path, setting: str, rounds: int) -> tuple[dict[str
     trainer.add_callback(Turns())
     trainer.train()
     log = trainer.state.log_history[0]
-    # The loss that Trainer logs is rounded; the first is found again from the batch, on the initial weights.
+    # The loss that Trainer logs is rounded, so the first one is computed again on the initial weights.
     trl_loss, trl_norm = first_trl_loss(trainer, initial, first["batch"])
     loss, norm = first_loss(model, rlvid.family, setting, first["batch"])
     median = medians(seconds)
@@ -227,7 +227,7 @@ def compare(model: Path, tmp: Path, setting: str, rounds: int) -> tuple[dict[str
         f"norm {trl_norm:.6f} (logged {log['grad_norm']}) and {norm:.6f}",
         flush=True,
     )
-    rlvid.team.__exit__()
+    rlvid.roles.__exit__()
     return seconds, abs(trl_loss - loss)
 
 

@@ -1,6 +1,6 @@
-"""What the benchmarks share: contestants take turns, medians are quoted, the last line is JSON.
+"""What the benchmarks share: alternating rounds, medians, and a last line of JSON.
 
-Two busy cores are noisy: only ratios of contestants that were timed in turns within one process are worth quoting.
+Two busy cores are noisy: only ratios of contestants that alternate in one process are reliable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Contestants = Mapping[str, Callable[[], object]]
 
 
 def in_turns(contestants: Contestants, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Wall seconds of each contestant in each round; A B C, A B C, ... so that drift of the machine hits all alike."""
+    """Wall seconds of each contestant in each round; A B C, A B C, ... so that drift affects all equally."""
     return _measure(contestants, rounds, warmup, time.perf_counter)
 
 
@@ -44,12 +44,12 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
-    """Median of the ratios round by round: what slows a whole round down cancels."""
+    """Median of the ratios of the rounds, so that a slow round does not matter."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def machine() -> str:
-    """The machine in a few words, for the table in docs/performance.md."""
+    """Processor and number of cores, for the table in docs/performance.md."""
     model = platform.processor() or platform.machine()
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -1,18 +1,18 @@
-"""How much a tiny model gains by its own judgement, and what its visual context and the switches do for it.
+"""Accuracy that a tiny model gains by judging itself, with and without visual context, and with other options.
 
-`python -m benchmarks.isrt` warms a model up once per seed (jobs/configs/isrt_demo.yaml) and lets each variant go on
-from there: three iterations on the synthetic task, the model its own judge. After the warm start nothing is learned
-from the answer key.
+`python -m benchmarks.isrt` warms a model up once per seed (jobs/configs/isrt_demo.yaml). Each variant starts from that
+model: three iterations on the synthetic task, with the model as its own judge. After the warm start the right answers
+are not used for training.
 
-  context        the judge is shown the model's own description; reference is the iteration's start
-  no_context     the judge sees the video alone
-  told           as `context`, responses are drawn with the description at hand too
-  reference_sft  as `context`, the reference of DPO stays the warmed-up model
+  context        the judge gets the model's own description; the reference is the model at the iteration's start
+  no_context     the judge gets only the video
+  told           as `context`, and responses are sampled with the description too
+  reference_sft  as `context`, but the reference of DPO is always the warmed-up model
 
 `gain_points` is the held-out accuracy (greedy answers) after the last iteration minus that of the warm start, in
 points, for `context`; `length_ratio` the mean length of those answers, after over before; `context_gain_points` the
-gain with context minus that without. All are means over the seeds. With --variants or --seeds parts can be run; a run
-folder that is there already is gone on with.
+gain with context minus that without. All are means over the seeds. --variants and --seeds select parts; runs in
+existing run folders are resumed.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ COLUMNS = {
 
 
 def run_job(module: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One run of a job; its result, the last line of stdout."""
+    """Run a job and return its result, the last line of stdout."""
     command = [sys.executable, "-m", module, "--config", str(CONFIG), f"run.dir={folder}", "run.wandb=disabled"]
     output = subprocess.run([*command, *overrides], check=True, stdout=subprocess.PIPE, text=True).stdout
     return dict(json.loads(output.splitlines()[-1]))
 
 
 def measure(variant: str, seed: int, folder: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
-    """Result and metrics of one variant, from the warm start that all variants of a seed share."""
+    """Result and metrics of one variant. All variants of a seed start from the same warm start."""
     warm = folder / f"seed{seed}" / "context"
     shared = [f"seed={seed}", f"isrt.iterations={ITERATIONS}", *overrides]
     if variant != "context" and not (warm / "sft").exists():
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
-    parser.add_argument("--dir", type=Path, help="keep the run folders here, and go on with those that are there")
+    parser.add_argument("--dir", type=Path, help="keep the run folders here, and resume those that exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
     args = parser.parse_args()
     seeds, variants = [int(s) for s in args.seeds.split(",")], args.variants.split(",")

@@ -1,20 +1,20 @@
-"""Memory: of the demo, of a prompt in the object store, and of prompts streaming through Ray Data.
+"""Memory of the demo, of a prompt in the object store, and of prompts that stream through Ray Data.
 
 `python -m benchmarks.memory` measures three things, each in processes of its own:
 
   demo    `jobs/configs/demo.yaml` with its own models and engines, few steps: driver, Ray, vLLM, DeepSpeed, reference
   prompt  real prompts of the demo's size and of about 1,000 tokens, encoded, answered by vLLM and trained on, with
-          G = 1 and G = 16: what Ray's object store holds for a prompt, over the bytes of its patches and token ids
+          G = 1 and G = 16: bytes per prompt in Ray's object store, over the bytes of its patches and token ids
   stream  500 real H.264 clips, 16 frames of 224 x 224 each, encoded and sent through Ray Data (1.2 GB in all) to a
-          consumer that is slower than the encoders: what is added to the idle Ray session, and what Ray has spilled
+          consumer that is slower than the encoders: memory above that of the idle Ray session, and spilled bytes
 
 Memory of processes is the sum of their PSS (proportional set size: a page that n processes share counts 1/n in each),
-and the pages of Ray's object store that no living process has mapped any more; page cache of files does not count. It
-is sampled, ten times a second where the machine allows. Processes are found by a variable in their environment, which
-they inherit, so that one that has lost its parent counts too.
+plus the pages of Ray's object store that no running process has mapped; the page cache of files is not counted. It is
+sampled up to ten times a second. Processes are found by an environment variable that they inherit, so that one whose
+parent has ended is counted too.
 
-The prompt's JSON value is the larger one of all cases, of the bytes that the store holds after its step; the table also
-has the largest amount the store held within the step, messages and responses included.
+The figure of `prompt` is the largest of all cases, and is for the bytes in the store after the step. The table also has
+the largest amount within the step, with messages and responses.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray._private import internal_api  # what `ray memory` is made of; the public state API needs the dashboard
+from ray._private import internal_api  # used by `ray memory`; the public state API needs the dashboard
 
 from benchmarks.harness import finish, machine
 
-MARK = "RLVID_BENCHMARK_RUN"
+RUN_VARIABLE = "RLVID_BENCHMARK_RUN"  # in the environment of all processes of a measured run
 GIB = 2**30
 DEMO_STEPS = 6
 STREAM_CLIPS = 500
@@ -48,24 +48,29 @@ STREAM_STORE_BYTES = GIB  # less than all frames, so that what is not streamed w
 
 
 class Memory(threading.Thread):
-    """Samples the memory of all processes with this mark in their environment; `peak` is the largest sum, bytes."""
+    """Samples the memory of all processes of a run; `peak` is the largest sum, in bytes.
 
-    def __init__(self, mark: str, also: int | None = None, every_s: float = 0.1):
+    Args:
+        run_id: value of `RUN_VARIABLE` in the environment of the processes.
+        also: a further process.
+    """
+
+    def __init__(self, run_id: str, also: int | None = None, every_s: float = 0.1):
         super().__init__(daemon=True)
         self.peak = 0
         self.parts: dict[str, int] = {}  # bytes by command at the peak
         self.samples = 0
-        self._mark, self._also, self._every_s = f"{MARK}={mark}".encode(), also, every_s
+        self._entry, self._also, self._every_s = f"{RUN_VARIABLE}={run_id}".encode(), also, every_s
         self._stop_asked = threading.Event()
 
     def now(self) -> dict[str, int]:
-        """Bytes by command name, and of the object store's pages that nobody maps."""
+        """Bytes by command name, and of the pages of the object store that no process maps."""
         parts: dict[str, int] = {}
         stores: dict[tuple[int, int], int] = {}
         mapped = 0
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
-                if int(pid) != self._also and self._mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if int(pid) != self._also and self._entry not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     continue
                 fields = dict(
                     line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
@@ -73,7 +78,7 @@ class Memory(threading.Thread):
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
                 if name == "raylet":
                     stores |= _store_files(pid)
-            except (OSError, ValueError):  # it has ended meanwhile
+            except (OSError, ValueError):  # the process has ended
                 continue
             parts[name] = parts.get(name, 0) + _kib(fields["Pss"])
             mapped += _kib(fields["Pss_Shmem"])
@@ -112,7 +117,7 @@ def _store_files(pid: str) -> dict[tuple[int, int], int]:
             if os.readlink(fd.path).startswith("/dev/shm/"):
                 status = os.stat(fd.path)
                 sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
-        except OSError:  # closed meanwhile
+        except OSError:  # it has been closed
             continue
     return sizes
 
@@ -125,7 +130,7 @@ def store_stats() -> Any:
 
 
 class StorePeak(threading.Thread):
-    """Largest number of bytes that Ray's object store says it uses, while the context is open."""
+    """Largest number of bytes that Ray's object store reports while the context is open."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -147,17 +152,17 @@ class StorePeak(threading.Thread):
 
 @contextmanager
 def ray_session(store_bytes: int) -> Iterator[Memory]:
-    """A Ray session whose processes carry a mark; yields what measures them and this process."""
-    os.environ[MARK] = mark = uuid.uuid4().hex
+    """Start a Ray session; yield a `Memory` of its processes and this one."""
+    os.environ[RUN_VARIABLE] = run_id = uuid.uuid4().hex
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=store_bytes)
     try:
-        yield Memory(mark, also=os.getpid())
+        yield Memory(run_id, also=os.getpid())
     finally:
         ray.shutdown()
 
 
 def demo(folder: Path) -> dict[str, float]:
-    mark = uuid.uuid4().hex
+    run_id = uuid.uuid4().hex
     overrides = [
         f"run.dir={folder / 'run'}",
         f"data.cache_dir={folder / 'cache'}",
@@ -165,8 +170,8 @@ def demo(folder: Path) -> dict[str, float]:
         f"warm_start.steps={DEMO_STEPS}",
     ]
     command = [sys.executable, "-m", "jobs.cli", "grpo", "jobs/configs/demo.yaml", *overrides]
-    with Memory(mark) as memory, (folder / "output").open("wb") as output:
-        done = subprocess.run(command, env=os.environ | {MARK: mark}, stdout=output, stderr=output)
+    with Memory(run_id) as memory, (folder / "output").open("wb") as output:
+        done = subprocess.run(command, env=os.environ | {RUN_VARIABLE: run_id}, stdout=output, stderr=output)
     if done.returncode:
         raise RuntimeError(f"the demo failed:\n{(folder / 'output').read_text()[-2000:]}")
     print(f"demo    peak {memory.peak / GIB:.2f} GiB PSS in {memory.samples} samples: {memory.table()}", flush=True)
@@ -238,7 +243,7 @@ def prompt_bytes(team: Any, clips: Any, samples: Any, cfg: Any, group_size: int)
 
 
 def settled_bytes() -> int:
-    """Bytes in the store once objects that nobody refers to are gone: Ray frees them a little later."""
+    """Bytes in the store after Ray has freed objects without references, which takes a moment."""
     gc.collect()
     seen = [store_stats().object_store_bytes_used]
     while len(seen) < 5 or len(set(seen[-5:])) > 1:

@@ -1,16 +1,16 @@
-"""Forward and backward of one group: its prompt once for all responses, against one sequence per response.
+"""Time of forward and backward of one group, with one prompt for all responses and with one sequence per response.
 
 `python -m benchmarks.shared_prefix` takes a tiny random Qwen2-VL, G = 8 responses of 32 tokens and video prompts of
 about 300, 1,000 and 4,000 tokens. Contestants, in turns, same threads, same weights, float32:
 
   naive     the stock transformers model (sdpa) on a batch of G full sequences, logits where a response is predicted:
-            what trainers do that repeat the prompt. The prompt goes through vision tower and text model G times.
+            as in trainers that repeat the prompt. The prompt goes through vision tower and text model G times.
   packed 1  rlvid's own forward without sharing (`train.shared_prefix: false`).
   shared    rlvid's forward.
 
 `ratio_*` is naive over shared, the median over rounds. Log-probs and gradients of naive and shared are compared, the
 naive side with the prompt's own rotary positions (transformers 5.19 counts them differently after a video). Peak
-memory is that of a child process for each contestant, above what it holds before the first forward.
+memory is measured in a child process for each contestant, above its memory before the first forward.
 """
 
 from __future__ import annotations
@@ -148,10 +148,10 @@ def named(grads: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def peak_mib(folder: Path, name: str, length: int) -> float:
-    """Peak resident memory of one forward and backward above what is held before, MiB."""
+    """Peak resident memory of one forward and backward, above the memory before it, MiB."""
     contestants = Contestants(folder, (name,))
     group = group_of(contestants.family, length)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status_mib("VmRSS")
     contestants.run(name, group)
     return _status_mib("VmHWM") - before

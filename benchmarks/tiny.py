@@ -1,4 +1,4 @@
-"""A tiny model and video prompts of a wished length, for benchmarks that compare forwards."""
+"""A tiny model and video prompts of a given length, for benchmarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUESTION = "What colour is the shape?"
 
 
 def frames_of(n_tokens: int, seed: int) -> np.ndarray:
-    """Random frames [T, H, W, 3] uint8 that make about `n_tokens` video tokens: as square as that allows."""
+    """Random frames [T, H, W, 3] uint8, about square, that become about `n_tokens` video tokens."""
     temporal = 2 if n_tokens < 200 else 4 if n_tokens < 600 else 8
     height = max(1, round((n_tokens / temporal) ** 0.5))
     width = max(1, round(n_tokens / temporal / height))
@@ -34,7 +34,7 @@ def video_sample(index: int) -> Sample:
 
 
 def video_prompt(family: QwenVL, n_tokens: int, index: int = 0) -> Prompt:
-    """Prompt of about `n_tokens` tokens, nearly all of them video; another clip for each index."""
+    """Prompt of about `n_tokens` tokens, nearly all of them video, with a different clip for each index."""
     text = family.encode(Sample("text", (), (Message("user", (QUESTION,)),), ""), ()).length
     frames = frames_of(n_tokens - text - 2, seed=index)
     clip = Clip(

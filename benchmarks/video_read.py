@@ -1,24 +1,24 @@
-"""CPU seconds to get evenly sampled, resized RGB frames out of a video file: our reader and what else there is.
+"""CPU seconds to read evenly sampled, resized RGB frames from a video file, with rlvid's reader and others.
 
 `python -m benchmarks.video_read` writes clips of textured layers that pan and move under film grain (H.264 with
 B-frames, GOPs of 12 to 250 frames, HEVC, VP9, AV1; 480p and 1080p), then lets the readers take turns in one process:
 
   rlvid         what `ClipReader` does for a clip that is not in its cache (without the hash and the cache itself)
   decord        `VideoReader(width, height).get_batch`: resized at decode time
-  pyav all      `container.decode` to the last wanted frame; `reformat` of the wanted ones
-  opencv seek   `set(CAP_PROP_POS_FRAMES)` and `read`, for each wanted frame; `cv2.resize`
-  opencv grab   `grab` each frame, `retrieve` the wanted ones; `cv2.resize`
+  pyav all      `container.decode` to the last frame asked for; `reformat` of those asked for
+  opencv seek   `set(CAP_PROP_POS_FRAMES)` and `read`, for each frame asked for; `cv2.resize`
+  opencv grab   `grab` each frame, `retrieve` those asked for; `cv2.resize`
 
-All are asked for the same frames, `linspace` over the clip, at the same size, as one uint8 array [T, H, W, 3]. The
-peers are told the frame numbers and the size; ours has to find both out. Every peer runs with one codec thread and with
-as many as it likes, OpenCV with area and with linear resizing on top, PyAV with bicubic and bilinear, and its best
-counts: a first round tries all; where a peer comes within 1.5 times the fastest, its two best settings stay. CPU
-seconds are those of the process with all its threads. `worst_ratio` is the largest, over the clips, of ours over the
-best peer, median over the rounds. A clip that only one peer can read is compared with that one.
+All read the same frames, `linspace` over the clip, at the same size, as one uint8 array [T, H, W, 3]. The
+other readers get frame numbers and size as arguments; ours computes both. Each other reader runs with one codec thread
+and with its default number, OpenCV also with area and linear resizing, PyAV with bicubic and bilinear, and its best
+setting is used: the first round tries all, and the two best settings of readers within 1.5 times the fastest stay. CPU
+seconds are those of the process with all its threads. `worst_ratio` is the largest ratio over the clips of ours to
+the best other reader, each the median over the rounds.
 
 Each frame carries its number and a check sum as black and white cells along its top. `wrong_frames` counts our frames
 that do not show the number asked for, over the timed clips and over small awkward ones (variable frame rate, open GOP,
-edit list, AVI with B-frames, few frames); those of the peers stand in the tables ("error": it refused the file).
+edit list, AVI with B-frames, few frames); those of the others are in the tables ("error": it cannot read the file).
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class ClipSpec:
     n_frames: int = 300
     ask: tuple[int, ...] = (16,)
     times_ms: tuple[int, ...] | None = None  # a variable frame rate
-    start: int = 0  # time of the first frame, in frames; what is before 0 an edit list hides
-    skip_packets: int = 0  # left out at the start, as a cut without encoding again does
+    start: int = 0  # time of the first frame, in frames; an edit list hides what is before 0
+    skip_packets: int = 0  # dropped at the start, as by a cut without re-encoding
     shown: range | None = None  # numbers of the frames that a player shows; None: all
 
 
@@ -127,13 +127,13 @@ AWKWARD = (
 
 
 def code_of(number: int) -> int:
-    """The number with a check sum of its 4-bit parts above it: a cell misread is not another frame's number."""
+    """The number with a check sum of its 4-bit parts above it: a misread cell does not give another number."""
     check = (number ^ number >> 4 ^ number >> 8) & 15
     return number | (15 - check) << NUMBER_BITS
 
 
 def read_numbers(frames: Frames) -> list[int | None]:
-    """What the cells of frames [T, H, W, 3] say, None where the check sum does not fit."""
+    """Read the numbers in the cells of frames [T, H, W, 3]; None where the check sum is wrong."""
     _, height, width, _ = frames.shape
     rows = slice(height // 32, max(height // 32 + 1, 3 * height // 32))  # the middle of the top eighth
     numbers: list[int | None] = []
@@ -157,7 +157,7 @@ def texture(width: int, height: int, rng: np.random.Generator) -> Frames:
 
 
 def scenes(spec: ClipSpec) -> Iterator[Frames]:
-    """Frames [H, W, 3]: a ground that pans, eight discs that cross it, grain, the frame number on top."""
+    """Frames [H, W, 3]: a background that pans, eight discs that cross it, grain, and the frame number at the top."""
     rng = np.random.default_rng(len(spec.name) + spec.n_frames)
     width, height = spec.size
     margin = height // 4
@@ -184,7 +184,7 @@ def scenes(spec: ClipSpec) -> Iterator[Frames]:
 
 
 def write(path: Path, spec: ClipSpec) -> None:
-    """Encode one clip, whole or not at all."""
+    """Encode one clip; the file is complete or absent."""
     part = path.with_name(f"part-{path.name}")
     with av.open(str(part), "w", options={"avoid_negative_ts": "disabled"} if spec.start else {}) as container:
         stream = cast(VideoStream, container.add_stream(spec.codec, rate=RATE, options=spec.options))
@@ -242,7 +242,7 @@ def read_opencv(
 ) -> Frames:
     import cv2
 
-    cv2.setNumThreads(1)  # of resizing, which gains nothing from more at these sizes
+    cv2.setNumThreads(1)  # for resizing: more do not help at these sizes
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     out = np.empty((len(numbers), height, width, 3), dtype=np.uint8)
     at = 0
@@ -262,7 +262,7 @@ def read_opencv(
 
 
 def contestants() -> dict[str, dict[str, Read]]:
-    """name -> settings -> reader; peers that are not installed are left out."""
+    """name -> settings -> reader; readers that are not installed are left out."""
     cores = os.cpu_count() or 1
     found: dict[str, dict[str, Read]] = {OURS: {"": read_ours}}
     found["pyav all"] = {
@@ -294,16 +294,16 @@ def contestants() -> dict[str, dict[str, Read]]:
 
 
 def attempt(read: Callable[[], Frames]) -> Frames | None:
-    """None when the reader refuses the file."""
+    """Frames, or None if the reader cannot read the file."""
     try:
         frames = read()
-    except Exception:  # each library has its own
+    except Exception:  # each library has exceptions of its own
         return None
     return frames if len(frames) else None
 
 
 def wrong_frames(frames: Frames, numbers: Sequence[int]) -> int:
-    """How many of the frames asked for are missing or another one."""
+    """Number of the frames asked for that are missing or wrong."""
     got = read_numbers(frames)
     return sum(a != b for a, b in zip(got, numbers, strict=False)) + max(0, len(numbers) - len(got))
 
@@ -325,7 +325,7 @@ def calls(path: Path, spec: ClipSpec, n: int, readers: dict[str, dict[str, Read]
 
 
 def compare(path: Path, spec: ClipSpec, n: int, readers: dict[str, dict[str, Read]], rounds: int) -> tuple[float, int]:
-    """Time one clip; return our ratio to the best peer and how many of our frames are wrong."""
+    """Time one clip; return our ratio to the best other reader and the number of our wrong frames."""
     by_name = calls(path, spec, n, readers)
     numbers = asked(spec, n)[1]
     path.read_bytes()  # into the page cache
@@ -344,7 +344,7 @@ def compare(path: Path, spec: ClipSpec, n: int, readers: dict[str, dict[str, Rea
             able[who], first[who], wrong[who] = run, s, wrong_frames(frames, numbers)
             if name != OURS:
                 fastest = min(fastest, s)
-                if s > HOPELESS * fastest:  # no setting makes up for that
+                if s > HOPELESS * fastest:  # too slow for every setting
                     break
     kept: dict[str, Callable[[], Frames]] = {}
     for name in by_name:
@@ -354,7 +354,7 @@ def compare(path: Path, spec: ClipSpec, n: int, readers: dict[str, dict[str, Rea
     median = first | medians(seconds)
     ours = f"{OURS}|"
     if ours not in able:
-        print(f"{spec.name:28} {n:3d}  {OURS} refuses this file")
+        print(f"{spec.name:28} {n:3d}  {OURS} cannot read this file")
         return float("inf"), n
     best = min((w for w in seconds if w != ours), key=lambda w: median[w])
     ratio = median_ratio(seconds[ours], seconds[best])
@@ -365,15 +365,15 @@ def compare(path: Path, spec: ClipSpec, n: int, readers: dict[str, dict[str, Rea
             continue
         s, who = mine[0]
         key = who.split("|")[1]
-        mark = "" if who in seconds else " (first round only)"
+        remark = "" if who in seconds else " (first round only)"
         relation = median_ratio(seconds[who], seconds[ours]) if who in seconds else s / median[ours]
-        print(f"{spec.name:28} {n:3d}  {name:12} {s:8.3f} {relation:7.2f} {wrong[who]:6d}  {key}{mark}")
+        print(f"{spec.name:28} {n:3d}  {name:12} {s:8.3f} {relation:7.2f} {wrong[who]:6d}  {key}{remark}")
     print(f"{'':28} {'':3}  ours / best peer {ratio:.3f}", flush=True)
     return ratio, wrong[ours]
 
 
 def check_awkward(folder: Path, readers: dict[str, dict[str, Read]]) -> int:
-    """The small awkward files: our wrong frames; refusing one counts as all wrong."""
+    """Print and count our wrong frames in the small difficult files; in an unreadable one, all are wrong."""
     total = 0
     print(f"\nwrong frames   {'file':22} {'asked':>5} " + " ".join(f"{name:>12}" for name in readers))
     for spec in AWKWARD:
@@ -392,12 +392,14 @@ def check_awkward(folder: Path, readers: dict[str, dict[str, Read]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clips", type=Path, help="keep the clips in this folder, and make only those not there")
-    parser.add_argument("--only", default="", help="timed clips whose name this regular expression finds")
+    parser.add_argument(
+        "--clips", type=Path, help="keep the clips in this folder, and make only those that are missing"
+    )
+    parser.add_argument("--only", default="", help="time only clips whose name matches this regular expression")
     parser.add_argument("--make", action="store_true", help="write the clips and stop")
     args = parser.parse_args()
     if not any(re.search(args.only, spec.name) for spec in TIMED):
-        parser.error(f"--only {args.only} finds none of {', '.join(spec.name for spec in TIMED)}")
+        parser.error(f"--only {args.only} matches none of {', '.join(spec.name for spec in TIMED)}")
     with tempfile.TemporaryDirectory() as tmp:
         folder = args.clips or Path(tmp)
         folder.mkdir(parents=True, exist_ok=True)
@@ -415,7 +417,7 @@ def main() -> None:
 
 
 def make(folder: Path, spec: ClipSpec) -> bool:
-    """Write the clip unless it is there; False when this FFmpeg has no such encoder."""
+    """Write the clip unless it exists; False if this FFmpeg does not have its encoder."""
     try:
         av.codec.Codec(spec.codec, "w")
     except ValueError:  # UnknownCodecError

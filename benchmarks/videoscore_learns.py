@@ -1,11 +1,11 @@
-"""`python -m benchmarks.videoscore_learns`: does a reward model learn what it is shown?
+"""`python -m benchmarks.videoscore_learns`: checks that reward models learn the five scores.
 
-Clips whose five qualities are set: noise (visual quality), flicker (temporal consistency), way travelled (dynamic
+Clips are generated with known qualities: noise (visual quality), flicker (temporal consistency), way travelled (dynamic
 degree), the colour that the prompt names (text-to-video alignment), jumps across the picture (factual consistency). A
-tiny model learns to say what is seen, and whether a given thing is (as the models that VideoScore starts from can).
-It is then trained by `rlvid reward-model`, once as regression and once as text, each clip with its own prompt and
-with another clip's. Then: rank correlation on clips that were held out, and for how many of them the alignment falls
-when the prompt is swapped.
+tiny model is first trained to name what is seen and to say whether a given thing is seen, as the base models of
+VideoScore can. It is then trained by `rlvid reward-model`, once as regression and once as text, each clip with its own
+prompt and with another clip's. Figures are the rank correlations on held-out clips, and the share of them whose
+alignment score falls when the prompt is swapped.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from rlvid.types import Medium
 SIZE, FRAMES = 56, 8
 GRAIN = 7  # pixels of a grain of noise
 QUESTION, IS_SEEN = "What is seen?", "Is {} seen?"
-COLOURS = ("red", "blue")  # of four, a model this small begins to see a match after 700 steps, of two after 100
+COLOURS = ("red", "blue")  # such a small model needs 700 steps to learn the match for four colours, 100 for two
 NOISE = (50.0, 26.0, 12.0, 0.0)  # standard deviation, of grey levels; by score 1 to 4, as below
-FLICKER = (45.0, 25.0, 12.0, 0.0)  # grey levels by which frames are lighter and darker in turns
-WAY = (0.0, 0.2, 0.4, 0.6)  # of the width
+FLICKER = (45.0, 25.0, 12.0, 0.0)  # grey levels by which frames are alternately lighter and darker
+WAY = (0.0, 0.2, 0.4, 0.6)  # as a share of the width
 JUMPS = ((1, 3, 5, 7), (2, 5), (4,), ())  # frames in which the shape is in the other half of the picture
 
 CONFIG = """
@@ -70,8 +70,10 @@ def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
 
 
 def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Write `n` clips and two manifests: `<split>.jsonl` has every clip twice, with its prompt and with another's;
-    `<split>_seen.jsonl` asks what is seen, and whether that and another thing is."""
+    """Write `n` clips and two manifests.
+
+    `<split>.jsonl` has every clip twice, with its own prompt and with that of another clip;
+    `<split>_seen.jsonl` asks what is seen, and whether a given thing is seen."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(n):
@@ -89,14 +91,14 @@ def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> lis
 
 
 def make_base(folder: Path) -> Path:
-    """A tiny random model whose tokenizer knows the words of prompts and scores."""
+    """Make a tiny random model whose tokenizer knows the words of prompts and scores."""
     words = [f"a {colour} ball" for colour in COLOURS] + [f"{name}: {i}" for name in DIMS for i in range(1, 5)]
     make_tiny(folder / "model", TinyModelConfig(), [QUESTION, IS_SEEN, "yes no", *words * 10], seed=0)
     return folder / "model"
 
 
 def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: str) -> dict[str, Any]:
-    """Run a job in a process of its own; its result."""
+    """Run a job in a process of its own and return its result."""
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(data=folder, size=SIZE, frames=FRAMES))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -108,15 +110,15 @@ def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: 
 
 
 def train(folder: Path, kind: str, model: Path, steps: int, seed: str) -> dict[str, Any]:
-    """Train a reward model of this kind; its result on the held-out clips."""
+    """Train a reward model of this kind and return its result on the held-out clips."""
     data = (f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}")
     how = (f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=32", "train.schedule=cosine")
-    how += ("train.warmup_steps=150",)  # with 30, some seeds unlearn to see while they learn to write scores
+    how += ("train.warmup_steps=150",)  # with 30, some seeds forget what they see while they learn to write scores
     return run("reward-model", folder, kind, model, steps, seed, *data, *how)
 
 
 def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
-    """Share of the held-out clips whose alignment falls when another clip's prompt takes the place of their own."""
+    """Share of the held-out clips whose alignment score falls with another clip's prompt."""
     from rlvid.rewards.reward_model import HeadModel, ask, video_config
     from rlvid.video.cache import FrameCache
     from rlvid.video.clip_reader import ClipReader
@@ -137,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=1500, help="training clips")
     parser.add_argument("--eval", type=int, default=150, help="held-out clips")
-    parser.add_argument("--captions", type=int, default=100, help="steps on what is seen, before both")
+    parser.add_argument("--captions", type=int, default=100, help="steps of the first training, on what is seen")
     parser.add_argument("--steps", type=int, default=550, help="optimizer steps of the regression")
     parser.add_argument("--text-steps", type=int, default=650, help="optimizer steps of the generation")
     parser.add_argument("--seed", type=int, default=0)
@@ -159,7 +161,7 @@ def main() -> None:
         generation = train(folder, "generation", base, options.text_steps, seed)
     finish(
         {
-            "spearman_regression": (regression["spearman"] or 0.0) / 100,  # null where nothing was learned
+            "spearman_regression": (regression["spearman"] or 0.0) / 100,  # null if all scores are equal
             "spearman_generation": (generation["spearman"] or 0.0) / 100,
             "prompt_swap_share": share,
             "unparsed_generation": generation["unparsed"],

@@ -1,18 +1,18 @@
-"""Seconds of a weight update, from the trainer's parameters to the engine's model, against a memcpy of the same bytes.
+"""Seconds of a weight update from the trainer's parameters to the engine's model, and of a memcpy of the same bytes.
 
-`python -m benchmarks.weight_sync`. Text models with the proportions of Qwen2-0.5B (its very layers at 200M), float32,
+`python -m benchmarks.weight_sync`. Text models with the proportions of Qwen2-0.5B (with its layers at 200M), float32,
 about a quarter of the parameters in the embedding, so that the number of tensors is that of a real model.
 
 What is timed is `GeneratorFleet.sync` as a job calls it, with real actors (a DeepSpeed trainer rank, a vLLM engine):
 parameters into Ray's object store bucket by bucket, each bucket sent on to the engine while the next is written, loaded
 into the engine's model, caches dropped, the replica confirmed as ready. What makes it fair:
 
-- The memcpy (`numpy.copyto`, one core, the fastest plain copy of one flat buffer) has both buffers touched before. Sync
-  and memcpy take turns; ratios are medians of rounds.
-- The first syncs do not count: they compare checksums, and their pages of the object store are new.
-- The parameters are sent whole in every round; nothing is skipped because it did not change.
+- The memcpy (`numpy.copyto`, one core, the fastest plain copy of one flat buffer) uses buffers that have been touched.
+  Sync and memcpy alternate; ratios are medians over rounds.
+- The first syncs are not counted: they compare checksums, and their pages of the object store are new.
+- All parameters are sent in every round, also those that did not change.
 
-`calls_per_bucket` counts the update messages that the fleet sent to the replica over the buckets of an update.
+`calls_per_bucket` is the number of update messages of the fleet to the replica, per bucket.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_model(folder: Path, shape: Shape) -> tuple[int, int]:
     """Save a random model of this shape with a small tokenizer. Returns its bytes and its number of tensors."""
     tiny_model(folder, family="qwen2")
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM  # needs what `tiny_model` does for torchvision
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # after `tiny_model`, which prepares torchvision
 
     config = Qwen2Config.from_pretrained(folder)
     config.hidden_size, config.intermediate_size = shape.hidden, shape.mlp
@@ -65,7 +65,7 @@ def make_model(folder: Path, shape: Shape) -> tuple[int, int]:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
-    parameters = list(model.parameters())  # the tied head once
+    parameters = list(model.parameters())  # without the tied head
     return sum(p.nbytes for p in parameters), len(parameters)
 
 
@@ -80,26 +80,26 @@ def measure(shape: Shape, folder: Path, rounds: int) -> tuple[dict[str, list[flo
             "rollout": {"max_model_len": 256, "max_batched_tokens": 256, "max_sequences": 8, "max_tokens": 8},
         }
     )
-    with Roles(folder / "model", cfg, ("trainer", "generator"), folder / "logs", seed=0) as team:
-        team.wait_ready()
+    with Roles(folder / "model", cfg, ("trainer", "generator"), folder / "logs", seed=0) as roles:
+        roles.wait_ready()
         version = 0
 
         def sync() -> None:
             nonlocal version
             version += 1
-            team.fleet.sync(team.trainer, version)
+            roles.fleet.sync(roles.trainer, version)
 
         seconds = in_turns({"sync": sync, "memcpy": lambda: np.copyto(target, source)}, rounds, WARMUP)
         messages = []
-        track = team.fleet._replicas.track
+        track = roles.fleet._replicas.track
 
         def count(ref, kind, *rest):  # type: ignore[no-untyped-def]
             messages.append(kind)
             track(ref, kind, *rest)
 
-        team.fleet._replicas.track = count  # type: ignore[method-assign]
+        roles.fleet._replicas.track = count  # type: ignore[method-assign]
         sync()
-        return seconds, size, n_tensors, messages.count("sync") / len(team.fleet._weights)
+        return seconds, size, n_tensors, messages.count("sync") / len(roles.fleet._weights)
 
 
 def main() -> None:

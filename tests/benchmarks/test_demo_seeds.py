@@ -52,7 +52,7 @@ def test_table_has_first_and_last_evaluation_and_the_groups_of_each_kind() -> No
     assert table[ALL] == KindRow(0.5, 0.9, no_gradient=0.5, entropy=pytest.approx(0.6))
 
 
-def test_kind_without_a_rollout_has_accuracies_alone() -> None:
+def test_kind_without_a_rollout_has_only_accuracies() -> None:
     row = by_kind(METRICS, RESPONSES[:2], KIND_OF)["count"]
     assert (row.before, row.after) == (0.25, 0.8)
     assert math.isnan(row.no_gradient) and math.isnan(row.entropy)
@@ -70,7 +70,7 @@ def test_figures_are_the_worst_over_seeds_and_the_mean() -> None:
     }
 
 
-def test_result_of_a_run_folder_is_read_and_shown(tmp_path: Path) -> None:
+def test_result_of_a_run_folder_is_read_and_printed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     manifest = [{"id": name, "problem_type": kind} for name, kind in KIND_OF.items()]

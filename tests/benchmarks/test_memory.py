@@ -9,7 +9,7 @@ from multiprocessing import shared_memory
 
 import pytest
 
-from benchmarks.memory import MARK, Memory, _store_files
+from benchmarks.memory import RUN_VARIABLE, Memory, _store_files
 
 MIB = 2**20
 HOLD = """
@@ -21,34 +21,34 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def mark() -> Iterator[str]:
-    """Two processes with this mark, the one started by the other, which each hold 64 MiB."""
-    mark = uuid.uuid4().hex
+def run_id() -> Iterator[str]:
+    """Run two processes with this run id, one started by the other, each with 64 MiB."""
+    run_id = uuid.uuid4().hex
     parent = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {HOLD!r}])\n{HOLD}"
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", parent], env=os.environ | {MARK: mark}, stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", parent], env=os.environ | {RUN_VARIABLE: run_id}, stdin=pipe, stdout=pipe, text=True
     ) as process:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
-        yield mark
+        yield run_id
         process.communicate()
 
 
-def test_processes_with_the_mark_are_counted_with_their_children_and_no_others(mark: str) -> None:
-    assert 128 * MIB < sum(Memory(mark).now().values()) < 180 * MIB
+def test_processes_of_the_run_are_counted_with_their_children_and_no_others(run_id: str) -> None:
+    assert 128 * MIB < sum(Memory(run_id).now().values()) < 180 * MIB
     assert sum(Memory("another").now().values()) == 0
     assert sum(Memory("another", also=os.getpid()).now().values()) > 10 * MIB
 
 
-def test_peak_is_that_of_the_time_it_was_open(mark: str) -> None:
-    with Memory(mark, every_s=0.01) as memory:
+def test_peak_is_the_largest_sum_while_the_context_is_open(run_id: str) -> None:
+    with Memory(run_id, every_s=0.01) as memory:
         while memory.samples < 3:
             pass
     assert 128 * MIB < memory.peak == sum(memory.parts.values())
 
 
-def test_shared_memory_files_count_with_what_is_allocated() -> None:
+def test_only_allocated_bytes_of_shared_memory_files_are_counted() -> None:
     memory = shared_memory.SharedMemory(create=True, size=8 * MIB)
     try:
         inode = os.stat(f"/dev/shm/{memory.name}").st_ino
