@@ -1,9 +1,13 @@
-"""What the tasks measure, and which responses kto compares: pure parts, hand-computed."""
+"""What the tasks measure, and which responses kto compares; each task on one and two processes."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +59,34 @@ def test_preferences_are_summarised_by_means_over_pairs(tmp_path: Path) -> None:
     task = Preferred(DpoConfig(), tmp_path, True, [])
     metrics = task.summarize(pairs("a", "b"), [[1.0, 0.5, 0.25], [0.5, 0.0, math.log(2)]])
     assert metrics == pytest.approx({"accuracy": 0.75, "margin": 0.25, "loss": (0.25 + math.log(2)) / 2, "n": 2.0})
+
+
+def run_ranks(world: int, model: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.actors.task_rank"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(model), str(folder)],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=(folder / f"{world}-{rank}.log").open("w"),
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    out = [rank.communicate(timeout=280)[0] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), (folder / f"{world}-0.log").read_text()[-2000:]
+    return dict(json.loads(out[0].splitlines()[-1]))
+
+
+@pytest.mark.timeout(600)
+def test_every_task_measures_the_same_on_one_worker_and_two(tiny_model: Path, tmp_path: Path) -> None:
+    one, two = (run_ranks(world, tiny_model, tmp_path) for world in (1, 2))
+    for task, expected in one.items():
+        for step, (a, b) in enumerate(zip(expected, two[task], strict=True)):
+            assert b == pytest.approx(a, rel=1e-4, abs=1e-4, nan_ok=True), (task, step)
+    first, _, last, held_out = one["kto"]
+    assert first["preference/kl"] == pytest.approx(0.0, abs=1e-5) and first["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert last["preference/kl"] > 0 and held_out["n"] == 5
+    assert one["bradley_terry"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert one["generation"][-1]["unparsed"] == 5  # what a random model says is no score
