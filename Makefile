@@ -1,5 +1,5 @@
-# Everything runs in .venv, which `make .venv` owns: it is made where it is absent, brought up to date where pyproject.toml
-# or the lock has changed, and left alone where it is current. Needs Python >= 3.11 and nothing else.
+# All targets run in .venv. `make .venv` makes it if it is missing, updates it if pyproject.toml or the lock has changed, and
+# otherwise does nothing. It needs only Python >= 3.11.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,7 +7,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: .venv demo bench test lint format docs size lock clean help
 
-# cpu or gpu; what .venv was made with, unless told otherwise
+# cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
 LOCK := requirements/$(EXTRA).lock
 
@@ -20,7 +20,7 @@ else ifeq ($(EXTRA),cpu)
 TORCH_CPU := --torch-backend=cpu
 endif
 
-# .venv/.current is written last and removed first: an interrupted install has none and is made anew.
+# .venv/.current is written last and removed first: after an interrupted install it is missing, and the next one starts from scratch.
 .venv:
 	@[ -f $(LOCK) ] || { echo "EXTRA=$(EXTRA): there is no $(LOCK); use EXTRA=cpu or EXTRA=gpu" >&2; exit 1; }
 	stamp="$$(printf 'path %s\nextra %s\n' "$$PWD" $(EXTRA); cksum pyproject.toml $(LOCK))"
@@ -39,29 +39,29 @@ endif
 	$$install $(TORCH_CPU) $$(grep -E '^torch(vision)?==' $(LOCK))  # first and alone: PyTorch's index has its own triton
 	$$install --exact --requirements $(LOCK)
 	$$install --no-build-isolation --editable .
-	# A run is a dozen processes, and each would compile torch anew wherever PYTHONDONTWRITEBYTECODE is set: 2 s of 3 s.
+	# With PYTHONDONTWRITEBYTECODE each of the dozen processes of a run would compile torch again: 2 s of its 3 s start.
 	.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # some packages ship files that do not compile
 	echo "$$stamp" > .venv/.current
 
 demo: .venv  ## teach a tiny model from videos: warm start, GRPO, report (SEED=7 for another seed)
-	@rm -rf runs/demo  # a demo starts anew; `rlvid grpo jobs/configs/demo.yaml` goes on with an interrupted one
+	@rm -rf runs/demo  # starts from scratch; `rlvid grpo jobs/configs/demo.yaml` resumes an interrupted demo
 	exec rlvid grpo jobs/configs/demo.yaml $(if $(SEED),seed=$(SEED))
 
 bench: .venv  ## run the benchmarks, write their table into docs/performance.md (NAMES="driver memory" for some)
-	@python -c 'import trl' 2>/dev/null || uv pip install --quiet --python .venv/bin/python trl  # the peer, no dependency
+	@python -c 'import trl' 2>/dev/null || uv pip install --quiet --python .venv/bin/python trl  # for comparison; rlvid does not depend on it
 	python -m benchmarks $(NAMES)
 
 test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
 	@pytest $(ARGS)
 
-lint: .venv  ## check style, types, the direction of imports and docs/configuration.md
+lint: .venv  ## check style, types, imports between rooms and docs/configuration.md
 	@ruff check .
 	ruff format --check .
 	mypy rlvid actors jobs
 	lint-imports
 	python -m rlvid.config.docs --check
 
-format: .venv  ## format the code and mend what ruff can mend
+format: .venv  ## format the code and fix what ruff can fix
 	@ruff check --fix .
 	ruff format .
 

@@ -1,7 +1,7 @@
-"""`rlvid doctor`: what is installed, what works, and how to fix what does not.
+"""`rlvid doctor`: reports what is installed, what works, and how to fix what does not.
 
-A check that raises, crashes or hangs is a finding too and disturbs no other: checks that import native code or decode
-video run in processes of their own (`python -m jobs.doctor NAME`), each with a deadline.
+A check that raises, crashes or hangs becomes a finding and does not affect other checks: checks that import native code
+or decode video run in processes of their own (`python -m jobs.doctor NAME`), each with a time limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def doctor(as_json: bool) -> None:
     with Console() as console:
         if not as_json:
             console.phase("rlvid doctor", steps=len(CHECKS))
-        findings = examine(CHECKS, console)
+        findings = run_checks(CHECKS, console)
         if as_json:
             print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
         else:
@@ -43,13 +43,13 @@ def doctor(as_json: bool) -> None:
         raise UserError(f"rlvid does not work here: {', '.join(broken)}")
 
 
-def examine(checks: dict[str, Check], console: Console | None = None) -> list[Finding]:
-    """Findings in the order of `checks`."""
+def run_checks(checks: dict[str, Check], console: Console | None = None) -> list[Finding]:
+    """Run the checks in parallel; return their findings in the order of `checks`."""
     running: list[subprocess.Popen[str]] = []
 
     def run(name: str) -> list[Finding]:
         check = checks[name]
-        findings = attempt(name, check) if check.timeout_s is None else _in_process(name, check, running)
+        findings = run_check(name, check) if check.timeout_s is None else _in_process(name, check, running)
         if console is not None:
             console.working(name)
         return findings
@@ -57,14 +57,14 @@ def examine(checks: dict[str, Check], console: Console | None = None) -> list[Fi
     with ThreadPoolExecutor(min(MAX_PROCESSES, os.cpu_count() or 1)) as pool:
         try:
             return [finding for findings in pool.map(run, checks) for finding in findings]
-        finally:  # after Ctrl-C nothing is left running
+        finally:  # after Ctrl-C too, no process is left running
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 _kill(process)
 
 
-def attempt(name: str, check: Check) -> list[Finding]:
-    """Run a check in this process."""
+def run_check(name: str, check: Check) -> list[Finding]:
+    """Run a check in this process. An error becomes a finding."""
     try:
         return check.run()
     except UserError as error:
@@ -82,13 +82,13 @@ def _in_process(name: str, check: Check, running: list[subprocess.Popen[str]]) -
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that what it starts can be stopped with it
+        start_new_session=True,  # so that processes that it starts can be stopped with it
     )
     running.append(process)
     try:
         lines = process.communicate(timeout=check.timeout_s)[0].strip().splitlines()
     except subprocess.TimeoutExpired:
-        return check.failed(name, f"took longer than {check.timeout_s:g} s and was stopped")
+        return check.failed(name, f"did not end within {check.timeout_s:g} s and was stopped")
     finally:
         _kill(process)
     if code := process.returncode:
@@ -98,7 +98,7 @@ def _in_process(name: str, check: Check, running: list[subprocess.Popen[str]]) -
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # the whole group has ended
+    with suppress(ProcessLookupError, PermissionError):  # all processes of the group have ended
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -110,10 +110,10 @@ def _row(finding: Finding) -> tuple[Text, str, str]:
 
 
 def print_findings(name: str, check: Check) -> None:
-    """What a check's own process does: findings as the last line of stdout."""
-    findings = attempt(name, check)
+    """Main function of a check's own process: print its findings as the last line of stdout."""
+    findings = run_check(name, check)
     print(json.dumps([dataclasses.asdict(finding) for finding in findings]), flush=True)
-    os._exit(0)  # a library that hangs in its clean-up does not matter any more
+    os._exit(0)  # do not wait for libraries that hang at exit
 
 
 if __name__ == "__main__":

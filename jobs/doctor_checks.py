@@ -1,6 +1,6 @@
-"""What `rlvid doctor` checks: packages, memory, disk, GPUs, libraries, Ray, video readers and codecs.
+"""The checks of `rlvid doctor`: packages, memory, disk, GPUs, libraries, Ray, video readers and codecs.
 
-A check returns findings, or raises: its caller makes a finding of that.
+A check returns findings. If it raises, its caller makes a finding of the exception.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rlvid.video import reader_check
 GIB = 1024**3
 INSTALL = "make .venv (EXTRA=gpu on machines with CUDA)"
 SHM = Path("/dev/shm")
-# Ray takes 30 % of the memory for its object store and asks for no more than 10 GB of shared memory; where /dev/shm has
-# less it keeps objects in files in /tmp (resolve_object_store_memory and determine_plasma_store_config, Ray 2.60).
+# Ray uses 30 % of the memory for its object store, but at most 10 GB of shared memory. If /dev/shm has less, it keeps
+# objects in files in /tmp (resolve_object_store_memory and determine_plasma_store_config, Ray 2.60).
 OBJECT_STORE_SHARE, OBJECT_STORE_BYTES = 0.3, 10_000_000_000
-LOW_DISK_BYTES = 5 * GIB  # checkpoints and rollouts of small runs
+LOW_DISK_BYTES = 5 * GIB  # enough for checkpoints and rollouts of small runs
 OPTIONAL = {"decord": "only video.reader=decord needs it"}
 IMPORT_S = 120.0  # the first import of vLLM after an installation reads gigabytes
 DECODE_S = 30.0
@@ -38,7 +38,12 @@ RAY_S = 90.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. `fix` says what to do, empty where nothing is; `needed`: rlvid does not work without."""
+    """What one check found.
+
+    Args:
+        fix: what the user can do; empty if nothing is wrong.
+        needed: rlvid does not work without it.
+    """
 
     check: str
     status: Literal["ok", "warn", "fail"]
@@ -49,13 +54,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """Something to try.
+    """A function that checks something, and how to run it.
 
     Args:
-        fix: what to do when it raises or its process ends.
-        timeout_s: deadline of a process of its own; without one it runs in the caller's.
-        needed: rlvid does not work where it fails.
-        module: has the check when it is called with the check's name.
+        fix: what the user can do if it raises or its process ends.
+        timeout_s: time limit of a process of its own; None: it runs in the process of the caller.
+        needed: rlvid does not work if it fails.
+        module: module whose main function runs the check of a given name.
     """
 
     run: Callable[[], list[Finding]]
@@ -72,13 +77,13 @@ class Check:
 
 
 def python_and_platform() -> list[Finding]:
-    version, wanted = platform.python_version(), SpecifierSet(importlib.metadata.metadata("rlvid")["Requires-Python"])
+    version, required = platform.python_version(), SpecifierSet(importlib.metadata.metadata("rlvid")["Requires-Python"])
     where = f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs"
     is_tested = (platform.system(), platform.machine()) == ("Linux", "x86_64")
     return [
         Finding("Python", "ok", version)
-        if wanted.contains(version, prereleases=True)
-        else Finding("Python", "fail", f"{version}, rlvid is for {wanted}", "install one of these, then make .venv"),
+        if required.contains(version, prereleases=True)
+        else Finding("Python", "fail", f"{version}, rlvid needs {required}", "install one of these, then make .venv"),
         Finding("platform", "ok", where)
         if is_tested
         else Finding("platform", "warn", where, "rlvid is tested on Linux x86-64 only", needed=False),
@@ -86,20 +91,20 @@ def python_and_platform() -> list[Finding]:
 
 
 def shared_memory() -> list[Finding]:
-    """Room in /dev/shm for Ray's object store, which carries prompts and weights."""
+    """Free space in /dev/shm for Ray's object store, which holds prompts and weights."""
     if not SHM.is_dir():
         return [Finding("shared memory", "warn", f"there is no {SHM}", "Ray keeps objects in /tmp, which is slower")]
     usage = shutil.disk_usage(SHM)
-    wanted = min(OBJECT_STORE_SHARE * memory_bytes(), OBJECT_STORE_BYTES)
+    needed_bytes = min(OBJECT_STORE_SHARE * memory_bytes(), OBJECT_STORE_BYTES)
     value = f"{SHM}: {_gib(usage.free)} free of {_gib(usage.total)}"
-    if usage.free >= wanted:
+    if usage.free >= needed_bytes:
         return [Finding("shared memory", "ok", value)]
-    fix = f"Ray's object store would go to files in /tmp: docker run --shm-size={wanted / GIB:.0f}g, or free {SHM}"
+    fix = f"Ray's object store would use files in /tmp: docker run --shm-size={needed_bytes / GIB:.0f}g, or free {SHM}"
     return [Finding("shared memory", "warn", value, fix)]
 
 
 def disk() -> list[Finding]:
-    """Free space where frames are cached and runs are written by default."""
+    """Free space in the default folders of the frame cache and of runs."""
     data, run = DataConfig(), RunConfig()
     return [
         free_space("frame cache", data.cache_dir, data.cache_gib * GIB, "set data.cache_dir or data.cache_gib"),
@@ -107,16 +112,16 @@ def disk() -> list[Finding]:
     ]
 
 
-def free_space(name: str, folder: Path, wanted_bytes: float, fix: str) -> Finding:
+def free_space(name: str, folder: Path, needed_bytes: float, fix: str) -> Finding:
     folder = folder.expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding(name, "fail", f"{folder}: {there} is not a folder that can be written", fix)
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Finding(name, "fail", f"{folder}: {existing} is not a writable folder", fix)
+    free = shutil.disk_usage(existing).free
     value = f"{folder}: {_gib(free)} free"
-    if free >= wanted_bytes:
+    if free >= needed_bytes:
         return Finding(name, "ok", value)
-    return Finding(name, "warn", f"{value}, {_gib(wanted_bytes)} may be used", fix)
+    return Finding(name, "warn", f"{value}, up to {_gib(needed_bytes)} may be needed", fix)
 
 
 def memory_bytes() -> int:
@@ -135,7 +140,7 @@ def _gib(size_bytes: float) -> str:
 
 
 def packages() -> list[Finding]:
-    """Installed versions against those that rlvid asks for, and torch against what vLLM asks for."""
+    """Compare installed versions with those that rlvid requires, and torch with the version that vLLM requires."""
     findings = [_package(r) for r in _requirements("rlvid", "")]
     engines = [r for extra in ("cpu", "gpu") for r in _requirements("rlvid", extra) if _version(r.name)]
     findings += [_package(r) for r in engines]
@@ -148,10 +153,10 @@ def packages() -> list[Finding]:
 
 
 def _requirements(package: str, extra: str) -> list[Requirement]:
-    """What a package needs with an extra and not without; "": without any."""
-    needed = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
-    always = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return [r for r in needed if r not in always and r.marker and r.marker.evaluate({"extra": extra})] or (
+    """Requirements that an extra of a package adds; with "", those of the package without extras."""
+    requirements = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
+    always = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [r for r in requirements if r not in always and r.marker and r.marker.evaluate({"extra": extra})] or (
         [] if extra else always
     )
 
@@ -173,20 +178,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-# --- libraries: these import native code ------------------------------------------------------------------------------
+# --- libraries (these import native code) -----------------------------------------------------------------------------
 
 
 def gpus() -> list[Finding]:
-    """GPUs that torch can use, each tried with a small bfloat16 product."""
+    """GPUs that torch can use, each tested with a small bfloat16 product."""
     import torch
 
     build = f"torch {torch.__version__}"
     if torch.cuda.is_available():
         return [_gpu(index) for index in range(torch.cuda.device_count())]
     if not Path("/proc/driver/nvidia").exists():
-        return [Finding("GPU", "ok", f"none ({build}): everything runs on CPU, keep model.dtype=float32")]
-    fix = "make .venv EXTRA=gpu" if torch.version.cuda is None else "is the driver as new as torch's CUDA?"
-    return [Finding("GPU", "warn", f"the machine has an NVIDIA driver, {build} cannot use it", fix, needed=False)]
+        return [Finding("GPU", "ok", f"none ({build}): everything runs on CPU, with model.dtype=float32")]
+    fix = (
+        "make .venv EXTRA=gpu" if torch.version.cuda is None else "check that the driver supports torch's CUDA version"
+    )
+    return [Finding("GPU", "warn", f"the machine has an NVIDIA driver, but {build} cannot use it", fix, needed=False)]
 
 
 def _gpu(index: int) -> Finding:
@@ -198,13 +205,13 @@ def _gpu(index: int) -> Finding:
     x = torch.full((64, 64), 0.5, dtype=torch.bfloat16, device=f"cuda:{index}")
     if not torch.allclose((x @ x).float().cpu(), torch.tensor(16.0)):  # 64 products of 0.5 and 0.5, exact in bfloat16
         return Finding(f"GPU {index}", "fail", f"{value}; its bfloat16 product is wrong", "check the driver")
-    if properties.major < 8:  # emulated, slow
-        return Finding(f"GPU {index}", "warn", f"{value}, no bfloat16 of its own", "model.dtype=float32")
+    if properties.major < 8:  # bfloat16 is emulated and slow
+        return Finding(f"GPU {index}", "warn", f"{value}, no native bfloat16", "set model.dtype=float32")
     return Finding(f"GPU {index}", "ok", f"{value}, bfloat16")
 
 
 def torchvision() -> list[Finding]:
-    """The video processors of transformers need torchvision's import."""
+    """Import torchvision and make a video processor of transformers, which needs it."""
     from rlvid.models import torchvision_ops
 
     is_replaced = torchvision_ops.ensure()
@@ -212,8 +219,8 @@ def torchvision() -> list[Finding]:
     from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
 
     Qwen2VLVideoProcessor()
-    how = "its operators are for another torch and not needed" if is_replaced else "with its operators"
-    return [Finding("video processor", "ok", f"torchvision {library.__version__}, {how}; transformers' starts")]
+    how = "its operators are for another torch, but not needed" if is_replaced else "with its operators"
+    return [Finding("video processor", "ok", f"torchvision {library.__version__}, {how}; transformers can use it")]
 
 
 def deepspeed_and_lora() -> list[Finding]:
@@ -237,7 +244,7 @@ def deepspeed_and_lora() -> list[Finding]:
 
 
 def rollout_engines() -> list[Finding]:
-    """vLLM, and the names under which it knows ways to transfer weights."""
+    """Import vLLM and list its backends of weight transfer."""
     import torch
 
     from rlvid.rollout import vllm_plugin
@@ -277,7 +284,7 @@ def ray_starts() -> list[Finding]:
         have = ray.cluster_resources()
     finally:
         ray.shutdown()
-    where = f"joined RAY_ADDRESS={address}" if address else "starts here"
+    where = f"joined RAY_ADDRESS={address}" if address else "starts on this machine"
     store = have.get("object_store_memory", 0) / GIB
     size = f"{have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, object store {store:.1f} GiB"
     return [Finding("Ray", "ok", f"{where}: {size}; a task took {seconds:.1f} s")]
@@ -288,14 +295,14 @@ def _reader(name: str) -> list[Finding]:
 
 
 def _codec(codec: str) -> list[Finding]:
-    is_tried, value = reader_check.try_codec(codec)
-    return [Finding(f"codec {codec}", "ok" if is_tried else "warn", value, needed=codec == "h264")]
+    is_read, value = reader_check.try_codec(codec)
+    return [Finding(f"codec {codec}", "ok" if is_read else "warn", value, needed=codec == "h264")]
 
 
 def _ray_fix() -> str:
     if "RAY_ADDRESS" in os.environ:
         return "start that cluster (cluster/README.md), or unset RAY_ADDRESS"
-    return "Ray's own messages are in /tmp/ray/session_latest/logs; `ray stop` ends an old cluster of this machine"
+    return "Ray's logs are in /tmp/ray/session_latest/logs; `ray stop` ends an old cluster on this machine"
 
 
 CHECKS: dict[str, Check] = {

@@ -46,7 +46,7 @@ def run(cfg: GrpoJobConfig) -> dict[str, Any]:
 
 
 def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int) -> dict[str, Any]:
-    """The job from step `start` to its end."""
+    """Run the job from step `start` to its end."""
     begin_training(cfg, run, inputs, roles, start)
     run.console.phase("GRPO", cfg.train.steps, start)
     sampling = Sampling(cfg.grpo.group_size, cfg.rollout.temperature, cfg.rollout.max_tokens)
@@ -55,7 +55,7 @@ def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int
         with run.stage("encode"):
             prompts = inputs.prompts.take(cfg.train.batch_size)
         if len(prompts) < cfg.placement.trainer_workers:
-            run.console.message(f"step {done} is left out: {len(prompts)} of its prompts have readable clips")
+            run.console.message(f"step {done} is left out: only {len(prompts)} of its prompts have readable clips")
             run.checkpoint_if_due(done, roles.trainer)
             continue
         with run.stage("rollout"):
@@ -85,9 +85,11 @@ def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int
 
 
 def begin_training(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int) -> None:
-    """What comes before the first step, as far as a resumed run has not done it: warm start, reference, weights in the
-    engines, parity check, evaluation."""
-    is_resumed = "accuracy_before" in run.state  # all this was done before
+    """Warm start, reference, weights of the engines, parity check and first evaluation.
+
+    A resumed run has done the warm start and the evaluation and does not repeat them.
+    """
+    is_resumed = "accuracy_before" in run.state  # by then the warm start and the evaluation are done
     if not is_resumed:
         warm_start(run, inputs, roles.trainer, cfg.warm_start)
     roles.wait_ready()
@@ -109,7 +111,7 @@ def log_rollouts(
     rewards: Sequence[Sequence[Reward]],
     advantages: npt.NDArray[np.float32],
 ) -> None:
-    """Some of the step's rollouts with their frames, for the report."""
+    """Write some of the step's rollouts with their frames, for the report."""
     shown = prompts[:N_REPORTED]
     rows = rollout_rows(step, shown, groups[:N_REPORTED], rewards[:N_REPORTED], advantages)
     run.folder.write_rollouts(step, rows, inputs.clips.strips(distinct([p.sample for p in shown], N_REPORTED)))
@@ -123,11 +125,11 @@ def optimize(
     groups: Sequence[Sequence[Rollout]],
     advantages: npt.NDArray[np.float32],
 ) -> dict[str, float]:
-    """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; means of their statistics."""
+    """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; return their mean metrics."""
     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
     updates = cfg.grpo.epochs * cfg.grpo.minibatches
     by_trainer = cfg.grpo.old_logprobs == "trainer"
-    # With a single update the trainer's log-probs before it are those of the update's own forward.
+    # With a single update, the old log-probs are those of the forward of the update itself.
     scores_old, scores_reference = by_trainer and updates > 1, cfg.grpo.kl_coef > 0
     scored = []
     if scores_old or scores_reference:
@@ -137,7 +139,7 @@ def optimize(
     reference = roles.reference_logprobs(scored) if scores_reference else None
     objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
     all_stats: list[dict[str, float]] = []
-    most = len(prompts) // cfg.placement.trainer_workers  # bad clips may leave fewer prompts than mini-batches
+    most = len(prompts) // cfg.placement.trainer_workers  # with bad clips there may be fewer prompts than mini-batches
     for _ in range(cfg.grpo.epochs):
         for part in np.array_split(np.arange(len(prompts)), min(cfg.grpo.minibatches, most)):
             cut = slice(int(part[0]), int(part[-1]) + 1)
@@ -158,11 +160,11 @@ def optimize(
         "train/lr": mean["lr"],
         "train/grad_norm": mean["grad_norm"],
         "train/skipped": sum(s["skipped"] for s in all_stats),
-        "policy/entropy_trained": mean["entropy"],  # of the groups that train; `policy/entropy` is of all rollouts
+        "policy/entropy_trained": mean["entropy"],  # of the groups with a gradient; `policy/entropy` is of all rollouts
         "policy/ratio": mean["ratio"],
         "policy/kl_to_old": mean["kl_to_old"],
         "policy/clip_fraction": mean["clip_low"] + mean["clip_high"],
-        # Before the first update both sides hold the same weights: what differs is arithmetic, or a wrong input.
+        # Before the first update both sides have the same weights: a gap is due to rounding, or to a wrong input.
         "policy/logprob_gap": all_stats[0]["logprob_gap"] if old is None else gap_to(groups, old),
     }
     if reference is not None:
@@ -171,19 +173,19 @@ def optimize(
 
 
 def gap_to(groups: Sequence[Sequence[Rollout]], scored: Sequence[npt.NDArray[np.float32]]) -> float:
-    """Mean difference of log-probs between the rollouts and the trainer that scored them."""
+    """Mean absolute difference between the log-probs of the engine and those of the trainer."""
     by_engine = np.concatenate([r.logprobs for rollouts in groups for r in rollouts])
     return float(np.abs(by_engine - np.concatenate(scored)).mean())
 
 
 def require_valid(rewards: Sequence[Sequence[Reward]]) -> None:
-    """A step without a single valid reward teaches nothing: stop and say why.
+    """Check that the step has a valid reward.
 
     Raises:
         UserError: all rewards are invalid.
     """
-    flat = [m for group in rewards for m in group]
-    if not any(m.is_valid for m in flat):
+    flat = [reward for group in rewards for reward in group]
+    if not any(reward.is_valid for reward in flat):
         raise UserError(
             f"none of the step's {len(flat)} rewards is valid: {flat[0].invalid_reason}; see rewards in the config"
         )

@@ -1,9 +1,9 @@
-"""`rlvid isrt`: iterative self-retrospective judgement. The model describes each video, gives two answers, judges them
-itself with its description at hand, and is trained on its verdicts by DPO; then again.
+"""`rlvid isrt`: iterative self-retrospective judgement (i-SRT, arXiv 2406.11280, also ISR-DPO, AAAI 2025).
 
-i-SRT, arXiv 2406.11280 (also as ISR-DPO, AAAI 2025). What the paper leaves open is a switch (`isrt` in the config).
-Every stage is a file of rows under `iterations/NN`, and what it samples is a function of seed, iteration, stage and
-sample id: a run that was killed goes on with the row it had come to, and arrives at the same pairs.
+In each iteration the model describes each video, gives two answers, judges them with its description, and is trained on
+its verdicts by DPO. What the paper does not specify is an option (`isrt` in the config). Every stage writes a file of
+rows under `iterations/NN`, and its samples depend only on seed, iteration, stage and sample id. A run that was killed
+therefore resumes at the first missing row and makes the same pairs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
     """Run or resume the job.
 
     Args:
-        only_data: build the preference pairs of the first iteration and stop before its DPO.
+        only_data: make the preference pairs of the first iteration and stop before its DPO.
     """
     if cfg.isrt.judge.backend == "endpoint":
         probe_endpoint(cfg.isrt.judge, print)  # before anything is made
@@ -59,12 +59,12 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
             if only_data:
                 return {"pairs": len(pairs), **metrics_of(iteration), "file": str(iteration.file("pairs"))}
             if not pairs:
-                raise UserError(f"{iteration.folder}: no pair is left to train on; see its judgements.jsonl")
+                raise UserError(f"{iteration.folder}: there is no pair to train on; see its judgements.jsonl")
             run.console.message(f"iteration {number}: DPO on {len(pairs)} pairs")
             start = model if cfg.isrt.reference == "iteration_start" else reference
             out = iteration.folder / "model"
             stats = train_preferences(cfg.dpo_job(number, len(pairs)), run, inputs, model, start, pairs, out)
-            shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is whole
+            shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is complete
             if not run.has_logged(number, "pairs/kept"):
                 run.log(number, metrics_of(iteration) | renamed(stats) | inputs.clip_metrics() | run.take_times())
             model = out
@@ -77,7 +77,7 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
 
 
 def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
-    """The checkpoint that the first iteration starts with: `model`, after the warm start if there is one."""
+    """Return the checkpoint for the first iteration: `model`, after the warm start if there is one."""
     sft = run.folder.dir / "sft"
     if not cfg.warm_start.steps:
         return inputs.model
@@ -96,7 +96,7 @@ def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
 
 @contextmanager
 def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
-    """Generators of one iteration's model. DPO needs their place, so they run only until it begins."""
+    """Generators with one iteration's model. They end before DPO begins, because it needs their CPUs and GPUs."""
     with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed, run.console.message) as roles:
         roles.wait_ready()
         roles.fleet.serve_checkpoint()
@@ -104,7 +104,7 @@ def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
 
 
 class Iteration:
-    """The data of one iteration: contexts, responses, judgements, pairs, each a file of rows keyed by sample id."""
+    """Makes the data of one iteration: contexts, responses, judgements, pairs, each a file of rows by sample id."""
 
     def __init__(self, cfg: IsrtJobConfig, run: Run, inputs: Inputs, number: int):
         self.cfg, self.run, self.inputs, self.number = cfg, run, inputs, number
@@ -118,15 +118,15 @@ class Iteration:
         return self.folder / f"{name}.jsonl"
 
     def pairs(self, model: Path) -> list[Preference]:
-        """Make what is still missing with `model`, and evaluate it before, unless that was done."""
-        is_whole = self.file("pairs").exists()
-        if not is_whole or not self.run.has_logged(self.number - 1, "eval/n"):
+        """Return the preference pairs, after evaluating `model` and making the missing rows with it."""
+        has_pairs = self.file("pairs").exists()
+        if not has_pairs or not self.run.has_logged(self.number - 1, "eval/n"):
             with generators(self.cfg, self.run, model) as roles:
                 evaluate_once(self.run, self.inputs, roles, self.number - 1)
-                if not is_whole:
+                if not has_pairs:
                     self._make(model, roles)
         pairs = self._pairs()
-        if not is_whole:
+        if not has_pairs:
             write_rows(self.file("pairs"), (pair_row(pair) for pair in pairs))
         return pairs
 
@@ -149,7 +149,7 @@ class Iteration:
             self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
 
     def _in_chunks(self, rows: RowFile, samples: Sequence[Sample], make: MakeRows, stage: str) -> None:
-        """Make the rows that are missing, and keep them chunk by chunk. A bad clip gives none."""
+        """Make the missing rows and write them chunk by chunk. A sample with a bad clip gets no row."""
         todo = [s for s in samples if s.id not in rows]
         size = self.cfg.isrt.chunk_size
         for i in self.run.steps(0, -(-len(todo) // size)):
@@ -158,7 +158,7 @@ class Iteration:
         self.run.end_if_interrupted(f"resumes in iteration {self.number}, within the {stage}")
 
     def _describe(self, roles: Roles, chunk: Sequence[Sample], earlier: Mapping[tuple[Medium, ...], str]) -> list[Row]:
-        """c_t from the video and c_(t-1)."""
+        """Describe videos: context c_t from the video and c_(t-1)."""
         isrt = self.cfg.isrt
         ids = {f"{s.id}#context": s for s in chunk}
         prompts = self.inputs.clips.encode([describe_prompt(s, earlier.get(s.media, "")) for s in chunk])
@@ -175,21 +175,21 @@ class Iteration:
         ]
 
     def _respond(self, roles: Roles, chunk: Sequence[Sample], contexts: Mapping[tuple[Medium, ...], str]) -> list[Row]:
-        """Two different responses to each prompt. They are drawn again until they differ, `isrt.tries` times."""
-        shown = contexts if self.cfg.isrt.context == "judge_and_responses" else {}
-        prompts = self.inputs.clips.encode([with_context(s, shown.get(s.media, "")) for s in chunk])
-        kept: dict[str, list[Rollout]] = {p.sample.id: [] for p in prompts}
-        tries = dict.fromkeys(kept, 0)
+        """Sample two different responses to each prompt, with up to `isrt.tries` tries until they differ."""
+        used_contexts = contexts if self.cfg.isrt.context == "judge_and_responses" else {}
+        prompts = self.inputs.clips.encode([with_context(s, used_contexts.get(s.media, "")) for s in chunk])
+        found: dict[str, list[Rollout]] = {p.sample.id: [] for p in prompts}
+        tries = dict.fromkeys(found, 0)
         rollout = self.cfg.rollout
         for attempt in range(self.cfg.isrt.tries):
-            waiting = [p for p in prompts if len(kept[p.sample.id]) < 2]
+            waiting = [p for p in prompts if len(found[p.sample.id]) < 2]
             if not waiting:
                 break
             seed = self.seed("responses", attempt)
             sampling = Sampling(2, rollout.temperature, rollout.max_tokens, self.cfg.isrt.top_p, seed)
             for prompt, group in zip(waiting, roles.fleet.generate(waiting, sampling), strict=True):
                 tries[prompt.sample.id] += 1
-                add_different(kept[prompt.sample.id], group)
+                add_different(found[prompt.sample.id], group)
         return [
             {
                 "id": name,
@@ -197,19 +197,19 @@ class Iteration:
                 "n_tokens": [len(r.token_ids) for r in rollouts],
                 "tries": tries[name],
             }
-            for name, rollouts in kept.items()
+            for name, rollouts in found.items()
         ]
 
     def _judge(self, judge: Judge, chunk: Sequence[Sample], contexts: Mapping[tuple[Medium, ...], str]) -> list[Row]:
-        """Which of two responses is better, with c_t."""
-        asked = []
+        """Judge which of the two responses is better, with c_t."""
+        comparisons = []
         for sample in chunk:
             one, two = self.responses[sample.id]["responses"]
-            asked.append(Comparison(sample, (one, two), contexts.get(sample.media) or None))
-        return [judgement_row(s.id, judged) for s, judged in zip(chunk, judge.compare(asked), strict=True)]
+            comparisons.append(Comparison(sample, (one, two), contexts.get(sample.media) or None))
+        return [judgement_row(s.id, judged) for s, judged in zip(chunk, judge.compare(comparisons), strict=True)]
 
     def _pairs(self) -> list[Preference]:
-        """What the judge chose in both orders."""
+        """Pairs whose winner is the same in both orders."""
         pairs = []
         for sample in self.samples:
             row = self.judgements.rows.get(sample.id)
@@ -221,12 +221,12 @@ class Iteration:
         return pairs
 
     def _contexts(self) -> dict[tuple[Medium, ...], str]:
-        """c_t by videos; questions about the same video share it."""
+        """Contexts c_t by video; questions about the same video share one."""
         videos = {s.id: s.media for s in self.inputs.train}
         return {videos[row["id"]]: row["context"] for row in self.contexts}
 
     def _earlier_contexts(self) -> dict[tuple[Medium, ...], str]:
-        """c_(t-1), or the last one of a video that the last iteration did not use."""
+        """Contexts c_(t-1) by video; for a video that the last iteration did not use, its latest context."""
         found: dict[tuple[Medium, ...], str] = {}
         for number in range(1, self.number):
             found |= Iteration(self.cfg, self.run, self.inputs, number)._contexts()
@@ -238,18 +238,18 @@ class Iteration:
 
 
 def prompts_of(cfg: IsrtJobConfig, train: Sequence[Sample], number: int) -> list[Sample]:
-    """The samples of an iteration, in an order that depends on the seed alone."""
+    """Return the samples of an iteration, in an order that depends only on the seed."""
     count = min(cfg.isrt.max_prompts or len(train), len(train))
     start = (number - 1) * count if cfg.isrt.prompts == "split" else 0
     return [train[i] for i in dict.fromkeys(batch_indices(len(train), cfg.seed, start, count))]
 
 
-def add_different(kept: list[Rollout], drawn: Sequence[Rollout]) -> None:
-    """Keep up to two rollouts that say something, and not the same but for case, spaces and a full stop."""
-    for rollout in drawn:
-        known = {normalise(r.text) for r in kept} | {""}
-        if len(kept) < 2 and normalise(rollout.text) not in known:
-            kept.append(rollout)
+def add_different(found: list[Rollout], rollouts: Sequence[Rollout]) -> None:
+    """Add to `found`, up to two, rollouts that are not empty and differ in more than case, spaces and full stop."""
+    for rollout in rollouts:
+        known = {normalise(r.text) for r in found} | {""}
+        if len(found) < 2 and normalise(rollout.text) not in known:
+            found.append(rollout)
 
 
 def judgement_row(name: str, judged: Judged) -> Row:
@@ -266,7 +266,7 @@ def judgement_row(name: str, judged: Judged) -> Row:
 
 
 def metrics_of(iteration: Iteration) -> dict[str, float]:
-    """An iteration's data in numbers, from its rows alone; means over rows (sample-weighted)."""
+    """Metrics of an iteration's data, computed from its rows; means are over rows (sample-weighted)."""
     responses = {row["id"]: row for row in iteration.responses}
     both = [row for row in responses.values() if len(row["responses"]) == 2]
     states = [row["state"] for row in iteration.judgements]
@@ -292,16 +292,18 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
 
 
 def judge_accuracy(iteration: Iteration, decided: Sequence[Row]) -> dict[str, float]:
-    """How often the judge chose the right response, where the rules know exactly one of the two to be right. The run
-    itself never sees this."""
+    """Share of pairs in which the judge chose the right response, over pairs of which rules find exactly one right.
+
+    It is only reported: training does not use it.
+    """
     parts = [part for part in make_parts(iteration.cfg.rewards) if part.kind.measures_accuracy]
     if not parts:
         return {}
     samples = {s.id: s for s in iteration.samples}
     hits = []
     for row in decided:
-        told = iteration.responses[row["id"]]
-        responses = map(Response, told["responses"], told["n_tokens"])
+        pair = iteration.responses[row["id"]]
+        responses = map(Response, pair["responses"], pair["n_tokens"])
         group = Group(samples[row["id"]], tuple(responses), iteration.inputs.family.opening)
         is_right = [reward.is_right for reward in combine(parts, group, score_rules(parts, group))]
         if set(is_right) == {True, False}:
@@ -314,12 +316,12 @@ def mean(values: Sequence[float]) -> float:
 
 
 def renamed(stats: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of the DPO under names of their own: `eval/accuracy` is that of answers here."""
+    """Metrics of DPO with the prefix `dpo/`: here `eval/accuracy` is the accuracy of answers, not of pairs."""
     return {f"dpo/{name.replace('/', '_')}": value for name, value in stats.items()}
 
 
 def evaluate_once(run: Run, inputs: Inputs, roles: Roles, step: int) -> None:
-    """Accuracy of the model behind `roles` on the held-out samples, as the result of iteration `step`."""
+    """Evaluate the model of `roles` on the held-out samples as result of iteration `step`, unless this was done."""
     if not run.has_logged(step, "eval/n"):
         evaluate(run, inputs, roles, step)
 

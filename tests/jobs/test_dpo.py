@@ -1,4 +1,4 @@
-"""Whole DPO runs as a person starts them: Ray Train, Ray Data, DeepSpeed, real clips."""
+"""Complete DPO runs as a user starts them: Ray Train, Ray Data, DeepSpeed, real clips."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in metrics_of(run) if "rewards/margins" in row]
 
 
-def test_two_killed_workers_with_stored_reference_learn_what_one_learns(config: Path) -> None:
-    """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and taken up again."""
+def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(config: Path) -> None:
+    """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and resumed."""
     one = finish(start(config, "one", "model.freeze_vision=true"))
     assert one["steps"] == 6 and one["accuracy_before"] == 0.5  # policy and reference are equal
     expected = steps_of(config.parent / "one")
@@ -88,7 +88,7 @@ def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
     assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
+def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     data = config.parent / "one" / "data"  # made by the first test
     rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
     rows[0]["video"] = "clips/missing.mp4"
@@ -108,7 +108,7 @@ def test_ctrl_c_keeps_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
 
 
 def test_workers_follow_the_cluster(config: Path) -> None:
-    """On a head with room for one worker and nothing else; then a second node comes."""
+    """On a head with room for one worker; then a second node joins."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
     options = ("train.max_workers=2", "train.resize_interval_s=2", "placement.trainer_cpus=2", "train.steps=100000")
     run, out = config.parent / "elastic", config.parent / "elastic.out"  # more steps than a pipe holds lines
@@ -132,7 +132,7 @@ def test_workers_follow_the_cluster(config: Path) -> None:
         r"2 workers, from step \d+: steps \d+ to \d+ are done again", started[1]
     )
     steps = [row["step"] for row in steps_of(run)]
-    assert steps == list(range(1, len(steps) + 1))  # what was done again is not counted again
+    assert steps == list(range(1, len(steps) + 1))  # repeated steps are counted once
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_workers_follow_the_cluster(config: Path) -> None:
         (["dpo.reference_path=/nowhere"], "/nowhere"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_trains(
+def test_impossible_settings_are_refused_before_training(
     config: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:

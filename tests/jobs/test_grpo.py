@@ -1,4 +1,4 @@
-"""Whole runs as a person starts them: real clips, Ctrl-C, kill -9."""
+"""Complete runs as a user starts them: real clips, Ctrl-C, kill -9."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
-def test_real_clips_with_bad_ones_among_them(real_clips: Path, tmp_path: Path) -> None:
+def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     shutil.copytree(real_clips, clips)
     clips.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Whole runs of i-SRT: killed in every stage, and with the model as its own judge."""
+"""Complete runs of i-SRT: killed in every stage, and with the model as its own judge."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """kill -9 as soon as `condition` holds."""
+    """kill -9 as soon as `condition` is true."""
     deadline = time.monotonic() + 480
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -111,7 +111,7 @@ def endpoint() -> Iterator[SimpleNamespace]:
 
 @pytest.mark.engine
 @pytest.mark.timeout(1500)
-def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
+def test_a_run_killed_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(layers=1, train=24, folder=tmp_path))
     judge = f"{{backend: endpoint, url: '{endpoint.url}', model: judge-1, concurrency: 1, deadline_s: 3}}"
@@ -124,7 +124,7 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
     assert result["pairs"] == len(pairs) > 12
     judged = rows_of(files["judgements"])
     assert {row["judge"] for row in judged} == {f"judge-1 at {endpoint.url}"}
-    described = {row["id"] for row in rows_of(files["contexts"]) if row["context"]}  # a random model may say nothing
+    described = {row["id"] for row in rows_of(files["contexts"]) if row["context"]}  # others may be empty
     for row in judged:
         assert row["prompt"] == (PAIR_WITH_CONTEXT if row["id"] in described else PAIR).hash
     assert len(load_preferences(files["pairs"], whole, None, "")) == len(pairs)
@@ -142,7 +142,7 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
         kill_when(start(config, *arguments), lambda stage=stage: count(stage) >= 3)  # type: ignore[misc]
         assert 3 <= count(stage) < len(rows_of(files[stage])), f"not killed within the {stage}"
         with (folder / f"{stage}.jsonl").open("a") as file:
-            file.write('{"id": "train-0000')  # what a kill in mid-write leaves
+            file.write('{"id": "train-0000')  # an incomplete line, as after a kill during a write
     endpoint.pause_s, endpoint.is_down, judged_before = 0.0, True, count("judgements")
     out, err = (down := start(config, *arguments, "isrt.chunk_size=8")).communicate(timeout=600)
     assert down.returncode == 2 and "HTTP 503" in err and "judge-1" in err, out + err
@@ -163,10 +163,10 @@ def test_killed_in_every_stage_it_comes_to_the_same_pairs(tmp_path: Path, endpoi
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_a_model_that_judges_itself(tmp_path: Path) -> None:
+def test_a_model_judges_itself(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(layers=2, train=48, folder=tmp_path))
-    judge = "max_tokens: 40, max_invalid_fraction: 1.0"  # so small a model seldom makes sense as a judge
+    judge = "max_tokens: 40, max_invalid_fraction: 1.0"  # verdicts of such a small model are often invalid
     arguments = (
         f"run.dir={run}",
         "warm_start={steps: 60, batch_size: 16, lr: 2.0e-3, warmup_steps: 10}",
@@ -185,7 +185,7 @@ def test_a_model_that_judges_itself(tmp_path: Path) -> None:
     metrics = rows_of(run / "metrics.jsonl")
     assert [row["step"] for row in metrics if "eval/n" in row] == [0]
 
-    again = finish(start(config, *arguments))  # nothing is left to do
+    again = finish(start(config, *arguments))  # the run is complete
     assert rows_of(run / "metrics.jsonl") == metrics
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
@@ -199,11 +199,11 @@ def test_a_model_that_judges_itself(tmp_path: Path) -> None:
 
 
 class Stopped(Exception):
-    """Stands for a kill in the middle of a stage."""
+    """Raised in place of a kill in the middle of a stage."""
 
 
 class SeededFleet:
-    """Answers by a hash of seed, prompt and number of the answer, and stops after so many calls."""
+    """Answers by a hash of seed, prompt and number of the answer, and raises after a number of calls."""
 
     def __init__(self, calls: int):
         self.calls = calls
@@ -276,11 +276,11 @@ def test_the_judges_accuracy_counts_pairs_of_which_one_is_right(synthetic: Path,
     responses = {s.id: {"responses": list(both), "n_tokens": [1, 1]} for s, both in zip(train, told, strict=True)}
     inputs = SimpleNamespace(family=SimpleNamespace(opening=""))
     iteration: Any = SimpleNamespace(cfg=cfg, samples=train, responses=responses, inputs=inputs)
-    decided = [{"id": s.id, "winner": 0} for s in train]  # right, wrong, and nobody is right
+    decided = [{"id": s.id, "winner": 0} for s in train]  # right, wrong, neither is right
     assert judge_accuracy(iteration, decided) == {"judge/accuracy": 0.5, "judge/accuracy_n": 2.0}
 
 
-def test_parts_of_the_data_do_not_meet_until_all_are_used(synthetic: Path) -> None:
+def test_split_prompts_do_not_repeat_until_all_are_used(synthetic: Path) -> None:
     train = load_manifest(synthetic / "train.jsonl", None, None, "")
     base = {"model": {"tiny": {}}, "data": {"train": "x"}}
     split = IsrtJobConfig.model_validate({**base, "isrt": {"prompts": "split", "max_prompts": 7}})
@@ -291,7 +291,7 @@ def test_parts_of_the_data_do_not_meet_until_all_are_used(synthetic: Path) -> No
     assert {s.id for s in prompts_of(reuse, train, 1)} == parts[0]
 
 
-def test_responses_that_say_the_same_are_one() -> None:
-    kept: list[Any] = []
-    add_different(kept, [SimpleNamespace(text=t) for t in ("Red.", " red", "", "blue", "green")])  # type: ignore[misc]
-    assert [r.text for r in kept] == ["Red.", "blue"]
+def test_equal_responses_are_added_once() -> None:
+    found: list[Any] = []
+    add_different(found, [SimpleNamespace(text=t) for t in ("Red.", " red", "", "blue", "green")])  # type: ignore[misc]
+    assert [r.text for r in found] == ["Red.", "blue"]

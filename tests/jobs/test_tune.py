@@ -53,7 +53,7 @@ def start(sweep: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def test_an_interrupted_and_a_killed_sweep_resume_and_say_what_was_best(sweep: Path) -> None:
+def test_an_interrupted_and_a_killed_sweep_resume_and_report_the_best_trial(sweep: Path) -> None:
     folder = sweep.parent / "sweep"
     for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         before = len(list(folder.glob("trials/*/checkpoints/step_*")))
@@ -67,7 +67,7 @@ def test_an_interrupted_and_a_killed_sweep_resume_and_say_what_was_best(sweep: P
     result = finish(start(sweep))
     assert (result["trials"], result["failed"]) == (2, 0)
     trials = [p for p in (folder / "trials").iterdir() if p.is_dir()]
-    assert len(trials) == 2  # none was begun anew beside itself
+    assert len(trials) == 2  # no trial was started twice
     values = {p: json.loads((p / "policy.training.json").read_text())["eval/accuracy"] for p in trials}
     assert result["value"] == pytest.approx(max(values.values()))
     best = yaml.safe_load((folder / "best.yaml").read_text())
@@ -76,7 +76,7 @@ def test_an_interrupted_and_a_killed_sweep_resume_and_say_what_was_best(sweep: P
     assert all(p.name in page for p in trials) and "dpo.beta" in page and page.count("<svg") == 3
 
 
-def test_a_trial_counts_as_far_as_tune_let_it_come(tmp_path: Path) -> None:
+def test_rows_after_the_step_at_which_tune_stopped_a_trial_are_ignored(tmp_path: Path) -> None:
     run = tmp_path / "trials" / "t1"
     run.mkdir(parents=True)
     rows = [{"step": step, "eval/accuracy": step / 100} for step in (0, 10, 20, 40)] + [{"step": 40, "loss": 1.0}]
@@ -87,13 +87,13 @@ def test_a_trial_counts_as_far_as_tune_let_it_come(tmp_path: Path) -> None:
         metrics = {"trial_id": "t1", "step": step, "time_total_s": 1.0}
         return _row(plan, SimpleNamespace(metrics=metrics, config={}, error=None, path=str(run)))
 
-    stopped, whole = row_of(10), row_of(40)  # the job itself went on to step 40
+    stopped, whole = row_of(10), row_of(40)  # the job itself ran until step 40
     assert (stopped.is_stopped, stopped.step, stopped.value) == (True, 10, 0.1)
     assert (whole.is_stopped, whole.step, whole.value) == (False, 40, 0.4)
 
 
-def test_a_trial_takes_over_a_run_with_its_own_values(tmp_path: Path) -> None:
-    """What population based training does; the key of a list's item among them."""
+def test_a_trial_resumes_the_run_of_another_with_its_own_values(tmp_path: Path) -> None:
+    """As in population based training; one of the keys is that of a list item."""
     run = tmp_path / "checkpoint" / "run"
     run.mkdir(parents=True)
     config = {"run": {"dir": "other"}, "rewards": [{"kind": "exact", "weight": 1.0}], "grpo": {"kl_coef": 0.0}}
@@ -106,7 +106,7 @@ def test_a_trial_takes_over_a_run_with_its_own_values(tmp_path: Path) -> None:
     changed = yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())
     assert changed["rewards"] == [{"kind": "exact", "weight": 0.3}] and changed["grpo"] == {"kl_coef": 0.1}
     assert changed["run"]["dir"] == str(tmp_path / "mine") and trial._n_seen == 1
-    ended = trial._end(0)  # it was taken over at its last step, and has nothing left to do
+    ended = trial._end(0)  # the run was copied at its last step, so it is complete
     assert (ended["eval/accuracy"], ended["step"], ended["done"]) == (0.5, 5, True)
 
 
@@ -123,7 +123,7 @@ def test_failed_trials_are_not_best_and_a_sweep_of_failures_fails(
     monkeypatch.setattr(tune_job, "_tuner", lambda *_: tuner)
     monkeypatch.setattr(tune_job, "_shared", lambda *_: ())
     monkeypatch.setattr(tune_job, "start_ray", lambda: None)
-    with pytest.raises(UserError, match="none of the 1 trials came to its end: the job ended with 1: no room"):
+    with pytest.raises(UserError, match="none of the 1 trials has finished: the job ended with 1: no room"):
         tune_job.run(cfg)
     assert not (tmp_path / "sweep" / "best.yaml").exists()
 
