@@ -17,7 +17,7 @@ seconds are those of the process with all its threads. `worst_ratio` is the larg
 the best other reader, each the median over the rounds.
 
 Each frame carries its number and a check sum as black and white cells along its top. `wrong_frames` counts our frames
-that do not show the number asked for, over the timed clips and over small awkward ones (variable frame rate, open GOP,
+that do not show the number asked for, over the timed clips and small difficult ones (variable frame rate, open GOP,
 edit list, AVI with B-frames, few frames); those of the others are in the tables ("error": it cannot read the file).
 """
 
@@ -346,11 +346,11 @@ def compare(path: Path, spec: ClipSpec, n: int, readers: dict[str, dict[str, Rea
                 fastest = min(fastest, s)
                 if s > HOPELESS * fastest:  # too slow for every setting
                     break
-    kept: dict[str, Callable[[], Frames]] = {}
+    timed: dict[str, Callable[[], Frames]] = {}
     for name in by_name:
         by_speed = sorted((who for who in able if who.split("|")[0] == name), key=first.__getitem__)
-        kept |= {who: able[who] for who in by_speed[:2] if name == OURS or first[who] <= STILL_IN * fastest}
-    seconds = cpu_in_turns(kept, rounds, warmup=0)
+        timed |= {who: able[who] for who in by_speed[:2] if name == OURS or first[who] <= STILL_IN * fastest}
+    seconds = cpu_in_turns(timed, rounds, warmup=0)
     median = first | medians(seconds)
     ours = f"{OURS}|"
     if ours not in able:

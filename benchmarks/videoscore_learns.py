@@ -85,8 +85,8 @@ def make_data(folder: Path, split: str, n: int, rng: np.random.Generator) -> lis
     asked = [(row, QUESTION, row["prompt"]) for row in rows]
     asked += [(r, IS_SEEN.format(r["prompt"]), "yes" if r["labels"][ALIGNMENT] == 4 else "no") for r in both]
     seen = [{"id": f"{r['id']} {q}", "video": r["video"], "question": q, "answer": a} for r, q, a in asked]
-    for name, kept in ((split, both), (f"{split}_seen", seen)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    for name, manifest in ((split, both), (f"{split}_seen", seen)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
     return both
 
 

@@ -90,13 +90,13 @@ def test_train_and_eval_share_ids(refused: Refused, tmp_path: Path) -> None:
     assert "ids are in both (a)" in refused(f"data.train={path}", f"data.eval={path}")
 
 
-def test_gpu_that_is_not_there(refused: Refused) -> None:
+def test_missing_gpu(refused: Refused) -> None:
     error = refused("placement.gpus=8")
     assert "GPU" in error and "placement" in error
 
 
-def test_cluster_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port: nobody listens
+def test_missing_cluster(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port, where no process listens
     assert "RAY_ADDRESS=127.0.0.1:9" in refused()
 
 
@@ -111,7 +111,7 @@ def test_frame_size_that_does_not_fit_the_family(refused: Refused) -> None:
         ("{backend: local, path: nowhere}", "isrt.judge.path: nowhere does not exist"),
     ],
 )
-def test_a_judge_that_is_not_there_is_known_before_anything_is_made(refused: Refused, judge: str, message: str) -> None:
+def test_a_missing_judge_is_reported_before_anything_is_made(refused: Refused, judge: str, message: str) -> None:
     assert message in refused(f"isrt.judge={judge}", job="isrt")
 
 

@@ -130,7 +130,7 @@ def test_dry_run_prints_in_every_locale(tmp_path: Path, encoding: str) -> None:
     assert yaml.safe_load(done.stdout.decode("utf-8"))["data"]["suffix"] == "ünï – 😀"
 
 
-def test_missing_inputs_are_said_before_anything_is_made(
+def test_missing_inputs_are_reported_before_anything_is_made(
     config_path: Path, job: Callable[..., list[JobConfig]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fault 21: also in a dry run, each with its own key."""
@@ -147,7 +147,7 @@ def test_missing_inputs_are_said_before_anything_is_made(
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_mistake_in_the_config_is_one_message_and_code_2(
+def test_mistake_in_the_config_gives_one_message_and_exit_code_2(
     config_path: Path, job: Callable[..., list[JobConfig]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = job({})
@@ -179,7 +179,7 @@ def test_user_error_from_a_ray_task_is_printed_without_the_workers_traceback(
     assert capsys.readouterr().err == "rlvid: error: prompt of a: too long\n"
 
 
-def test_fault_goes_to_the_log_of_the_run_with_one_line_on_stderr(
+def test_crash_is_written_to_the_log_of_the_run_with_one_line_on_stderr(
     config_path: Path, job: Callable[..., list[JobConfig]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = started(config_path)
@@ -190,7 +190,7 @@ def test_fault_goes_to_the_log_of_the_run_with_one_line_on_stderr(
     assert "Traceback (most recent call last)" in (folder.logs_dir / "error.log").read_text()
 
 
-def test_fault_before_there_is_a_run_folder_goes_to_stderr(
+def test_crash_before_there_is_a_run_folder_is_printed_on_stderr(
     config_path: Path, job: Callable[..., list[JobConfig]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job(ValueError())
@@ -227,7 +227,7 @@ def test_interrupt_says_where_it_resumes(
         ("synth out --seed x", "argument --seed: invalid int value: 'x'"),
     ],
 )
-def test_wrong_command_lines_end_with_code_2(
+def test_wrong_command_lines_end_with_exit_code_2(
     config_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -293,7 +293,7 @@ def test_help_imports_nothing_heavy() -> None:
         assert "rlvid" in done.stdout
 
 
-def test_data_videofeedback_says_how_many_rows_there_are_and_how_many_were_refused(
+def test_data_convert_reports_the_numbers_of_rows_and_of_refused_items(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rlvid.rewards.videoscore import DIMS
@@ -306,8 +306,8 @@ def test_data_videofeedback_says_how_many_rows_there_are_and_how_many_were_refus
     arguments = ["data", "convert", str(tmp_path / "items.jsonl"), str(tmp_path / "out"), "--from", "videofeedback"]
     arguments += ["--mismatched", "0.5"]
     assert cli.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert "manifest.jsonl: 3 rows; 1 item refused" in told and "refused.jsonl" in told
+    printed = capsys.readouterr().out
+    assert "manifest.jsonl: 3 rows; 1 item refused" in printed and "refused.jsonl" in printed
     assert cli.main([*arguments, "--source", "real"]) == 2
     assert "no item left" in capsys.readouterr().err
 

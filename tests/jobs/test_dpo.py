@@ -62,8 +62,8 @@ def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(confi
     assert expected[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert expected[-1]["loss"] < expected[0]["loss"] and expected[-1]["rewards/margins"] > 0
     before, after = (load_file(config.parent / "one" / name / "model.safetensors") for name in ("model", "policy"))
-    kept = {name for name in after if torch.equal(after[name], before[name])}
-    assert kept == {name for name in after if "visual." in name and "merger" not in name}
+    unchanged = {name for name in after if torch.equal(after[name], before[name])}
+    assert unchanged == {name for name in after if "visual." in name and "merger" not in name}
 
     two = config.parent / "two"
     options = ("placement.trainer_workers=2", "train.zero_stage=2", "dpo.reference=precomputed")

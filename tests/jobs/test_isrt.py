@@ -272,8 +272,8 @@ def test_the_judges_accuracy_counts_pairs_of_which_one_is_right(synthetic: Path,
     train = load_manifest(synthetic / "train.jsonl", None, None, "")[:3]
     cfg = IsrtJobConfig.model_validate({"model": {"tiny": {}}, "data": {"train": "x"}})
     right, wrong = [s.answer for s in train], ["no answer", "not one either", "nor this"]
-    told = [(right[0], wrong[0]), (wrong[1], right[1]), (wrong[2], "neither")]
-    responses = {s.id: {"responses": list(both), "n_tokens": [1, 1]} for s, both in zip(train, told, strict=True)}
+    texts = [(right[0], wrong[0]), (wrong[1], right[1]), (wrong[2], "neither")]
+    responses = {s.id: {"responses": list(both), "n_tokens": [1, 1]} for s, both in zip(train, texts, strict=True)}
     inputs = SimpleNamespace(family=SimpleNamespace(opening=""))
     iteration: Any = SimpleNamespace(cfg=cfg, samples=train, responses=responses, inputs=inputs)
     decided = [{"id": s.id, "winner": 0} for s in train]  # right, wrong, neither is right

@@ -59,17 +59,17 @@ def bright_and_dark(folder: Path, split: str, n: int) -> Path:
     return folder / f"{split}.jsonl"
 
 
-def test_regression_learns_by_name_and_its_model_ranks_videos(tmp_path: Path) -> None:
+def test_regression_learns_scores_by_name_and_its_model_ranks_videos(tmp_path: Path) -> None:
     train, held_out = (bright_and_dark(tmp_path, split, n) for split, n in (("t", 24), ("e", 12)))
     kind = "{kind: regression, template: question, dims: [light, dark]}"
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(train=train, eval=held_out, root=tmp_path, reward_model=kind, steps=80))
-    told = result(rlvid("reward-model", config))
+    outcome = result(rlvid("reward-model", config))
     metrics = rows_of(tmp_path / "run" / "metrics.jsonl")
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[0] == pytest.approx(1.25, abs=0.35)  # the head begins at 2.5: the spread of 1, 2, 3, 4
     assert losses[-1] < 0.3 * losses[0]
-    assert told["n"] == 11 and told["spearman"] > 80
+    assert outcome["n"] == 11 and outcome["spearman"] > 80
     assert metrics[0]["eval/spearman/dark"] is None  # a constant column before the first step
     assert [row["id"] for row in rows_of(tmp_path / "run" / "refused.jsonl")] == ["t1", "e1"]
     policy = tmp_path / "run" / "policy" / "reward_model"
@@ -90,7 +90,7 @@ def test_regression_learns_by_name_and_its_model_ranks_videos(tmp_path: Path) ->
     ).stderr  # fmt: skip
 
 
-def test_pairs_teach_a_scorer_of_answers(tmp_path: Path) -> None:
+def test_a_model_trained_on_pairs_scores_answers(tmp_path: Path) -> None:
     make_synthetic(tmp_path, SyntheticConfig(train=24, eval=8, kinds=("colour",)), seed=0)
     # A wrong answer is recognised by its words here, so that a tiny model learns it in seconds.
     for split in ("train", "eval"):
@@ -101,10 +101,10 @@ def test_pairs_teach_a_scorer_of_answers(tmp_path: Path) -> None:
     paths = {f: tmp_path / f"{split}_pairs.jsonl" for f, split in (("train", "train"), ("eval", "eval"))}
     kind = "{kind: bradley_terry, template: question}"
     config.write_text(CONFIG.format(**paths, root=tmp_path, reward_model=kind, steps=12))
-    told = result(rlvid("reward-model", config))
+    outcome = result(rlvid("reward-model", config))
     losses = [row["loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5)  # the head begins at 0
-    assert losses[-1] < 0.3 and told["accuracy"] == 1.0 and told["n"] == 8
+    assert losses[-1] < 0.3 and outcome["accuracy"] == 1.0 and outcome["n"] == 8
     out = tmp_path / "scores.jsonl"
     video = next((tmp_path / "clips").glob("eval*"))
     question = rows_of(tmp_path / "eval.jsonl")[0]["question"]

@@ -14,8 +14,8 @@ from tests.jobs.test_reward_model import CONFIG, result, rlvid, rows_of
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
-def test_scores_as_text_are_generated_read_and_softened(tmp_path: Path) -> None:
-    labels = {"dark": 3, "light": 2}  # always the same: the form is what is learned here
+def test_scores_as_text_are_generated_and_parsed_and_can_be_soft(tmp_path: Path) -> None:
+    labels = {"dark": 3, "light": 2}  # always the same: only the format is learned
     for split, n in (("t", 8), ("e", 4)):
         rows = []
         for i in range(n):
@@ -34,10 +34,10 @@ def test_scores_as_text_are_generated_read_and_softened(tmp_path: Path) -> None:
     kind = "{kind: generation, template: question, dims: [light, dark]}"
     text = CONFIG.format(**paths, root=tmp_path, reward_model=kind, steps=60)
     config.write_text(text.replace("max_tokens: 4", "max_tokens: 48"))
-    told = result(rlvid("reward-model", config))
-    assert told["unparsed"] == 0 and told["n"] == 4 and told["spearman"] is None  # constant columns
+    outcome = result(rlvid("reward-model", config))
+    assert outcome["unparsed"] == 0 and outcome["n"] == 4 and outcome["spearman"] is None  # constant columns
     first = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
-    assert first["eval/unparsed"] == 4  # what a random model says is no score
+    assert first["eval/unparsed"] == 4  # the text of a random model is not a score
 
     out = tmp_path / "scores.jsonl"
     rlvid("score", tmp_path / "run", tmp_path / "e1.mp4", tmp_path / "e2.mp4", "--prompt", "a wall 1", "--out", out)
