@@ -75,8 +75,8 @@ def _reason(o: Observation, tolerance: float, temperature: float) -> str:
             return f"; those of the {side} are not finite: look for NaN in the checkpoint's weights"
     if o.gap * temperature <= tolerance:
         return (
-            f"; they agree before they are divided by rollout.temperature={temperature:g}, which multiplies rounding: "
-            f"raise it"
+            f"; they agree without rollout.temperature={temperature:g}, which log-probs are divided by and which "
+            f"multiplies their rounding: raise the temperature"
         )
     return ""
 

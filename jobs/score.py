@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: nothing can be written, or some videos have no score, which the file names with the reason.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would bury the table
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # otherwise its log hides the table
     out: Path = arguments.out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The nouns of the system: what travels between the rooms of the house.
+"""The nouns of the system: the data types that are passed between packages.
 
 All are frozen and picklable; arrays are numpy, so that Ray's object store hands them out as read-only views without a
 copy. Those of a manifest have slots: there are hundreds of thousands. The way of one sample is Sample -> Clip -> Prompt
@@ -28,7 +28,7 @@ class Medium:
 
     @property
     def name(self) -> str:
-        """The path and, if it is a part of a video, which part: what the user is told."""
+        """The path and, if it is a part of a video, which part: for messages to the user."""
         if self.start_s is None and self.end_s is None:
             return self.path
         end = "the end" if self.end_s is None else f"{self.end_s:g} s"
@@ -61,7 +61,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One manifest row: what is asked about which media, and what the right answer is."""
+    """One manifest row: media, a conversation about them, and the right answer."""
 
     id: str
     media: tuple[Medium, ...]
