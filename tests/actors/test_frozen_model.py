@@ -19,7 +19,6 @@ from rlvid.config import (
     GrpoJobConfig,
     ModelPart,
     NumberPart,
-    RewardModelJobConfig,
     RewardPart,
     VideoConfig,
 )
@@ -83,18 +82,13 @@ def test_only_a_model_of_answers_is_taken(tmp_path: Path) -> None:
     check_rewards([ModelPart(kind="model", path=reward_model(tmp_path / "answers"))])
 
 
-def test_each_model_has_an_actor(tmp_path: Path) -> None:
+def test_each_model_has_an_actor_where_rewards_train(tmp_path: Path) -> None:
     parts = [{"kind": "exact"}, *({"kind": "model", "path": str(tmp_path), "name": name} for name in "ab")]
-    for name, job in (("grpo", GrpoJobConfig), ("eval", EvalJobConfig)):
-        cfg = job.model_validate({**BASE, "rewards": parts})
-        assert [s.name for s in plan(cfg, JOBS[name].roles(cfg)) if s.role == "reward_model"] == NAMES
+    cfg = GrpoJobConfig.model_validate({**BASE, "rewards": parts})
+    assert [s.name for s in plan(cfg, JOBS["grpo"].roles(cfg)) if s.role == "reward_model"] == NAMES
     assert "reward_model" not in JOBS["grpo"].roles(GrpoJobConfig.model_validate(BASE))
-
-
-@pytest.mark.parametrize(("kind", "template"), [("regression", "integer"), ("generation", "integer")])
-def test_engines_are_started_for_scores_as_text_alone(kind: str, template: str) -> None:
-    cfg = RewardModelJobConfig.model_validate({**BASE, "reward_model": {"kind": kind, "template": template}})
-    assert JOBS["reward-model"].roles(cfg) == (("trainer",) if kind == "regression" else ("trainer", "generator"))
+    evaluation = EvalJobConfig.model_validate({**BASE, "rewards": parts})
+    assert JOBS["eval"].roles(evaluation) == ("generator",)  # accuracy is measured by rules
 
 
 def test_reward_model_gives_its_own_scores(tiny_model: Path, synthetic: Path, tmp_path: Path) -> None:
