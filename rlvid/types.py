@@ -1,8 +1,8 @@
-"""The nouns of the system: the data types that are passed between packages.
+"""The data types that are passed between packages.
 
-All are frozen and picklable; arrays are numpy, so that Ray's object store hands them out as read-only views without a
-copy. Those of a manifest have slots: there are hundreds of thousands. The way of one sample is Sample -> Clip -> Prompt
--> Rollout -> Reward (docs/architecture.md).
+All are frozen and picklable. Arrays are numpy, so that Ray's object store returns read-only views without a copy. The
+types of a manifest have slots, because there are hundreds of thousands of them. A sample becomes Sample -> Clip
+-> Prompt -> Rollout -> Reward (docs/architecture.md).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def test_nan_is_a_difference_and_its_side_is_named() -> None:
 def test_a_gap_that_a_low_temperature_makes_is_explained() -> None:
     """0.001 at temperature 0.05 are 0.00005 before the division."""
     (problem,) = verdict([seen([-1.0], [-1.001])], "float32", temperature=0.05)
-    assert "agree before they are divided by rollout.temperature=0.05" in problem
+    assert "agree without rollout.temperature=0.05" in problem
     (problem,) = verdict([seen([-1.0], [-1.1])], "float32", temperature=0.05)
     assert "rollout.temperature" not in problem
 
