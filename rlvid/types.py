@@ -1,7 +1,7 @@
 """The data types that are passed between packages.
 
 All are frozen and picklable. Arrays are numpy, so that Ray's object store returns read-only views without a copy. The
-types of a manifest have slots, because there are hundreds of thousands of them. A sample becomes Sample -> Clip
+types of a manifest have slots, because there are hundreds of thousands of them. The order of types is Sample -> Clip
 -> Prompt -> Rollout -> Reward (docs/architecture.md).
 """
 
