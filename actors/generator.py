@@ -1,16 +1,19 @@
-"""A generator replica: vLLM in this process, its step loop in a thread of its own."""
+"""A generator replica: vLLM in this process, in a thread of its own.
+
+The thread runs its callers' commands between two steps of the engine: requests join and weights change at any time. An
+engine that fails ends its process: the fleet starts another one, with the right weights.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,7 @@ from ray import ObjectRef
 
 from actors.actor_process import enter_process, set_threads
 from actors.gpu_weight_sync import weight_backend
+from actors.pump import Pump
 from rlvid.config import JobConfig
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from rlvid.rollout.vllm_engine import Sampling, VllmEngine
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 CONCURRENCY_GROUPS = {"weights": 1, "ping": 1}  # neither waits for requests
 EXIT_AFTER_S = 1.0  # Ray sends the cause to the fleet meanwhile
 TransferStep = Literal["init_transfer", "start_update", "receive_update", "finish_update"]  # methods of VllmEngine
@@ -39,66 +44,6 @@ class EngineFailed(Exception):
     """The engine raised an error, which the message has; its process ends."""
 
 
-class EngineLoop(threading.Thread):
-    """Owns the engine. Between two steps it runs its callers' commands: requests join and weights change at any time.
-
-    An engine that fails ends its process: the fleet starts another one, with the right weights.
-    """
-
-    def __init__(self, build: Callable[[], VllmEngine]):
-        super().__init__(name="engine", daemon=True)
-        self._build = build
-        self._commands: queue.SimpleQueue[tuple[Callable[[VllmEngine], Any], Future[Any]]] = queue.SimpleQueue()
-        self._waiting: dict[str, Future[list[Rollout]]] = {}
-        self.built: Future[None] = Future()
-
-    def call(self, command: Callable[[VllmEngine], Any]) -> Any:
-        """Run `command(engine)` between two steps and return its result, or raise what it raised."""
-        future: Future[Any] = Future()
-        self._commands.put((command, future))
-        return future.result()
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        futures: list[Future[list[Rollout]]] = [Future() for _ in prompts]
-
-        def submit(engine: VllmEngine) -> None:
-            for prompt, future in zip(prompts, futures, strict=True):
-                self._waiting[engine.submit(prompt, sampling)] = future
-
-        self.call(submit)
-        return [future.result() for future in futures]
-
-    def run(self) -> None:
-        try:
-            engine = self._build()
-        except BaseException as e:
-            self.built.set_exception(e)
-            return
-        self.built.set_result(None)
-        try:
-            while True:
-                self._run_commands(engine)
-                for request, rollouts in engine.step():
-                    self._waiting.pop(request).set_result(rollouts)
-        except BaseException as e:
-            logger.exception("the engine failed; this replica ends")
-            for future in self._waiting.values():
-                future.set_exception(EngineFailed(f"{type(e).__name__}: {e}"))
-            logging.shutdown()
-            time.sleep(EXIT_AFTER_S)
-            os._exit(1)
-
-    def _run_commands(self, engine: VllmEngine) -> None:
-        """Run the commands that came; wait for one while there is nothing to generate."""
-        while not self._commands.empty() or not engine.is_busy or engine.is_updating:
-            command, future = self._commands.get()
-            try:
-                future.set_result(command(engine))
-            except Exception as e:
-                future.set_exception(e)
-            del command, future  # kept while the loop waits, they would keep buckets in the object store
-
-
 class Generator:
     """`generate` may run several times at once, with `update_weights` and `ping` in between (`max_concurrency`).
 
@@ -108,6 +53,10 @@ class Generator:
     def __init__(self, log_file: Path, threads: int | None):
         self._threads = threads
         enter_process(log_file, threads)
+        self._engine: VllmEngine | None = None
+        self._waiting: dict[str, Future[list[Rollout]]] = {}
+        self._pump = Pump("engine", self._step, lambda: self._has_no_step, self._exit)
+        self._pump.start()
 
     def start(self, folder: Path, cfg: JobConfig, on_gpu: bool, seed: int) -> str:
         """Build the engine. Returns the node that it runs on."""
@@ -122,18 +71,26 @@ class Generator:
                 folder, load_family(folder), cfg.rollout, cfg.model.dtype, seed, on_gpu, cfg.model.lora, backend
             )
 
-        self._loop = EngineLoop(build)
-        self._loop.start()
-        self._loop.built.result()
+        self._engine = self._pump.run_in_thread(build)
         return str(ray.get_runtime_context().get_node_id())
 
     def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout]]:
-        return self._loop.generate(ray.get(list(prompts)), sampling)
+        loaded: list[Prompt] = ray.get(list(prompts))
+        futures = [self._pump.future() for _ in loaded]
+
+        def submit(engine: VllmEngine) -> None:
+            for prompt, future in zip(loaded, futures, strict=True):
+                self._waiting[engine.submit(prompt, sampling)] = future
+
+        self._call(submit)
+        return [future.result() for future in futures]
 
     @ray.method(concurrency_group="weights")
     def update_weights(self, version: int, sent: SentWeights) -> int:
-        """Take buckets of the weights, in their order; where they come with checksums, compare them first. Nothing is
-        generated between the first and the last bucket of a version. Returns the version held afterwards."""
+        """Take buckets of the weights, in their order, after comparing checksums where they are given.
+
+        Nothing is generated between the first and the last bucket of a version. Returns the version held afterwards.
+        """
         buckets = [where.open() if isinstance(where, SharedBucket) else ray.get(where) for where, _ in sent]
         for bucket, (_, digest) in zip(buckets, sent, strict=True):
             expected = ray.get(digest) if isinstance(digest, ObjectRef) else digest
@@ -144,19 +101,19 @@ class Generator:
             engine.update_weights(version, buckets)
             return engine.weight_version
 
-        return int(self._loop.call(take))
+        return self._call(take)
 
     @ray.method(concurrency_group="weights")
     def transfer(self, step: TransferStep, *arguments: Any) -> None:
         """A step of a transfer from GPU to GPU (`actors/gpu_weight_sync.py`)."""
-        self._loop.call(lambda engine: getattr(engine, step)(*arguments))
+        self._call(lambda engine: getattr(engine, step)(*arguments))
 
     def first_logprobs(
         self, prompts: Sequence[ObjectRef[Prompt]], tokens: Sequence[int], temperature: float
     ) -> list[npt.NDArray[np.float32]]:
         """Log-probs [tokens] of `tokens` as first response token to each prompt (parity check)."""
         loaded: list[Prompt] = ray.get(list(prompts))
-        values: list[npt.NDArray[np.float32]] = self._loop.call(
+        values: list[npt.NDArray[np.float32]] = self._call(
             lambda engine: [engine.first_logprobs(prompt, tokens, temperature) for prompt in loaded]
         )
         return values
@@ -164,4 +121,29 @@ class Generator:
     @ray.method(concurrency_group="ping")
     def ping(self) -> int:
         """The weight version held; answers only while the engine loop runs."""
-        return int(self._loop.call(lambda engine: engine.weight_version))
+        return self._call(lambda engine: engine.weight_version)
+
+    def _call(self, command: Callable[[VllmEngine], T]) -> T:
+        """The result of `command(engine)`, which runs between two steps."""
+        assert self._engine is not None
+        return self._pump.run_in_thread(partial(command, self._engine))
+
+    @property
+    def _has_no_step(self) -> bool:
+        """Nothing to generate, or no model to do it: between the first and the last bucket of an update."""
+        return self._engine is None or not self._engine.is_busy or self._engine.is_updating
+
+    def _step(self) -> None:
+        if self._engine is None or self._has_no_step:
+            return
+        try:
+            for request, rollouts in self._engine.step():
+                self._waiting.pop(request).set_result(rollouts)
+        except Exception as e:
+            raise EngineFailed(f"{type(e).__name__}: {e}") from e
+
+    def _exit(self, error: BaseException) -> None:
+        logger.error("the engine failed; this replica ends", exc_info=error)
+        logging.shutdown()
+        time.sleep(EXIT_AFTER_S)
+        os._exit(1)

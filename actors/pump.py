@@ -18,11 +18,21 @@ class Pump(threading.Thread):
 
     An error in an event or in `act` ends the thread. Every future that is open then, and every one asked for later,
     raises that error: no caller waits for ever.
+
+    Args:
+        is_idle: whether to wait for an event before the next `act`.
+        on_error: called in the thread when an error ends it, after the futures have it.
     """
 
-    def __init__(self, name: str, act: Event):
+    def __init__(
+        self,
+        name: str,
+        act: Event,
+        is_idle: Callable[[], bool] = lambda: True,
+        on_error: Callable[[BaseException], None] = lambda _: None,
+    ):
         super().__init__(name=name, daemon=True)
-        self._act = act
+        self._act, self._is_idle, self._on_error = act, is_idle, on_error
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._conditions: list[tuple[Callable[[], bool], Callable[[], Any], Future[Any]]] = []
         self._open: set[Future[Any]] = set()
@@ -78,11 +88,13 @@ class Pump(threading.Thread):
             self._error = error
         for future in list(self._open):
             future.set_exception(error)
+        if not self._is_stopping:
+            self._on_error(error)
 
     def _run_events(self) -> None:
         """Wait for an event, then run all that have come."""
         try:
-            self._events.get(timeout=TURN_S)()
+            self._events.get(timeout=TURN_S if self._is_idle() else 0)()
             while True:
                 self._events.get_nowait()()
         except queue.Empty:

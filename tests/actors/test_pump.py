@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -67,6 +68,26 @@ def test_an_error_of_the_thread_reaches_every_open_and_every_later_future(counte
     for ask in (counter.pump.future, lambda: counter.pump.run_in_thread(lambda: None)):
         with pytest.raises(UserError, match="below zero"):
             ask()
+
+
+def test_a_busy_thread_acts_without_events_and_runs_them_in_between() -> None:
+    acts: list[int] = []
+    errors: list[BaseException] = []
+    is_over = threading.Event()
+
+    def act() -> None:
+        acts.append(1)
+        if is_over.is_set():
+            raise UserError("over")
+
+    pump = Pump("busy", act, is_idle=lambda: False, on_error=errors.append)
+    pump.start()
+    before = pump.run_in_thread(lambda: len(acts))
+    while len(acts) < before + 100:
+        time.sleep(0.001)
+    pump.post(is_over.set)
+    pump.join(5)
+    assert [str(error) for error in errors] == ["over"]
 
 
 def test_a_stopped_thread_is_gone_and_leaves_no_caller_waiting(counter: Counter) -> None:
