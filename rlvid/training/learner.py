@@ -144,8 +144,8 @@ class Learner:
         if self._skipped_in_a_row >= self.cfg.max_skipped:
             raise UserError(
                 f"{self._skipped_in_a_row} steps in a row were skipped because their loss or gradient was not finite "
-                f"(the last loss: {loss:g}). No checkpoint was written after them: lower train.lr and start the job "
-                f"again; train.max_skipped tolerates more"
+                f"(the last loss: {loss:g}). Start a run with a smaller train.lr in another run.dir, or resume this "
+                f"one with more train.max_skipped"
             )
         return float(self._skipped_in_a_row > 0)
 
@@ -268,7 +268,7 @@ class Learner:
     def _check_finite(self) -> None:
         trained = [getattr(p, "ds_tensor", p) for _, p in self._trained]  # under ZeRO-3 this rank's share
         if self._most(sum(not tensor.isfinite().all() for tensor in trained)):
-            raise UserError("the trained weights are not finite, they are not saved: lower train.lr and start again")
+            raise UserError("the trained weights are not finite and are not saved: start a run with a smaller train.lr")
 
     def _adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters, whole on every rank."""

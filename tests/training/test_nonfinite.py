@@ -18,5 +18,5 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_all_ranks(
         assert rank["fine"] == [0.0, 1.0, 1.0] and rank["moved"]  # it trains on, and counts from the start
         in_a_row, not_saved = rank["errors"]
         assert "3 steps in a row" in in_a_row and "train.max_skipped" in in_a_row
-        assert "not finite, they are not saved" in not_saved
+        assert "not finite and are not saved" in not_saved
     assert (tmp_path / f"checkpoint-{stage}").exists() and not (tmp_path / f"broken-{stage}").exists()
