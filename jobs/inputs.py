@@ -15,7 +15,7 @@ from jobs.run import Run
 from jobs.specs import JOBS, JobSpec, Rows
 from rlvid.config import JobConfig
 from rlvid.data.manifest import count_media, load_manifest
-from rlvid.data.order import batch_indices
+from rlvid.data.order import Strata, batch_indices
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
 from rlvid.models.families import load_family
@@ -93,10 +93,15 @@ class PromptStream:
 
     `position` is the data cursor: the number of samples taken so far. The order is a function of seed and position, so
     a resumed run sees the samples that the interrupted one would have seen.
+
+    Samples of one problem type with one answer are spread evenly over an epoch. A batch that has more "left" than
+    "right" by chance teaches to say "left" whatever is seen, and that noise hides what the clips teach
+    (docs/performance.md).
     """
 
     def __init__(self, samples: Sequence[Sample], seed: int, clips: ClipStore):
         self.position = 0
+        self._strata = Strata.of([(sample.problem_type, sample.answer) for sample in samples])
         self._samples, self._seed, self._clips = samples, seed, clips
         self._ahead: tuple[int, list[Future[Encoded | None]]] | None = None  # position after it, what is encoded
 
@@ -110,7 +115,7 @@ class PromptStream:
         return self._clips.collect(pending)
 
     def _submit(self, start: int, count: int) -> list[Future[Encoded | None]]:
-        indices = batch_indices(len(self._samples), self._seed, start, count)
+        indices = batch_indices(len(self._samples), self._seed, start, count, self._strata)
         return self._clips.submit([self._samples[i] for i in indices])
 
 

@@ -6,13 +6,29 @@ the interrupted one would have drawn.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 
-def batch_indices(n: int, seed: int, start: int, count: int) -> list[int]:
+@dataclass(frozen=True, eq=False)  # hashed by identity, since it is part of a cache's key
+class Strata:
+    """Which samples are alike; an order spreads those of one stratum evenly over an epoch."""
+
+    codes: npt.NDArray[np.int64]  # [n], number of each sample's stratum
+
+    @classmethod
+    def of(cls, labels: Sequence[Hashable]) -> Self:
+        """From a label per sample; samples with equal labels are one stratum."""
+        code_of = {label: code for code, label in enumerate(dict.fromkeys(labels))}
+        return cls(np.array([code_of[label] for label in labels], dtype=np.int64))
+
+
+def batch_indices(n: int, seed: int, start: int, count: int, strata: Strata | None = None) -> list[int]:
     """Positions start .. start + count of the endless stream of epochs, each epoch a permutation of range(n).
 
     Args:
@@ -20,6 +36,7 @@ def batch_indices(n: int, seed: int, start: int, count: int) -> list[int]:
         seed: Of the run.
         start: The data cursor: samples drawn so far.
         count: Samples to draw. A batch may reach over the end of an epoch.
+        strata: Each batch has its share of each stratum, give or take a sample. None: that is left to chance.
 
     Returns:
         `count` indices below n.
@@ -32,14 +49,25 @@ def batch_indices(n: int, seed: int, start: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, offset = divmod(start + len(indices), n)
-        indices.extend(_permutation(n, seed, epoch)[offset : offset + count - len(indices)].tolist())
+        indices.extend(_permutation(n, seed, epoch, strata)[offset : offset + count - len(indices)].tolist())
     return indices
 
 
 @lru_cache(maxsize=4)  # drawn from batch by batch: that of a million samples takes 0.2 s
-def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def _permutation(n: int, seed: int, epoch: int, strata: Strata | None) -> npt.NDArray[np.int64]:
     """[n], the order of one epoch."""
     # Not Generator.permutation: numpy keeps the stream of a bit generator for ever, that of Generator's methods not
     # (NEP 19), and a run may be resumed under another numpy.
     keys = np.random.PCG64([seed, epoch]).random_raw(n)
-    return np.argsort(keys, kind="stable")
+    order = np.argsort(keys, kind="stable")
+    return order if strata is None else order[_spread(strata.codes[order], seed, epoch)]
+
+
+def _spread(codes: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """[n], positions in `codes` such that equal codes are evenly apart: the k-th of m lies at (k + shift) / m of the
+    epoch, with a random shift in [0, 1) for each code."""
+    sizes = np.bincount(codes)
+    k = np.empty(len(codes))
+    k[np.argsort(codes, kind="stable")] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shift = np.random.PCG64([seed, epoch, 1]).random_raw(len(sizes)) / 2**64
+    return np.argsort((k + shift[codes]) / sizes[codes], kind="stable")

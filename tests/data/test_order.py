@@ -1,7 +1,7 @@
 import pytest
 
 from rlvid.data import order
-from rlvid.data.order import batch_indices
+from rlvid.data.order import Strata, batch_indices
 
 
 def test_every_epoch_holds_every_sample_once() -> None:
@@ -46,3 +46,30 @@ def test_nonsense_is_refused() -> None:
     for arguments in [(0, 0, 0, 1), (4, -1, 0, 1), (4, 0, -1, 1), (4, 0, 0, -1)]:
         with pytest.raises(ValueError, match="expected n >= 1"):
             batch_indices(*arguments)
+
+
+LABELS = ["left"] * 30 + ["right"] * 30 + ["red"] * 15 + ["blue"] * 45  # of 120 samples, in batches of 8
+
+
+def test_every_batch_has_its_share_of_each_stratum() -> None:
+    strata = Strata.of(LABELS)
+    for start in range(0, 360, 8):
+        drawn = [LABELS[i] for i in batch_indices(120, 5, start, 8, strata)]
+        for label, share in {"left": 2, "right": 2, "red": 1, "blue": 3}.items():
+            assert abs(drawn.count(label) - share) <= 1
+    by_chance = [LABELS[i] for i in batch_indices(120, 5, 0, 120)]
+    assert max(by_chance[at : at + 8].count("left") for at in range(0, 120, 8)) > 3
+
+
+def test_spread_epochs_are_permutations_with_orders_of_their_own() -> None:
+    strata = Strata.of(LABELS)
+    stream = batch_indices(120, 5, 0, 240, strata)
+    assert sorted(stream[:120]) == sorted(stream[120:]) == list(range(120))
+    assert stream[:120] != stream[120:]
+    assert batch_indices(120, 5, 77, 100, Strata.of(LABELS)) == stream[77:177]
+
+
+def test_samples_that_have_nothing_in_common_are_shuffled() -> None:
+    order_of_places = batch_indices(1000, 0, 0, 1000, Strata.of(range(1000)))
+    assert sorted(order_of_places) == list(range(1000))
+    assert 400 < sum(order_of_places[:500]) / 500 < 600
