@@ -265,7 +265,7 @@ class RunConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate over the steps of a phase."""
 
-    lr: float = Field(1e-6, gt=0)
+    lr: float = changeable(1e-6, "a run that diverged may resume with a lower one", gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up, over the phase's steps."""

@@ -62,7 +62,7 @@ def test_every_job_of_the_command_line_is_documented() -> None:
         ("data.cache_gib", "number, more than 0", "`50`", "may change: a cached clip equals a decoded one"),
         ("data.suffix", "text", '`""`', "fixed"),
         ("data.cache_dir", "path", "`~/.cache/rlvid/frames`", "may change: a cached clip equals a decoded one"),
-        ("train.lr", "number, more than 0", "`1e-06`", "fixed"),
+        ("train.lr", "number, more than 0", "`1e-06`", "may change: a run that diverged may resume with a lower one"),
         ("train.betas", "list of 2: number, then number", "`[0.9, 0.95]`", "fixed"),
         ("train.zero_stage", "`0`, `1`, `2` or `3`", "`0`", "fixed"),
         ("train.steps", "whole number, at least 0", "`100`", "may change: a run may be made longer or shorter"),

@@ -42,7 +42,7 @@ MEMORY_AND_TRANSPORT = [
 ]
 LENGTH_AND_OUTPUT = ["train.steps", "isrt.iterations", "evaluate.every", "run.wandb", "run.checkpoint_every"]
 LEARNED = [
-    "seed", "model.path", "model.lora.rank", "data.train", "data.suffix", "video.frames", "video.reader", "train.lr",
+    "seed", "model.path", "model.lora.rank", "data.train", "data.suffix", "video.frames", "video.reader", "train.betas",
     "train.batch_size", "train.zero_stage", "rollout.temperature", "rollout.max_tokens", "rewards.0.weight",
     "rewards", "warm_start.steps", "isrt.judge.model", "isrt.judge.backend", "dpo.beta",
 ]

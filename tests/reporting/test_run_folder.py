@@ -79,10 +79,10 @@ def test_another_config_is_refused_and_names_the_keys(folder: RunFolder) -> None
     with_results(folder)
     before = folder.config_file.read_bytes()
     with pytest.raises(UserError) as caught:
-        folder.start(config(seed=8, train={"lr": 0.5}), "grpo")
+        folder.start(config(seed=8, train={"batch_size": 16}), "grpo")
     message = str(caught.value)
     assert "seed: was 7, now 8" in message
-    assert "train.lr: was 1e-06, now 0.5" in message
+    assert "train.batch_size: was 32, now 16" in message
     assert "Give another run.dir" in message
     assert folder.config_file.read_bytes() == before
 
@@ -90,7 +90,7 @@ def test_another_config_is_refused_and_names_the_keys(folder: RunFolder) -> None
 def test_long_list_of_differing_keys_is_shortened(folder: RunFolder) -> None:
     with_results(folder)
     other = config(
-        model={"path": "m"}, video={"frames": 4, "reader": "decord"}, train={"lr": 1, "betas": [0, 0], "batch_size": 1}
+        model={"path": "m"}, video={"frames": 4, "reader": "decord"}, train={"betas": [0, 0], "batch_size": 1}
     )
     with pytest.raises(UserError, match=r"model\.tiny\.layers: was 4, now nothing"):
         folder.start(other, "grpo")
