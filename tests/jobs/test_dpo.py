@@ -140,10 +140,10 @@ def test_workers_follow_the_cluster(config: Path) -> None:
     [
         (["dpo.loss=simpo", "dpo.logprobs=sum"], "simpo is defined on mean log-probs"),
         (["dpo.loss=orpo"], "set sft_weight to 1"),
-        (["dpo.loss=ipo", "dpo.label_smoothing=0.1"], "label_smoothing belongs to sigmoid and robust"),
+        (["dpo.loss=ipo", "dpo.label_smoothing=0.1"], "label_smoothing has no effect with loss=ipo"),
         (["train.max_workers=2", "train.zero_stage=2"], "train.zero_stage"),
-        (["dpo.loss=kto", "train.batch_size=1"], "set train.batch_size to at least 2"),
-        (["train.batch_size=1", "train.max_workers=2"], "less than one sample each"),
+        (["dpo.loss=kto", "train.batch_size=1"], "set train.batch_size above 1"),
+        (["train.batch_size=1", "train.max_workers=2"], "less than a sample for each of 2 workers"),
         (["placement.trainer_workers=40", "train.batch_size=40"], "the actors need"),
         (["dpo.reference_path=/nowhere"], "/nowhere"),
     ],

@@ -119,5 +119,5 @@ def test_ranks_get_shares_of_about_equal_cost() -> None:
 
 def test_too_few_groups_for_the_ranks_is_an_error() -> None:
     group = Group("ref", 1, (np.zeros(1, np.int32),))
-    with pytest.raises(UserError, match="2 trainer ranks"):
+    with pytest.raises(UserError, match="for 2 ranks"):
         balance([group], 2)
