@@ -40,6 +40,7 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
         "seconds": ("<=", 600),
     },
     "isrt": {"gain_points": (">=", 10), "length_ratio": ("<=", 1.1)},
+    "demo_seeds": {"min_after": (">=", 0.9), "min_gain": (">=", 0.2), "max_seconds": ("<=", 420)},
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 
