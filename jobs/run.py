@@ -8,7 +8,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsFloat
@@ -83,11 +83,14 @@ class Run:
                 self.console.message(
                     "run.dir is relative: a submitted job writes it into Ray's copy of the working folder"
                 )
-            start_ray()
-            try:
-                yield
-            finally:
-                ray.shutdown()
+            # Ray prints what fails in the cluster on the driver's stdout, which is the console's. The console keeps it.
+            self.folder.logs_dir.mkdir(exist_ok=True)
+            with (self.folder.logs_dir / "ray.log").open("a", buffering=1) as log, redirect_stdout(log):
+                start_ray()
+                try:
+                    yield
+                finally:
+                    ray.shutdown()
         finally:
             write_report(self.folder)
 

@@ -89,6 +89,7 @@ class Console:
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
+                redirect_stdout=False,  # what others print there is not for the console (jobs/run.py)
             )
             self._progress.add_task(_printable(name), total=steps, completed=done)
             self._progress.start()

@@ -116,3 +116,4 @@ placement: {{threads: 1, trainer_workers: 2}}
     assert steps == list(range(1, len(steps) + 1))
     shown = [line for line in out.read_text().splitlines() if re.match(r" *\d+/100000 ", line)]
     assert len(shown) < 10  # not every step
+    assert "raylet" not in out.read_text() and "Dataset" not in out.read_text()
