@@ -82,6 +82,17 @@ def _reason(o: Observation, tolerance: float, temperature: float) -> str:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """What a check found that engine and trainer passed."""
+
+    gap: float  # largest difference of log-probs
+    saw_video: bool
+
+    def __str__(self) -> str:
+        return f"parity: engine and trainer agree within {self.gap:.1e}{' and see the video' if self.saw_video else ''}"
+
+
+@dataclass(frozen=True)
 class _Probe:
     plain: Encoded
     altered: Encoded | None  # None: a sample without video
@@ -90,11 +101,8 @@ class _Probe:
 
 def check_parity(
     fleet: GeneratorFleet, trainer: TrainerGroup, clips: ClipStore, samples: Sequence[Sample], cfg: JobConfig
-) -> str:
+) -> Parity:
     """Run the check on the first two samples with readable video; where no sample has any, compare log-probs alone.
-
-    Returns:
-        A line that says what was found.
 
     Raises:
         UserError: the check fails; the message says which side differs and how.
@@ -122,8 +130,7 @@ def check_parity(
     problems = verdict(observations, cfg.model.dtype, temperature)
     if problems:
         raise UserError("the parity check failed, the run does not start:\n  " + "\n  ".join(problems))
-    seen = " and see the video" if pairs else ""
-    return f"parity: engine and trainer agree within {max(o.gap for o in observations):.1e}{seen}"
+    return Parity(max(o.gap for o in observations), bool(pairs))
 
 
 def _first_tokens(prompt: Encoded, temperature: float) -> GroupRef:

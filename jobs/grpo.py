@@ -96,7 +96,7 @@ def begin_training(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, s
     if cfg.grpo.kl_coef:
         roles.freeze_reference(run.folder.dir / "reference.safetensors", is_resumed)
     roles.fleet.sync(roles.trainer, start)
-    run.console.message(check_parity(roles.fleet, roles.trainer, inputs.clips, distinct(inputs.train, 16), cfg))
+    run.console.message(str(check_parity(roles.fleet, roles.trainer, inputs.clips, distinct(inputs.train, 16), cfg)))
     if not is_resumed:
         run.state["accuracy_before"] = evaluate(run, inputs, roles, 0).get("eval/accuracy")
         run.checkpoint(0, roles.trainer)

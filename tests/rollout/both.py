@@ -46,13 +46,15 @@ class Both:
         return [ended[i] for i in ids]
 
     @torch.no_grad()
-    def by_trainer(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> npt.NDArray[np.float32]:
+    def by_trainer(
+        self, prompt: Prompt, rollouts: Sequence[Rollout], temperature: float = 1.0
+    ) -> npt.NDArray[np.float32]:
         ids = tuple(r.token_ids for r in rollouts)
-        return self.policy(pack([Group(prompt, prompt.cost, ids, temperature=1.0)]))[0].numpy()
+        return self.policy(pack([Group(prompt, prompt.cost, ids, temperature=temperature)]))[0].numpy()
 
-    def gap(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> float:
+    def gap(self, prompt: Prompt, rollouts: Sequence[Rollout], temperature: float = 1.0) -> float:
         by_engine = np.concatenate([r.logprobs for r in rollouts])
-        return float(np.abs(by_engine - self.by_trainer(prompt, rollouts)).max())
+        return float(np.abs(by_engine - self.by_trainer(prompt, rollouts, temperature)).max())
 
     def sync(self) -> None:
         self.version += 1
@@ -73,8 +75,10 @@ class LocalFleet:
     def generate(self, prompts: Sequence[Encoded], sampling: Sampling) -> list[list[Rollout]]:
         return self.both.generate([p.prompt for p in prompts], sampling.n, sampling.max_tokens, sampling.temperature)  # type: ignore[misc]
 
-    def first_logprobs(self, prompt: Encoded, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
-        return self.both.engine.first_logprobs(prompt.prompt, tokens, temperature)  # type: ignore[arg-type]
+    def first_logprobs(
+        self, prompts: Sequence[Encoded], tokens: Sequence[int], temperature: float
+    ) -> list[npt.NDArray[np.float32]]:
+        return [self.both.engine.first_logprobs(p.prompt, tokens, temperature) for p in prompts]  # type: ignore[arg-type]
 
 
 class LocalTrainer:
@@ -106,8 +110,9 @@ class LocalClips:
 
 
 def run_check(both: Both, n_videos: int = 1) -> float:
-    """The check that opens a run; the gap it returns."""
+    """The check that opens a run; the gap that it finds."""
     both.sync()
     cfg = GrpoJobConfig.model_validate({"model": {"tiny": {}}, "data": {"synthetic": {}}})
     samples = [sample_of(n_videos, sample_id="1"), sample_of(n_videos, sample_id="2")]
-    return check_parity(LocalFleet(both), LocalTrainer(both), LocalClips(both.family), samples, cfg)  # type: ignore[arg-type]
+    found = check_parity(LocalFleet(both), LocalTrainer(both), LocalClips(both.family), samples, cfg)  # type: ignore[arg-type]
+    return found.gap

@@ -29,7 +29,7 @@ ROLLOUT = RolloutConfig(max_model_len=512, max_sequences=32)
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> PackedPolicy:
     """A policy whose adapters do change something."""
-    policy = PackedPolicy(load_model(tiny_model, "float32"), load_family(tiny_model), temperature=1.0)
+    policy = PackedPolicy(load_model(tiny_model, "float32"), load_family(tiny_model))
     add_adapters(policy.network, LORA, VisionFamily.no_lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_merged_checkpoint_serves_the_adapted_policy(policy: PackedPolicy, expor
     engine = VllmEngine(exported, policy.family, ROLLOUT, "float32", seed=0, on_gpu=False)
     rollouts = generate(engine)
     assert gap(policy, rollouts) < 1e-5
-    alone = PackedPolicy(load_model(exported, "float32"), policy.family, temperature=1.0)
+    alone = PackedPolicy(load_model(exported, "float32"), policy.family)
     np.testing.assert_allclose(scored(alone, rollouts), scored(policy, rollouts), atol=1e-5)
 
 
