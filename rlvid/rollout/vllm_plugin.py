@@ -32,6 +32,18 @@ def keep_plain_weights() -> None:
     _custom_ops._supports_onednn = False
 
 
+def keep_pixels() -> None:
+    """Leave the pixels of a request with the worker as long as the request runs.
+
+    vLLM 0.32 strips those that the prefix cache covers when a request joins. New weights reset that cache and let the
+    requests in flight start again: the vision tower then needs the pixels, and without them the engine fails with
+    "Expected number of multimodal embeddings to match number of input items".
+    """
+    from vllm.v1.core.sched import output
+
+    output.strip_covered_mm_data = lambda features, *_, **__: features
+
+
 def register_model_class(architecture: str, module: str) -> None:
     """Register vLLM's own class for `architecture` as an object rather than by name.
 

@@ -128,6 +128,7 @@ def test_requests_in_flight_continue_while_weights_change(stage: Stage) -> None:
     assert [g[0].sample_id for g in groups] == [p.sample.id for p in stage.prompts]
     versions = {s.version for g in groups for r in g for s in r.versions}
     assert versions <= {old, stage.version} and all(len(r.token_ids) for g in groups for r in g)
+    assert not stage.events  # no engine failed over it
     late = fleet.generate(stage.prompts[:1], Sampling(1, 1.0, 4))
     assert {s.version for s in late[0][0].versions} == {stage.version}
 

@@ -105,6 +105,21 @@ def test_weights_change_between_two_steps_of_a_request(both: Both) -> None:
     assert rollout.versions[1].end == len(rollout.token_ids)
 
 
+def test_weights_change_while_requests_from_the_prefix_cache_are_in_flight(both: Both) -> None:
+    """The worker has to have their pixels still: vision tower and prompt are computed again."""
+    both.sync()
+    prompt = prompt_of(both.family, (8, 56, 56), seed=7)
+    both.generate([prompt])  # now the cache knows it
+    both.engine.submit(prompt, Sampling(4, 1.0, 60))
+    ended = [*both.engine.step(), *both.engine.step()]
+    both.move_weights(seed=3)
+    both.sync()
+    while both.engine.is_busy:
+        ended += both.engine.step()
+    ((_, rollouts),) = ended
+    assert [len(rollouts), {r.versions[-1].version for r in rollouts}] == [4, {both.version}]
+
+
 def test_parity_check_passes_where_all_is_well(both: Both) -> None:
     assert run_check(both) < 1e-4
 
