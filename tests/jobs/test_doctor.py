@@ -59,7 +59,7 @@ def test_all_needed_checks_pass_on_this_machine(
 @pytest.mark.parametrize(
     ("check", "words"),
     [
-        ("Ray", "starts here: "),
+        ("Ray", "starts on this machine: "),
         ("DeepSpeed", " for cpu, "),
         ("reader pyav", "8 H.264 frames read back right"),
         ("codec h264", "encoded (libx264) and decoded right"),
