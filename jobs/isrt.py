@@ -56,10 +56,10 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
         for number in range(1, cfg.isrt.iterations + 1):
             iteration = Iteration(cfg, run, inputs, number)
             pairs = iteration.pairs(model)
+            if not pairs:
+                raise UserError(why_no_pair(iteration))
             if only_data:
                 return {"pairs": len(pairs), **metrics_of(iteration), "file": str(iteration.file("pairs"))}
-            if not pairs:
-                raise UserError(f"{iteration.folder}: there is no pair to train on; see its judgements.jsonl")
             run.console.message(f"iteration {number}: DPO on {len(pairs)} pairs")
             start = model if cfg.isrt.reference == "iteration_start" else reference
             out = iteration.folder / "model"
@@ -175,11 +175,11 @@ class Iteration:
         ]
 
     def _respond(self, roles: Roles, chunk: Sequence[Sample], contexts: Mapping[tuple[Medium, ...], str]) -> list[Row]:
-        """Sample two different responses to each prompt, with up to `isrt.tries` tries until they differ."""
+        """Sample two different, complete responses to each prompt, with up to `isrt.tries` draws of two."""
         used_contexts = contexts if self.cfg.isrt.context == "judge_and_responses" else {}
         prompts = self.inputs.clips.encode([with_context(s, used_contexts.get(s.media, "")) for s in chunk])
         found: dict[str, list[Rollout]] = {p.sample.id: [] for p in prompts}
-        tries = dict.fromkeys(found, 0)
+        tries, truncated = dict.fromkeys(found, 0), dict.fromkeys(found, 0)
         rollout = self.cfg.rollout
         for attempt in range(self.cfg.isrt.tries):
             waiting = [p for p in prompts if len(found[p.sample.id]) < 2]
@@ -189,6 +189,7 @@ class Iteration:
             sampling = Sampling(2, rollout.temperature, rollout.max_tokens, self.cfg.isrt.top_p, seed)
             for prompt, group in zip(waiting, roles.fleet.generate(waiting, sampling), strict=True):
                 tries[prompt.sample.id] += 1
+                truncated[prompt.sample.id] += sum(r.finish_reason == "length" for r in group)
                 add_different(found[prompt.sample.id], group)
         return [
             {
@@ -196,6 +197,7 @@ class Iteration:
                 "responses": [r.text.strip() for r in rollouts],
                 "n_tokens": [len(r.token_ids) for r in rollouts],
                 "tries": tries[name],
+                "truncated": truncated[name],
             }
             for name, rollouts in found.items()
         ]
@@ -245,10 +247,11 @@ def prompts_of(cfg: IsrtJobConfig, train: Sequence[Sample], number: int) -> list
 
 
 def add_different(found: list[Rollout], rollouts: Sequence[Rollout]) -> None:
-    """Add to `found`, up to two, rollouts that are not empty and differ in more than case, spaces and full stop."""
+    """Add to `found`, up to two, rollouts that are complete, not empty and differ in more than case, spaces and full
+    stop. DPO puts an end of turn behind a response: it would teach a truncated one's ending in mid-sentence."""
     for rollout in rollouts:
         known = {normalise(r.text) for r in found} | {""}
-        if len(found) < 2 and normalise(rollout.text) not in known:
+        if len(found) < 2 and rollout.finish_reason == "stop" and normalise(rollout.text) not in known:
             found.append(rollout)
 
 
@@ -265,6 +268,16 @@ def judgement_row(name: str, judged: Judged) -> Row:
     }
 
 
+def why_no_pair(iteration: Iteration) -> str:
+    metrics = metrics_of(iteration)
+    counts = ", ".join(f"{metrics[f'judge/{state}']:.0f} {state}" for state in ("inconsistent", "unparsed", "failed"))
+    return (
+        f"{iteration.folder}: there is no pair to train on: of {len(iteration.samples)} prompts "
+        f"{metrics['response/same']:.0f} have no two different complete responses (rollout.max_tokens truncated "
+        f"{metrics['response/truncated']:.0%} of all responses); verdicts: {counts}; see judgements.jsonl"
+    )
+
+
 def metrics_of(iteration: Iteration) -> dict[str, float]:
     """Metrics of an iteration's data, computed from its rows; means are over rows (sample-weighted)."""
     responses = {row["id"]: row for row in iteration.responses}
@@ -278,6 +291,7 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
         "context/length": mean([row["n_tokens"] for row in iteration.contexts]),
         "response/length": mean([n for row in both for n in row["n_tokens"]]),
         "response/same": float(len(responses) - len(both)),
+        "response/truncated": mean([row["truncated"] / (2 * row["tries"]) for row in responses.values()]),
         "judge/consistency": mean([state == "consistent" for state in valid]),
         "judge/unparsed": float(states.count("unparsed")),
         "judge/inconsistent": float(states.count("inconsistent")),

@@ -46,7 +46,8 @@ METRICS: dict[str, Metric] = {
     "judge/consistency": Metric("Judge", "percent", series="same choice in both orders"),
     "judge/accuracy": Metric("Judge", "percent", series="right, where rules know"),
     "judge/longer_wins": Metric("Judge", "percent", series="chose the longer response"),
-    "pairs/kept": Metric("Pairs kept", "percent"),
+    "pairs/kept": Metric("Pairs", "percent", series="prompts with a pair"),
+    "response/truncated": Metric("Pairs", "percent", series="responses truncated"),
     # policy
     "policy/kl": Metric("KL to the reference", column="KL"),
     "policy/entropy": Metric("Entropy", unit="nats per token"),
@@ -91,7 +92,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(("rewards/margins", "eval/margin")),
         Chart(("rewards/chosen", "rewards/rejected")),
         Chart(("judge/consistency", "judge/accuracy", "judge/longer_wins")),
-        Chart(("pairs/kept",)),
+        Chart(("pairs/kept", "response/truncated")),
         Chart(("response/length", "response/length_chosen", "response/length_rejected")),
         Chart(("groups/zero_variance",)),
         Chart(("train/skipped",)),

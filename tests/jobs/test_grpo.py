@@ -55,7 +55,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail("".join(process.communicate()))
+            pytest.fail("".join(filter(None, process.communicate())))
         time.sleep(0.05)
 
 

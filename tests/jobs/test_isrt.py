@@ -62,7 +62,7 @@ def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> 
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail("".join(process.communicate()))
+            pytest.fail("".join(filter(None, process.communicate())))
         time.sleep(0.01)
     process.kill()
     process.communicate(timeout=60)
@@ -118,7 +118,10 @@ def test_a_run_killed_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpoi
     shared = (f"isrt.judge={judge}", "isrt.context_tokens=12", "isrt.iterations=1", "train.steps=12")
 
     whole = tmp_path / "whole"
-    result = finish(start(config, *shared, f"run.dir={whole}", "--only-data"))
+    learned = "warm_start={steps: 30, batch_size: 16, lr: 2.0e-3, warmup_steps: 5}"  # until most responses end
+    result = finish(start(config, *shared, f"run.dir={whole}", learned, "--only-data"))
+    shared += (f"model.path={whole}/sft", "data.synthetic=null", f"data.train={whole}/data/train.jsonl")
+    shared += (f"data.eval={whole}/data/eval.jsonl",)
     files = {stage: whole / "iterations" / "01" / f"{stage}.jsonl" for stage in STAGES}
     pairs = rows_of(files["pairs"])
     assert result["pairs"] == len(pairs) > 12
@@ -220,7 +223,8 @@ class SeededFleet:
         if found := re.findall(r"<response_[12]> (.*?) </response_[12]>", sample.question):
             longer = 1 if len(found[0]) > len(found[1]) else 2
             text = f"<choice>{longer}</choice>" if digest[0] % 8 else "both"
-        return SimpleNamespace(text=text, token_ids=[0] * (1 + len(text.split())))
+        finish_reason = "length" if digest[1] % 4 == 0 else "stop"
+        return SimpleNamespace(text=text, token_ids=[0] * (1 + len(text.split())), finish_reason=finish_reason)
 
 
 class InstantClips:
@@ -259,6 +263,7 @@ def test_stopped_after_any_call_it_makes_the_same_rows(
                     continue
             metrics = metrics_of(Iteration(cfg, run, inputs, number))
             assert metrics["pairs/n"] == len(pairs) > 0 and metrics["judge/longer_wins"] == 1.0
+            assert 0.1 < metrics["response/truncated"] < 0.4  # a quarter
             assert 0.5 < metrics["judge/consistency"] <= 1 and metrics["pairs/kept"] == len(pairs) / len(train)
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("iterations/*/*.jsonl"))}
 
@@ -291,7 +296,9 @@ def test_split_prompts_do_not_repeat_until_all_are_used(synthetic: Path) -> None
     assert {s.id for s in prompts_of(reuse, train, 1)} == parts[0]
 
 
-def test_equal_responses_are_added_once() -> None:
+def test_equal_and_truncated_responses_are_not_added() -> None:
+    """Fault 17: a truncated response was trained with an end of turn behind it."""
     found: list[Any] = []
-    add_different(found, [SimpleNamespace(text=t) for t in ("Red.", " red", "", "blue", "green")])  # type: ignore[misc]
+    drawn = [("Red.", "stop"), (" red", "stop"), ("", "stop"), ("it is", "length"), ("blue", "stop"), ("green", "stop")]
+    add_different(found, [SimpleNamespace(text=t, finish_reason=r) for t, r in drawn])  # type: ignore[misc]
     assert [r.text for r in found] == ["Red.", "blue"]

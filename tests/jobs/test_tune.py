@@ -68,7 +68,7 @@ def test_an_interrupted_and_a_killed_sweep_resume_and_report_the_best_trial(swee
     assert (result["trials"], result["failed"]) == (2, 0)
     trials = [p for p in (folder / "trials").iterdir() if p.is_dir()]
     assert len(trials) == 2  # no trial was started twice
-    values = {p: json.loads((p / "policy.training.json").read_text())["eval/accuracy"] for p in trials}
+    values = {p: json.loads((p / "policy.training.json").read_text())["metrics"]["eval/accuracy"] for p in trials}
     assert result["value"] == pytest.approx(max(values.values()))
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best["dpo"]["beta"] == result["best"]["dpo.beta"] and best["train"]["lr"] == result["best"]["train.lr"]
@@ -121,7 +121,7 @@ def test_failed_trials_are_not_best_and_a_sweep_of_failures_fails(
     failed = SimpleNamespace(metrics={"step": 2}, config={}, error=error, path=str(tmp_path / "ray" / "t1"))
     tuner = SimpleNamespace(fit=lambda: [failed])
     monkeypatch.setattr(tune_job, "_tuner", lambda *_: tuner)
-    monkeypatch.setattr(tune_job, "_shared", lambda *_: ())
+    monkeypatch.setattr(tune_job, "_make_shared", lambda *_: ())
     monkeypatch.setattr(tune_job, "start_ray", lambda: None)
     with pytest.raises(UserError, match="none of the 1 trials has finished: the job ended with 1: no room"):
         tune_job.run(cfg)
@@ -150,10 +150,10 @@ def test_dry_run_of_a_sweep_finds_an_unknown_key_and_a_missing_config(
         (["space.train.stesp={choice: [1, 2]}"], "train.stesp"),
         (["space.dpo.beta={uniform: [2, 1]}"], "2.0 is not below 1.0"),
         (["space.train.lr={choice: [1], grid: [1]}"], "exactly one of"),
-        (["overrides=[dpo.beta=0.3]"], "dpo.beta stands in overrides and in space"),
-        (["search=optuna", "space.train.lr={grid: [1.0]}"], "Optuna takes no grid"),
+        (["overrides=[dpo.beta=0.3]"], "dpo.beta is in overrides and in space"),
+        (["search=optuna", "space.train.lr={grid: [1.0]}"], "search=optuna has no grid"),
         (["overrides=[dpo.loss=nonsense]"], "dpo.loss"),
-        (["job=isrt", "scheduler=pbt"], "isrt has iterations"),
+        (["job=isrt", "scheduler=pbt"], "scheduler=pbt copies checkpoints between steps, job=isrt has none"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused(
