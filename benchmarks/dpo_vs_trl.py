@@ -32,7 +32,7 @@ import torch
 
 from actors.supervised_tasks import group_of
 from benchmarks.grpo_vs_trl import frames_of
-from benchmarks.harness import finish, median_ratio, medians
+from benchmarks.harness import finish, median_ratio, medians, require_trl
 from benchmarks.tiny import QUESTION, TEXTS, tiny_model
 from rlvid.config import DpoConfig, ModelConfig, TrainConfig
 from rlvid.models import torchvision_ops
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     args = parser.parse_args()
+    require_trl()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torchvision_ops.ensure()

@@ -38,7 +38,7 @@ import torch
 from actors.actor_process import start_ray
 from actors.clip_store import Encoded
 from actors.roles import Roles
-from benchmarks.harness import finish, median_ratio, medians
+from benchmarks.harness import finish, median_ratio, medians, require_trl
 from benchmarks.tiny import QUESTION, tiny_model
 from jobs.grpo import optimize
 from jobs.specs import JOBS
@@ -291,6 +291,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     args = parser.parse_args()
+    require_trl()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torchvision_ops.ensure()

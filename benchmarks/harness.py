@@ -6,6 +6,7 @@ Two busy cores are noisy: only ratios of contestants that alternate in one proce
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -46,6 +47,12 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 def median_ratio(over: list[float], under: list[float]) -> float:
     """Median of the ratios of the rounds, so that a slow round does not matter."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def require_trl() -> None:
+    """Exit with the command that installs TRL, where it is missing."""
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("this benchmark compares rlvid with TRL, which is not installed: .venv/bin/python -m pip install trl")
 
 
 def machine() -> str:

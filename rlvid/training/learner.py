@@ -144,8 +144,7 @@ class Learner:
         if self._skipped_in_a_row >= self.cfg.max_skipped:
             raise UserError(
                 f"{self._skipped_in_a_row} steps in a row were skipped because their loss or gradient was not finite "
-                f"(the last loss: {loss:g}). Start a run with a smaller train.lr in another run.dir, or resume this "
-                f"one with more train.max_skipped"
+                f"(the last loss: {loss:g}). Resume the run with a smaller train.lr, or with more train.max_skipped"
             )
         return float(self._skipped_in_a_row > 0)
 

@@ -27,7 +27,7 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "2 steps in a row were skipped" in done.stderr and "a smaller train.lr in another run.dir" in done.stderr
+    assert "2 steps in a row were skipped" in done.stderr and "Resume the run with a smaller train.lr" in done.stderr
     assert "was skipped, loss or gradient was not finite" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/skipped"] for row in rows if "train/skipped" in row] == [0.0, 1.0]
