@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +13,16 @@ import torch
 from rlvid.models.families import load_family
 from rlvid.training.packing import normalise
 from tests.prompts import group_of, prompt_of
+from tests.training.conftest import Results
 
-ROOT = Path(__file__).parents[2]
-
+pytestmark = pytest.mark.engine
 
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "ninja")
 
 
-def run_ranks(world_size: int, stage: int, model: Path, folder: Path, program: str = "learner_rank") -> dict[str, Any]:
-    """Run the ranks of a program, which find no compiler; what rank 0 prints."""
-    bare = folder / "bin"
-    bare.mkdir(exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
-    environment |= {"PATH": str(bare), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                f"tests.training.{program}",
-                str(rank),
-                str(world_size),
-                str(stage),
-                str(model),
-                str(folder),
-            ],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=(folder / f"rank-{stage}-{world_size}-{rank}.log").open("w"),
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), (folder / f"rank-{stage}-{world_size}-0.log").read_text()[
-        -2000:
-    ]
-    return dict(json.loads(outputs[0].splitlines()[-1]))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("learner")
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_model: Path, folder: Path) -> dict[str, Any]:
-    return run_ranks(1, 0, tiny_model, folder)
+@pytest.fixture
+def alone(one_rank: Results) -> dict[str, Any]:
+    return one_rank["learner_rank", 0]
 
 
 def test_loss_of_the_first_step_is_the_mean_negative_logprob(alone: dict[str, Any], tiny_model: Path) -> None:
@@ -89,31 +47,26 @@ def test_loss_of_the_first_step_is_the_mean_negative_logprob(alone: dict[str, An
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_without_a_compiler_equal_one_process_under_every_zero_stage(
-    stage: int, alone: dict[str, Any], tiny_model: Path, folder: Path
+    stage: int, alone: dict[str, Any], two_ranks: Results
 ) -> None:
-    two = run_ranks(2, stage, tiny_model, folder)
-    assert not any(shutil.which(name, path=folder / "bin") for name in COMPILERS)
-    assert not (folder / "extensions").exists()  # nothing was compiled
-    assert two["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-    assert two["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
-    assert two["again"] == pytest.approx(two["losses"][3], abs=1e-6)
-    assert two["buckets"][0] == two["buckets"][1]
+    both = two_ranks["learner_rank", stage]
+    assert not any(shutil.which(name, path=two_ranks.folder / "bin") for name in COMPILERS)
+    assert not (two_ranks.folder / "extensions").exists()  # nothing was compiled
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert both["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
+    assert both["again"] == pytest.approx(both["losses"][3], abs=1e-6)
+    assert both["buckets"][0] == both["buckets"][1]
 
 
-@pytest.fixture(scope="module")
-def mixed_alone(tiny_models: dict[str, Path], folder: Path) -> dict[str, Any]:
-    return run_ranks(1, 0, tiny_models["qwen3_vl"], folder, "mixed_rank")
-
-
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_rank_without_video_keeps_step_with_one_that_has_nothing_else(
-    stage: int, mixed_alone: dict[str, Any], tiny_models: dict[str, Path], folder: Path
+    stage: int, one_rank: Results, two_ranks: Results
 ) -> None:
     """Steps and log-probs. Without the blank clip the ranks meet in different collectives."""
-    two = run_ranks(2, stage, tiny_models["qwen3_vl"], folder, "mixed_rank")
-    assert two["losses"] == pytest.approx(mixed_alone["losses"], abs=1e-5)
-    assert two["grad_norms"] == pytest.approx(mixed_alone["grad_norms"], rel=1e-4)
-    assert np.concatenate(two["logprobs"]) == pytest.approx(np.concatenate(mixed_alone["logprobs"][::2]), abs=1e-5)
+    alone, both = one_rank["mixed_rank", 0], two_ranks["mixed_rank", stage]
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert both["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
+    assert np.concatenate(both["logprobs"]) == pytest.approx(np.concatenate(alone["logprobs"][::2]), abs=1e-5)
 
 
 def test_step_after_a_restored_checkpoint_repeats_the_step(alone: dict[str, Any]) -> None:
@@ -122,14 +75,14 @@ def test_step_after_a_restored_checkpoint_repeats_the_step(alone: dict[str, Any]
     assert alone["losses"][3] < alone["losses"][0]
 
 
-def test_exported_policy_loads_in_transformers_with_equal_weights(alone: dict[str, Any], folder: Path) -> None:
+def test_exported_policy_loads_in_transformers_with_equal_weights(one_rank: Results) -> None:
     from rlvid.models.loading import load_model
     from rlvid.training.packing import PackedPolicy, pack
 
-    export = folder / "export-0-1"
+    export = one_rank.folder / "learner_rank" / "export-0-1"
     family = load_family(export)
     answers = [family.encode_answer(word) for word in ("square", "two", "left", "red", "circle")]
     groups = [group_of(prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i), a) for i, a in enumerate(answers)]
     with torch.no_grad():
         logprobs = PackedPolicy(load_model(export, "float32"), family)(pack(groups))[0]
-    assert np.allclose(logprobs.numpy(), alone["logprobs"], atol=1e-5)
+    assert np.allclose(logprobs.numpy(), one_rank["learner_rank", 0]["logprobs"], atol=1e-5)

@@ -12,17 +12,14 @@ from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
 from rlvid.training.packing import PackedPolicy, pack
 from tests.prompts import group_of, prompt_of
-from tests.training.test_learner import run_ranks
+from tests.training.conftest import Results
+
+pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lora")
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_model: Path, folder: Path) -> dict[str, Any]:
-    return run_ranks(1, 0, tiny_model, folder, "lora_rank")
+@pytest.fixture
+def alone(one_rank: Results) -> dict[str, Any]:
+    return one_rank["lora_rank", 0]
 
 
 def check_reference(logprobs: dict[str, list[float]]) -> None:
@@ -44,21 +41,21 @@ def test_only_adapters_are_sent_and_saved(alone: dict[str, Any], tiny_model: Pat
     assert alone["checkpoint_bytes"] < (tiny_model / "model.safetensors").stat().st_size / 2
 
 
-def test_two_ranks_under_zero_3_equal_one_process(alone: dict[str, Any], tiny_model: Path, folder: Path) -> None:
-    two = run_ranks(2, 3, tiny_model, folder, "lora_rank")
+def test_two_ranks_under_zero_3_equal_one_process(alone: dict[str, Any], two_ranks: Results) -> None:
+    two = two_ranks["lora_rank", 3]
     assert two["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert two["again"] == pytest.approx(two["losses"][3], abs=1e-6)
     assert two["sent"] == alone["sent"]
     check_reference(two["logprobs"])
 
 
-def test_exported_checkpoint_is_the_adapted_policy(alone: dict[str, Any], folder: Path) -> None:
-    export = folder / "export-0-1"
+def test_exported_checkpoint_is_the_adapted_policy(one_rank: Results) -> None:
+    export = one_rank.folder / "lora_rank" / "export-0-1"
     family = load_family(export)
     answer = family.encode_answer("square")
     group = group_of(prompt_of(family, (4, 56, 56), seed=0), answer)
     with torch.no_grad():
         logprobs = PackedPolicy(load_model(export, "float32"), family)(pack([group]))[0]
     # exported after a step that was repeated from the checkpoint: the same weights
-    assert logprobs.tolist() == pytest.approx(alone["logprobs"]["after"], abs=1e-5)
+    assert logprobs.tolist() == pytest.approx(one_rank["lora_rank", 0]["logprobs"]["after"], abs=1e-5)
     assert (export / "adapter" / "adapter_model.safetensors").exists()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.training.test_learner import run_ranks
+from tests.training.conftest import Results
+
+pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_all_ranks(
-    stage: int, tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    for rank in run_ranks(2, stage, tiny_models["qwen2"], tmp_path, "nonfinite_rank")["ranks"]:
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_all_ranks(stage: int, two_ranks: Results) -> None:
+    for rank in two_ranks["nonfinite_rank", stage]["ranks"]:
         assert rank["skipped"] == [1.0, 1.0] and rank["kept"]
         assert rank["fine"] == [0.0, 1.0, 1.0] and rank["moved"]  # it trains on, and counts from the start
         in_a_row, not_saved = rank["errors"]
         assert "3 steps in a row" in in_a_row and "train.max_skipped" in in_a_row
         assert "not finite and are not saved" in not_saved
-    assert (tmp_path / f"checkpoint-{stage}").exists() and not (tmp_path / f"broken-{stage}").exists()
+    saved = two_ranks.folder / "nonfinite_rank"
+    assert (saved / f"checkpoint-{stage}").exists() and not (saved / f"broken-{stage}").exists()

@@ -1,0 +1,54 @@
+"""The learner's programs (tests/training/*_rank.py) on one rank and on two, run once for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAMILY = {"mixed_rank": "qwen3_vl", "nonfinite_rank": "qwen2"}  # of the model of a program; else qwen2_vl
+
+
+class Results(dict[tuple[str, int], dict[str, Any]]):
+    """What the programs returned on rank 0, by program and ZeRO stage; `folder` has what they wrote."""
+
+    def __init__(self, world_size: int, folder: Path, models: dict[str, Path], programs: dict[str, tuple[int, ...]]):
+        self.folder = folder
+        (folder / "bin").mkdir()  # empty: the ranks find no compiler
+        environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+        environment |= {"PATH": str(folder / "bin"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+        runs = [(name, stage) for name, stages in programs.items() for stage in stages]
+        words = [str(w) for name, stage in runs for w in (name, stage, models[FAMILY.get(name, "qwen2_vl")])]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.training.rank", str(rank), str(world_size), str(folder), *words],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=(folder / f"rank-{rank}.log").open("w"),
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+        assert all(rank.returncode == 0 for rank in ranks), (folder / "rank-0.log").read_text()[-2000:]
+        super().__init__(zip(runs, json.loads(outputs[0].splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="session")
+def one_rank(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    programs = dict.fromkeys(("learner_rank", "mixed_rank", "lora_rank", "scorer_rank"), (0,))
+    return Results(1, tmp_path_factory.mktemp("one_rank"), tiny_models, programs)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    programs = dict.fromkeys(("learner_rank", "mixed_rank", "nonfinite_rank"), (0, 1, 2, 3))
+    programs |= dict.fromkeys(("lora_rank", "scorer_rank"), (3,))
+    return Results(2, tmp_path_factory.mktemp("two_ranks"), tiny_models, programs)
