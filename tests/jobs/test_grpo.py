@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 SMALL = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -84,18 +84,28 @@ def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> N
     page = (first / "report.html").read_text()
     assert "corrupted.mp4" in page and "data:image/jpeg;base64" in page
 
+    # Adapters, with a reference and old log-probs; and a folder that has the run of another config.
     second = tmp_path / "second"
-    finish(start(config, f"run.dir={second}", "train.batch_size=10", "train.steps=1"))
-    assert metrics_of(second)[-1]["video/decodes"] == 0
+    lora = (f"run.dir={second}", "train.batch_size=10", "train.steps=1", "model.lora={rank: 4}")
+    lora += ("grpo.kl_coef=0.1", "grpo.old_logprobs=trainer")
+    finish(start(config, *lora))
+    assert metrics_of(second)[-1]["video/decodes"] == 0  # all from the first run's cache
+    assert (second / "policy" / "adapter" / "adapter_model.safetensors").is_file()
+    (step,) = (row for row in metrics_of(second) if "policy/kl" in row)
+    assert step["policy/logprob_gap"] < 1e-4 and step["policy/kl"] == pytest.approx(0.0, abs=1e-9)
+    process = start(config, *lora, "grpo.group_size=4")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert "grpo.group_size" in err and "Traceback" not in err
 
 
-def test_run_resumes_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
+def test_run_resumes_after_ctrl_c_in_warm_start_and_training_and_after_kill_9(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"
     config.write_text(SMALL.format(data=data, steps=400, video="{height: 56, width: 56}"))
     arguments = (
         f"run.dir={run}",
-        "warm_start.steps=2",
+        "warm_start.steps=40",
         "warm_start.batch_size=4",
         "grpo.kl_coef=0.05",
         "grpo.epochs=2",
@@ -106,12 +116,20 @@ def test_run_resumes_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
             (int(p.name.split("_")[1]) for p in run.glob("checkpoints/step_*") if p.suffix != ".tmp"), default=-1
         )
 
-    process = start(config, *arguments)
-    wait_for(lambda: newest() >= 2, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 130, out + err
-    assert "resumes after step" in err and "Traceback" not in out + err
+    def interrupt_when(condition: Callable[[], bool]) -> str:
+        process = start(config, *arguments)
+        wait_for(condition, process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 130, out + err
+        assert "resumes after step" in err and "Traceback" not in out + err
+        return out
+
+    interrupt_when(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 2)
+    warmed = len(metrics_of(run))
+    assert newest() == 0 and warmed < 40, "not interrupted within the warm start"
+    out = interrupt_when(lambda: newest() >= 2)
+    assert f"resuming after step {warmed} of the warm start" in out
     stopped = newest()
     assert metrics_of(run)[-1]["step"] == stopped  # Ctrl-C saved the step it waited for
     seen = {(r.get("phase"), r["step"]): r for r in metrics_of(run)}
@@ -128,41 +146,6 @@ def test_run_resumes_after_ctrl_c_and_after_kill_9(tmp_path: Path) -> None:
     assert [r["step"] for r in rows] == list(range(1, killed + 3))  # each step once
     assert all(rows[i]["reward/mean"] == seen[(None, i + 1)]["reward/mean"] for i in range(stopped))
     assert rows[-1]["video/decodes"] == 18 and all("policy/kl" in r for r in rows)
-    assert [r["step"] for r in metrics_of(run) if r.get("phase") == "warm_start"] == [1, 2]
+    assert [r["step"] for r in metrics_of(run) if r.get("phase") == "warm_start"] == list(range(1, 41))
     assert (run / "policy" / "model.safetensors").is_file()
     assert newest() == killed + 2
-
-
-def test_warm_start_resumes_where_ctrl_c_stopped_it(tmp_path: Path) -> None:
-    config, run = tmp_path / "config.yaml", tmp_path / "run"
-    data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"
-    config.write_text(SMALL.format(data=data, steps=1, video="{height: 56, width: 56}"))
-    arguments = (f"run.dir={run}", "warm_start.steps=5000", "warm_start.batch_size=4")
-
-    def done() -> int:
-        return len(metrics_of(run)) if (run / "metrics.jsonl").exists() else 0
-
-    for _ in range(2):
-        before = done()
-        process = start(config, *arguments)
-        wait_for(lambda before=before: done() > before + 2, process)  # type: ignore[misc]
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=600)
-        assert process.returncode == 130, out + err
-    assert [(r["phase"], r["step"]) for r in metrics_of(run)] == [("warm_start", i + 1) for i in range(done())]
-    assert f"resuming after step {before} of the warm start" in out
-
-
-def test_adapters_with_a_reference_and_a_run_folder_of_another_config(tmp_path: Path) -> None:
-    config, run = tmp_path / "config.yaml", tmp_path / "run"
-    data = f"{{synthetic: {{train: 8, eval: 4}}, cache_dir: {tmp_path}/cache}}"
-    config.write_text(SMALL.format(data=data, steps=1, video="{height: 56, width: 56}"))
-    lora = ("model.lora={rank: 4}", "grpo.kl_coef=0.1", "grpo.old_logprobs=trainer")
-    finish(start(config, f"run.dir={run}", *lora))
-    assert (run / "policy" / "adapter" / "adapter_model.safetensors").is_file()
-    (step,) = (row for row in metrics_of(run) if "policy/kl" in row)
-    assert step["policy/logprob_gap"] < 1e-4 and step["policy/kl"] == pytest.approx(0.0, abs=1e-9)
-    process = start(config, f"run.dir={run}", *lora, "grpo.group_size=4")
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 2
-    assert "grpo.group_size" in err and "Traceback" not in err
