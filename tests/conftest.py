@@ -35,6 +35,15 @@ def pytest_timeout_set_timer(item: Any, settings: Any) -> bool:
     return True
 
 
+ENGINES = {"local_ray", "one_rank", "two_ranks", "both"}  # fixtures that start one
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    for item in items:
+        if ENGINES & set(item.fixturenames):
+            item.add_marker("engine")
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.jsonl (20 clips) and eval.jsonl (10 clips)."""

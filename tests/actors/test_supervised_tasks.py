@@ -79,6 +79,7 @@ def run_ranks(world: int, model: Path, folder: Path) -> dict[str, list[dict[str,
     return dict(json.loads(out[0].splitlines()[-1]))
 
 
+@pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_every_task_measures_the_same_on_one_worker_and_two(tiny_model: Path, tmp_path: Path) -> None:
     one, two = (run_ranks(world, tiny_model, tmp_path) for world in (1, 2))

@@ -54,6 +54,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in metrics_of(run) if "rewards/margins" in row]
 
 
+@pytest.mark.engine
 def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(config: Path) -> None:
     """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and resumed."""
     one = finish(start(config, "one", "model.freeze_vision=true"))
@@ -80,6 +81,7 @@ def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(confi
             assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-4), (row["step"], name)
 
 
+@pytest.mark.engine
 def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
     finish(start(config, "kto", "model.lora={rank: 4}", "dpo.loss=kto", "train.steps=3"))
     first, *_, last = steps_of(config.parent / "kto")
@@ -88,6 +90,7 @@ def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
     assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.engine
 def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     data = config.parent / "one" / "data"  # made by the first test
     rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
@@ -107,6 +110,7 @@ def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     assert bad["path"].endswith("missing.mp4")
 
 
+@pytest.mark.engine
 def test_workers_follow_the_cluster(config: Path) -> None:
     """On a head with room for one worker; then a second node joins."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.engine
 def test_a_run_that_diverges_stops_with_an_error_and_exports_nothing(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(

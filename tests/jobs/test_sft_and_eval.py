@@ -20,7 +20,7 @@ from tests.jobs.test_grpo import metrics_of, wait_for
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def run(job: str, config: Path, *overrides: str) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from rlvid.types import Prompt
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 from tests.rollout.both import Both, run_check
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3"])
 def both(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Both]:

@@ -72,6 +72,7 @@ def gap(policy: PackedPolicy, rollouts: list[Rollout]) -> float:
     return float(np.abs(np.concatenate([r.logprobs for r in rollouts]) - scored(policy, rollouts)).max())
 
 
+@pytest.mark.engine
 def test_engine_takes_adapters_alone_and_agrees_with_the_trainer(policy: PackedPolicy, tiny_model: Path) -> None:
     engine = VllmEngine(tiny_model, policy.family, ROLLOUT, "float32", seed=0, on_gpu=False, lora=LORA)
     plain = generate(engine)
@@ -99,6 +100,7 @@ def test_engine_takes_adapters_alone_and_agrees_with_the_trainer(policy: PackedP
                 p.mul_(-1.0)
 
 
+@pytest.mark.engine
 def test_merged_checkpoint_serves_the_adapted_policy(policy: PackedPolicy, exported: Path) -> None:
     engine = VllmEngine(exported, policy.family, ROLLOUT, "float32", seed=0, on_gpu=False)
     rollouts = generate(engine)

@@ -15,8 +15,6 @@ from rlvid.training.packing import normalise
 from tests.prompts import group_of, prompt_of
 from tests.training.conftest import Results
 
-pytestmark = pytest.mark.engine
-
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "ninja")
 
 

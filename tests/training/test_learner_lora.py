@@ -14,8 +14,6 @@ from rlvid.training.packing import PackedPolicy, pack
 from tests.prompts import group_of, prompt_of
 from tests.training.conftest import Results
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.fixture
 def alone(one_rank: Results) -> dict[str, Any]:

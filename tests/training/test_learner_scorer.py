@@ -12,8 +12,6 @@ from rlvid.rewards.reward_model import HeadModel
 from tests.prompts import prompt_of
 from tests.training.conftest import Results
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.fixture
 def alone(one_rank: Results) -> dict[str, Any]:

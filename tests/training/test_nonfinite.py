@@ -6,8 +6,6 @@ import pytest
 
 from tests.training.conftest import Results
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_all_ranks(stage: int, two_ranks: Results) -> None:
