@@ -16,6 +16,7 @@ import torch.distributed as dist
 DIMS = ["light", "dark"]
 TEXTS = {
     "kto": ("yes", "no idea"),
+    "kto_adapters": ("yes", "no idea"),
     "answers": ("yes",),
     "regression": (),
     "bradley_terry": ("yes", "no idea"),
@@ -44,7 +45,8 @@ def run(kind: str, rank: int, world: int, model: Path) -> list[dict[str, float]]
     from rlvid.types import Message, Preference, Sample
     from tests.prompts import prompt_of
 
-    shared = {"model": {"path": str(model)}, "data": {"synthetic": {}}, "train": {"batch_size": 4, "steps": 3}}
+    lora = {"lora": {"rank": 4}} if kind == "kto_adapters" else {}
+    shared = {"model": {"path": str(model), **lora}, "data": {"synthetic": {}}, "train": {"batch_size": 4, "steps": 3}}
     family = load_family(model)
     prompts = [replace(prompt_of(family, (4, 56, 56), seed=i), sample_id=f"s{i}") for i in range(5)]
     labels = [{"light": 1 + i % 4, "dark": 4 - i % 4} for i in range(5)]
@@ -52,11 +54,11 @@ def run(kind: str, rank: int, world: int, model: Path) -> list[dict[str, float]]
     # Responses of different lengths: what a rank has must not change a mean over all.
     texts = TEXTS[kind]
     examples = tuple(
-        Example(s, tuple(f"{t}{' yes' * i}" if kind == "kto" else t for t in texts)) for i, s in enumerate(samples)
+        Example(s, tuple(f"{t}{' yes' * i}" if "kto" in kind else t for t in texts)) for i, s in enumerate(samples)
     )
     cfg = JobConfig.model_validate(shared)
     task: Task = Supervised()
-    if kind == "kto":
+    if "kto" in kind:
         task = Preferred(DpoConfig(loss="kto"), model, True, [Preference(e.sample, *e.responses) for e in examples])
     elif kind != "answers":
         dims: dict[str, Any] = {} if kind == "bradley_terry" else {"dims": DIMS}

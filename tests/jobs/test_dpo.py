@@ -82,15 +82,6 @@ def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(confi
 
 
 @pytest.mark.engine
-def test_kto_with_adapters_switched_off_for_the_reference(config: Path) -> None:
-    finish(start(config, "kto", "model.lora={rank: 4}", "dpo.loss=kto", "train.steps=3"))
-    first, *_, last = steps_of(config.parent / "kto")
-    assert first["preference/kl"] == 0.0 and first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
-    assert math.isfinite(last["loss"]) and last["train/grad_norm"] > 0
-    assert (config.parent / "kto" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.engine
 def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     data = config.parent / "one" / "data"  # made by the first test
     rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
