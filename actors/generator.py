@@ -29,7 +29,8 @@ from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Prompt, Rollout
 
 if TYPE_CHECKING:
-    from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+    from rlvid.rollout.engine import Sampling
+    from rlvid.rollout.vllm_engine import VllmEngine
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from rlvid.rewards.judge_prompts import (
     pair_prompts,
     pair_verdict,
 )
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.types import Sample
 
 Keep: TypeAlias = Callable[[Sequence[tuple[Encoded, Answer]]], None]

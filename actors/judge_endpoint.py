@@ -24,7 +24,7 @@ from actors.judge import Keep
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.rewards.judge_prompts import TIMED_OUT, Answer
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.types import Sample
 
 Frames = Callable[[Sequence[Sample]], Mapping[str, list[bytes]]]  # JPEG files of each sample, by its id

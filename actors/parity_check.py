@@ -19,7 +19,7 @@ from actors.generator_fleet import GeneratorFleet
 from actors.trainer import GroupRef, TrainerGroup
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import sampled_group
 from rlvid.types import Sample

@@ -48,7 +48,7 @@ from rlvid.models.families import load_family
 from rlvid.models.families.chat import CHAT_TEMPLATE
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of
 from rlvid.training.objectives import Grpo

@@ -222,7 +222,7 @@ def prompt(folder: Path) -> dict[str, float]:
 
 def prompt_bytes(team: Any, clips: Any, samples: Any, cfg: Any, group_size: int) -> tuple[float, int, float, float]:
     """One GRPO step. Per prompt: raw bytes, tokens, bytes in the store after the step, largest within the step."""
-    from rlvid.rollout.vllm_engine import Sampling
+    from rlvid.rollout.engine import Sampling
     from rlvid.training.grpo_batch import make_minibatch
     from rlvid.training.objectives import Grpo
 

@@ -19,7 +19,7 @@ from rlvid.evaluation.predictions import Batches, Prediction
 from rlvid.evaluation.predictions import evaluate as evaluate_benchmark
 from rlvid.files import RowFile
 from rlvid.rewards.rules import make_parts
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 
 
 def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, float]:

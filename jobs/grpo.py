@@ -24,7 +24,7 @@ from jobs.warm_start import warm_start
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_group, summarize
 from rlvid.training.objectives import Grpo
 from rlvid.types import Reward, Rollout

@@ -35,7 +35,7 @@ from rlvid.rewards.answers import normalise
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
 from rlvid.rewards.part import Group, Response, combine, score_rules
 from rlvid.rewards.rules import make_parts
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.types import Medium, Preference, Rollout, Sample
 
 Row = Mapping[str, Any]

@@ -121,7 +121,7 @@ class TextModel:
         self._engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
-        from rlvid.rollout.vllm_engine import Sampling
+        from rlvid.rollout.engine import Sampling
 
         order = [self._engine.submit(prompt, Sampling(1, 0.0, self._max_tokens)) for prompt in prompts]
         done: dict[str, Rollout] = {}

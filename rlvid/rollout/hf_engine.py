@@ -19,7 +19,7 @@ from rlvid.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlvid.rollout.vllm_engine import Sampling
+    from rlvid.rollout.engine import Sampling
 
 
 class PlainEngine:

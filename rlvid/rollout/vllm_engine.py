@@ -6,11 +6,9 @@ The owner calls `step()` as long as there is work; this class keeps no thread. P
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,6 +21,7 @@ from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
+from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
 
@@ -33,28 +32,6 @@ if TYPE_CHECKING:
 # once per response: 32 prompts of 44 tokens, 8 responses each, take 0.15 s instead of 0.24.
 CPU_BLOCK = 32
 BAN = -100.0  # the strongest bias that vLLM takes; exp(-100) is 0 beside any sampled token in float32
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to answer a prompt. `temperature` 0 is greedy.
-
-    With a `seed` the answers are a function of seed and `Prompt.sample_id`, whatever else is in the batch, up to the
-    rounding of the logits. Without one they depend on the engine's seed and everything it has sampled before.
-    """
-
-    n: int
-    temperature: float
-    max_tokens: int
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def request_seed(self, sample_id: str) -> int | None:
-        """The seed of one prompt; its n responses have this seed and the next n - 1."""
-        if self.seed is None:
-            return None
-        digest = hashlib.sha256(f"{self.seed} {sample_id}".encode()).digest()
-        return int.from_bytes(digest[:7], "big")
 
 
 def set_environment(on_gpu: bool, kv_cache_gib: int) -> None:
@@ -118,7 +95,6 @@ class VllmEngine:
             vllm_plugin.keep_plain_weights()
         if torchvision_ops.ensure():
             vllm_plugin.register_model_class(family.architecture, family.vllm_module)
-        self.family = family
         try:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
@@ -146,8 +122,8 @@ class VllmEngine:
             raise UserError(f"vLLM cannot serve {folder}: {e}") from e
         if weight_backend == vllm_plugin.WEIGHT_BACKEND:
             self.init_transfer({})  # the others connect to the trainer later
+        self.family, self._count = family, 0
         self._prompts: dict[str, Prompt] = {}
-        self._count = 0
         self.is_updating = False  # between the first and the last bucket no model is complete
         self._arrived: list[Bucket] = []  # of adapters, which are loaded all at once
         self._lora = lora

@@ -19,7 +19,7 @@ from actors.roles import Roles
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.training.grpo_batch import sampled_group
 

@@ -16,7 +16,8 @@ from rlvid.config import GrpoJobConfig, RolloutConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
-from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.rollout.engine import Sampling
+from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, pack

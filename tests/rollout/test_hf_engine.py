@@ -12,8 +12,8 @@ from rlvid.models.families import load_family
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.rewards.reward_model import extended
+from rlvid.rollout.engine import Sampling
 from rlvid.rollout.hf_engine import PlainEngine
-from rlvid.rollout.vllm_engine import Sampling
 from tests.prompts import prompt_of
 
 

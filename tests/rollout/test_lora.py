@@ -14,7 +14,8 @@ from rlvid.models.families import load_family
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
-from rlvid.rollout.vllm_engine import Sampling, VllmEngine
+from rlvid.rollout.engine import Sampling
+from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, pack

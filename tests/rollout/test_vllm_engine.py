@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlvid.errors import UserError
-from rlvid.rollout.vllm_engine import Sampling
+from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.packing import normalise
 from rlvid.training.parameters import in_parts

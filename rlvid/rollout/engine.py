@@ -1,0 +1,28 @@
+"""What every engine is asked: how to answer a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to answer a prompt. `temperature` 0 is greedy.
+
+    With a `seed` the answers are a function of seed and `Prompt.sample_id`, whatever else is in the batch, up to the
+    rounding of the logits. Without one they depend on the engine's seed and everything it has sampled before.
+    """
+
+    n: int
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def request_seed(self, sample_id: str) -> int | None:
+        """The seed of one prompt; its n responses have this seed and the next n - 1."""
+        if self.seed is None:
+            return None
+        digest = hashlib.sha256(f"{self.seed} {sample_id}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
