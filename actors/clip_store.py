@@ -60,7 +60,7 @@ class ClipStore:
 
     Args:
         n_clips: distinct clips of the run's manifests; `data.max_bad_fraction` is a share of them.
-        on_bad: told (path, reason) once for each bad clip.
+        on_bad: called with (path, reason) once for each bad clip.
     """
 
     def __init__(self, cfg: JobConfig, model: Path, n_clips: int, on_bad: Callable[[str, str], None]):
@@ -158,7 +158,7 @@ class ClipStore:
             self._free.put(kept)
 
     def set_aside(self, path: str, reason: str) -> None:
-        """Quarantine a clip; `on_bad` is told once."""
+        """Quarantine a clip; `on_bad` is called once."""
         if self.bad.setdefault(path, reason) is reason:
             self._on_bad(path, reason)
 

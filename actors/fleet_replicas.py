@@ -47,8 +47,8 @@ class Replicas:
     """Makes the calls and reports to the state machine `fleet` what came of them.
 
     Args:
-        on_given_up: told which work items failed too often, and why.
-        on_event: told in one line what happens to replicas.
+        on_given_up: called with the work items that failed too often, and why.
+        on_event: called with one line on what happens to a replica.
 
     Raises (from the pump's events and `check`):
         UserError: the engine cannot serve this checkpoint.

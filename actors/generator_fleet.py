@@ -78,7 +78,7 @@ class GeneratorFleet:
     """Replicas that hold the policy's current weights and answer prompts.
 
     Args:
-        on_event: told what happens to replicas, one line each, from the pump's thread.
+        on_event: called with one line on what happens to a replica, from the thread of the pump.
 
     Raises (from every method that waits, and from the futures of `submit`):
         UserError: no replica is left, or the engine cannot serve this checkpoint.

@@ -191,7 +191,7 @@ def open_judge(
     Args:
         model: the policy's checkpoint, which `fleet` serves.
         clips: of the policy.
-        on_event: told in one line what is waited for, and what fails and is restarted.
+        on_event: called with one line on what is waited for, and on what fails and is restarted.
     """
     judge = cfg.isrt.judge
     if judge.backend == "endpoint":

@@ -42,7 +42,7 @@ class EndpointBackend:
 
     Args:
         frames: asked for with `isrt.judge.send_frames`.
-        on_event: told in one line what is waited for.
+        on_event: called with one line on what is waited for.
     """
 
     def __init__(self, cfg: JudgeConfig, seed: int, frames: Frames, on_event: Callable[[str], None]):

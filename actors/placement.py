@@ -1,8 +1,8 @@
 """Where the actors go: a plan from the configuration, and Ray placement groups from the plan.
 
 Every generator replica and every trainer rank has a small placement group of its own, so that replicas come and go one
-by one (Ray's groups do not shrink). Colocated on GPUs, replica i lies in the group of trainer rank i and takes half of
-its GPUs; on CPU there is nothing to share and colocation only says that nobody waits for the other.
+by one (Ray's groups do not shrink). Colocated on GPUs, replica i is in the group of trainer rank i and takes half of
+its GPUs; on CPU there is nothing to share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlvid.errors import UserError
 
 @dataclass(frozen=True)
 class Slot:
-    """One actor's place: the placement group it lies in, and its share of it."""
+    """One actor's place: the placement group it is in, and its share of it."""
 
     role: str  # "trainer" | "generator" | "reference" | "reward_model"
     index: int

@@ -34,7 +34,7 @@ class Roles:
     Args:
         model: checkpoint folder of the policy.
         roles: of "trainer", "generator" (which brings the rewards), "reference", "reward_model".
-        on_event: told in one line when a generator fails and is restarted, from a thread.
+        on_event: called with one line when a generator fails and is restarted, from a thread.
     """
 
     def __init__(

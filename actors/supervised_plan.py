@@ -1,27 +1,30 @@
-"""What the driver and the workers of a supervised training exchange: the plan, the prompts, the events.
+"""The driver's side of a supervised training: the plan that it gives to the workers, and the events that come back.
 
-Separate from `actors/supervised_worker.py` because making a plan needs no torch, which is slow to import.
+The workers are in `actors/supervised_worker.py`, which the driver does not import: Ray Train and torch take seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train import DataConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.supervised_tasks import Example, Task
 from rlvid.config import JobConfig
-from rlvid.data.encoding import Source
 from rlvid.data.order import batch_indices
-from rlvid.data.ray_stream import prompt_stream
+from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 
-Event = tuple[str, Any]  # what a worker tells the driver: kind and content
+Event = tuple[str, Any]  # that a worker reports to the driver: kind and content
+
+POLL_S = 0.05  # between two requests of the driver for events
+SILENCE_S = 60.0  # without events until the driver says so; steps that take longer raise it
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class TrainingRun:
         self._events: list[Event] = []
         self._put = self._taken = self._done = 0
         self._state: Mapping[str, Any] = {}
-        self._failed: list[int] = []  # ranks that told their error, in order of time
+        self._failed: list[int] = []  # ranks that reported an error, in order of time
         self._is_stopping = False
 
     @ray.method(concurrency_group="fit")
@@ -103,7 +106,7 @@ class TrainingRun:
         return self._is_stopping
 
     def fail(self, rank: int, error: str) -> None:
-        """A worker tells why it ends."""
+        """A worker reports why it ends."""
         self._failed.append(rank)
         self.put(("failed", f"worker {rank} failed: {error}"))
 
@@ -126,38 +129,82 @@ class TrainingRun:
         self._is_stopping = True
 
 
-def root_error(failures: Mapping[int, BaseException], told: Sequence[int]) -> BaseException | None:
-    """The error, by rank, that caused the others: a process that died, else the one that was told first. The others
-    only say that a connection was closed.
+def root_error(failures: Mapping[int, BaseException], reported: Sequence[int]) -> BaseException | None:
+    """The error, by rank, that caused the others: of a process that crashed, else the one that was reported first. The
+    others only say that a connection was closed.
 
     Args:
-        told: ranks that told an error, in order of time. An earlier restart may have told some too.
+        reported: ranks that reported an error, in order of time, before an earlier restart too.
     """
     ended = [error for error in failures.values() if isinstance(error, RayActorError)]
-    in_order = [failures[rank] for rank in reversed(list(dict.fromkeys(reversed(told)))) if rank in failures]
+    in_order = [failures[rank] for rank in reversed(list(dict.fromkeys(reversed(reported)))) if rank in failures]
     return next(iter([*ended, *in_order, *failures.values()]), None)
 
 
-class Shards(DataConfig):
-    """The prompts of each worker, from the step on where training resumes."""
+class SupervisedTraining:
+    """The driver's side of one training. `events` yields what happens, until the end."""
 
     def __init__(self, plan: Plan):
-        super().__init__()
         self._plan = plan
+        self._is_stopping = False
+        self._stage = ""  # what the workers reported last; empty: no worker has started
+        # Ray Train looks for checkpoints where it runs: on the machine of the run folder.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1}, scheduling_strategy=here)(TrainingRun)
+        self._run = actor.remote()
 
-    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        plan, (name,) = self._plan, datasets
-        newest = plan.checkpoints.newest()
-        source, place = Source.of(plan.cfg, plan.model), plan.cfg.placement
-        encoders = -(-place.encoders // world_size) if name == "train" else 1
-        encode_cpus = 0.0 if plan.cfg.is_elastic else place.encode_cpus  # elastic workers may take every CPU there is
-        examples = plan.examples(name)
-        samples = ray.put([example.sample for example in examples])
-        shards = []
-        for rank in range(world_size):
-            order = list(range(rank, len(examples), world_size))
-            if name == "train":
-                order = [i for _, i in plan.shares(rank, world_size, newest.step if newest else 0)]
-            stream = prompt_stream(samples, order, source, encoders, encode_cpus).iterator() if order else None
-            shards.append({name: stream})
-        return shards
+    def stop(self) -> None:
+        """Ask the workers to end after the step in progress, with a checkpoint; at once where none has started."""
+        self._is_stopping = True
+        self._run.stop.remote()
+
+    def events(self, state: Callable[[], Mapping[str, Any]]) -> Iterator[Event]:
+        """What the workers report, in order.
+
+        Args:
+            state: of the job after the events so far; checkpoints keep it.
+
+        Raises:
+            UserError: of a worker.
+            Exception: that of a worker, after more failures than `train.max_failures`; its cause is Ray Train's account
+                of all workers.
+        """
+        try:
+            end = self._run.fit.remote(self._plan, self._run)
+            last_s, patience_s = time.monotonic(), SILENCE_S
+            is_over = False
+            while not is_over:
+                is_over = bool(ray.wait([end], timeout=POLL_S)[0])
+                events = ray.get(self._run.take.remote(dict(state())))
+                silent_s = time.monotonic() - last_s
+                if events:
+                    last_s, patience_s = time.monotonic(), max(SILENCE_S, 3 * silent_s)
+                elif self._is_stopping and not self._stage:
+                    return
+                elif silent_s > patience_s:
+                    patience_s *= 2
+                    yield "note", describe_silence(self._stage, silent_s, self._plan.folder / "logs")
+                for kind, content in events:
+                    if kind == "user error":
+                        raise UserError(content)
+                    self._stage = content if kind == "stage" else self._stage
+                    yield kind, content
+            error, cause = ray.get(end)
+            if error is not None:
+                raise error from cause
+        finally:
+            ray.kill(self._run)
+
+
+def describe_silence(stage: str, seconds: float, logs: Path) -> str:
+    """A message for the time in which no event comes.
+
+    Args:
+        stage: the last one that the workers reported; empty if none has started.
+    """
+    if stage:
+        return f"no news from the workers for {seconds:.0f} s, they were {stage}; see {logs}"
+    return (
+        f"no worker has started for {seconds:.0f} s: each needs placement.trainer_cpus, each encoder "
+        f"placement.encode_cpus. `ray status` shows what waits for room"
+    )

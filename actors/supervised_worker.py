@@ -12,22 +12,22 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.actor_process import enter_process
-from actors.supervised_plan import Event, Plan, Shards, TrainingRun
+from actors.supervised_plan import Plan
 from actors.supervised_tasks import Example
 from rlvid.algorithms.schedule import lr_multiplier
-from rlvid.data.ray_stream import open_prompt
+from rlvid.data.encoding import Source
+from rlvid.data.ray_stream import open_prompt, prompt_stream
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import STATE_FILE
 from rlvid.types import Prompt
@@ -35,79 +35,8 @@ from rlvid.types import Prompt
 if TYPE_CHECKING:
     from rlvid.training.batch import Group
 
-POLL_S = 0.05  # between two questions of the driver for events
-SILENCE_S = 60.0  # without events until the driver says so; steps that take longer raise it
-DRIVER_TIMEOUT_S = 60.0  # for the driver to write what it was told
+DRIVER_TIMEOUT_S = 60.0  # for the driver to write the events before a checkpoint
 KEPT_BYTES = 2**30  # of held-out prompts that a worker keeps between evaluations
-
-
-class SupervisedTraining:
-    """The driver's side of one training. `events` yields what happens, until the end."""
-
-    def __init__(self, plan: Plan):
-        self._plan = plan
-        self._is_stopping = False
-        self._stage = ""  # what the workers said last; empty: no worker has started
-        # Ray Train looks for checkpoints where it runs: on the machine of the run folder.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0, concurrency_groups={"fit": 1}, scheduling_strategy=here)(TrainingRun)
-        self._run = actor.remote()
-
-    def stop(self) -> None:
-        """Ask the workers to end after the step in progress, with a checkpoint; at once where none has started."""
-        self._is_stopping = True
-        self._run.stop.remote()
-
-    def events(self, state: Callable[[], Mapping[str, Any]]) -> Iterator[Event]:
-        """What the workers tell, in order.
-
-        Args:
-            state: of the job after the events so far; checkpoints keep it.
-
-        Raises:
-            UserError: of a worker.
-            Exception: that of a worker, after more failures than `train.max_failures`; its cause is Ray Train's account
-                of all workers.
-        """
-        try:
-            end = self._run.fit.remote(self._plan, self._run)
-            last_s, patience_s = time.monotonic(), SILENCE_S
-            is_over = False
-            while not is_over:
-                is_over = bool(ray.wait([end], timeout=POLL_S)[0])
-                events = ray.get(self._run.take.remote(dict(state())))
-                silent_s = time.monotonic() - last_s
-                if events:
-                    last_s, patience_s = time.monotonic(), max(SILENCE_S, 3 * silent_s)
-                elif self._is_stopping and not self._stage:
-                    return
-                elif silent_s > patience_s:
-                    patience_s *= 2
-                    yield "note", describe_silence(self._stage, silent_s, self._plan.folder / "logs")
-                for kind, content in events:
-                    if kind == "user error":
-                        raise UserError(content)
-                    self._stage = content if kind == "stage" else self._stage
-                    yield kind, content
-            error, cause = ray.get(end)
-            if error is not None:
-                raise error from cause
-        finally:
-            ray.kill(self._run)
-
-
-def describe_silence(stage: str, seconds: float, logs: Path) -> str:
-    """What to tell a person when no event has come for a while.
-
-    Args:
-        stage: the last one that the workers told; empty if none has started.
-    """
-    if stage:
-        return f"no news from the workers for {seconds:.0f} s, they were {stage}; see {logs}"
-    return (
-        f"no worker has started for {seconds:.0f} s: each needs placement.trainer_cpus, each encoder "
-        f"placement.encode_cpus. `ray status` shows what waits for room"
-    )
 
 
 # --- in the actor that runs Ray Train ---------------------------------------------------------------------------------
@@ -137,6 +66,31 @@ def make_trainer(plan: Plan, run: Any) -> TorchTrainer:
         datasets=dict.fromkeys(names, lambda: None),  # `Shards` makes them
         dataset_config=Shards(plan),
     )
+
+
+class Shards(DataConfig):
+    """The prompts of each worker, from the step on where training resumes."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self._plan = plan
+
+    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        plan, (name,) = self._plan, datasets
+        newest = plan.checkpoints.newest()
+        source, place = Source.of(plan.cfg, plan.model), plan.cfg.placement
+        encoders = -(-place.encoders // world_size) if name == "train" else 1
+        encode_cpus = 0.0 if plan.cfg.is_elastic else place.encode_cpus  # elastic workers may take every CPU there is
+        examples = plan.examples(name)
+        samples = ray.put([example.sample for example in examples])
+        shards = []
+        for rank in range(world_size):
+            order = list(range(rank, len(examples), world_size))
+            if name == "train":
+                order = [i for _, i in plan.shares(rank, world_size, newest.step if newest else 0)]
+            stream = prompt_stream(samples, order, source, encoders, encode_cpus).iterator() if order else None
+            shards.append({name: stream})
+        return shards
 
 
 # --- in the workers ---------------------------------------------------------------------------------------------------
@@ -311,7 +265,7 @@ class Worker:
         return values
 
     def tell(self, kind: str, content: Any) -> bool:
-        """Rank 0 tells the driver; returns whether the driver wants to stop (on rank 0)."""
+        """Rank 0 reports to the driver; returns whether the driver wants to stop (on rank 0)."""
         return self.rank == 0 and bool(ray.get(self._run.put.remote((kind, content))))
 
     # --- checkpoints

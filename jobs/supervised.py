@@ -12,9 +12,8 @@ from typing import Any
 
 from actors.placement import plan as plan_slots
 from actors.placement import require_room
-from actors.supervised_plan import Plan
+from actors.supervised_plan import Plan, SupervisedTraining
 from actors.supervised_tasks import Example, Task
-from actors.supervised_worker import SupervisedTraining
 from jobs.inputs import Inputs
 from jobs.run import Run, check_resumable, how_to_resume
 from rlvid.files import write_atomic

@@ -64,7 +64,7 @@ def _permutation(n: int, seed: int, epoch: int, strata: Strata | None) -> npt.ND
 
 
 def _spread(codes: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """[n], positions in `codes` such that equal codes are evenly apart: the k-th of m lies at (k + shift) / m of the
+    """[n], positions in `codes` such that equal codes are evenly apart: the k-th of m is at (k + shift) / m of the
     epoch, with a random shift in [0, 1) for each code."""
     sizes = np.bincount(codes)
     k = np.empty(len(codes))

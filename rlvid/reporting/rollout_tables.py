@@ -6,6 +6,7 @@ without megabytes of pictures.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlvid.errors import UserError
+from rlvid.files import write_atomic
 
 SCHEMA = pa.schema(
     [
@@ -105,9 +107,9 @@ def _text(value: str) -> str:
 
 def _write_table(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, unfinished, compression="zstd")
-    unfinished.replace(path)
+    content = io.BytesIO()
+    pq.write_table(table, content, compression="zstd")
+    write_atomic(path, content.getvalue())
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:

@@ -142,10 +142,10 @@ def with_context(sample: Sample, context: str) -> Sample:
     if not context:
         return sample
     *before, last = sample.messages
-    told, parts = _CONTEXT.format(context=as_data(context)), list(last.content)
+    shown, parts = _CONTEXT.format(context=as_data(context)), list(last.content)
     texts = [i for i, part in enumerate(parts) if isinstance(part, str)]
     if texts:
-        parts[texts[-1]] = f"{told}{parts[texts[-1]]}"
+        parts[texts[-1]] = f"{shown}{parts[texts[-1]]}"
     else:
-        parts.append(told)
+        parts.append(shown)
     return replace(sample, messages=(*before, Message(last.role, tuple(parts))))

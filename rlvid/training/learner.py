@@ -36,7 +36,7 @@ from rlvid.training.parameters import NamedTensor, Part, in_parts, whole_shape
 from rlvid.training.scorer import PackedScorer
 from rlvid.types import Prompt
 
-# DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: it is told that none can be compiled.
+# DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: this says that none can be compiled.
 deepspeed.ops.__compatible_ops__ = {}
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names

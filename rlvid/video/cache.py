@@ -172,7 +172,7 @@ class FrameCache:
         return total
 
     def _scan(self) -> list[tuple[int, int, str]]:
-        """(time of last use in ns, bytes, path) of every entry and of half-written files that nobody finishes."""
+        """(time of last use in ns, bytes, path) of every entry and of incomplete files that a crashed process left."""
         found = []
         with os.scandir(self.dir) as files:
             for file in files:

@@ -261,7 +261,7 @@ def _decode_only(
     """Decode from the current position until all times `wanted` are there, and of the rest only what they need.
 
     Pictures that no other one refers to are a third to a half of a file with B-frames: they are left out. After the
-    last wanted packet the decoder is emptied, instead of feeding it as many packets as it holds back.
+    last packet of `wanted` the decoder is emptied, instead of feeding it as many packets as it holds back.
     """
     decoder, missing = stream.codec_context, set(wanted)
     skip: Literal["NONREF", "DEFAULT"] = "NONREF" if _tells_unreferenced(stream) else "DEFAULT"

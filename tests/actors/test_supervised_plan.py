@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from actors.supervised_plan import Plan, TrainingRun, root_error
+from actors.supervised_plan import Plan, TrainingRun, describe_silence, root_error
 from actors.supervised_tasks import Example, Supervised
-from actors.supervised_worker import describe_silence
 from rlvid.config import SftJobConfig
 from rlvid.types import Message, Sample
 
@@ -57,11 +56,11 @@ def test_a_checkpoint_waits_until_the_driver_has_handled_the_events_before_it() 
 
 def test_the_error_that_is_raised_is_the_one_that_caused_the_others() -> None:
     first, closed, died = ValueError("out of memory"), RuntimeError("connection closed by peer"), RayActorError()
-    assert root_error({0: closed, 1: first}, told=[1, 0]) is first
-    assert root_error({0: closed, 1: died}, told=[0]) is died
-    assert root_error({0: closed, 1: first}, told=[0, 1, 1, 0]) is first  # the first pair is of an earlier start
-    assert root_error({2: closed}, told=[]) is closed
-    assert root_error({}, told=[0]) is None
+    assert root_error({0: closed, 1: first}, reported=[1, 0]) is first
+    assert root_error({0: closed, 1: died}, reported=[0]) is died
+    assert root_error({0: closed, 1: first}, reported=[0, 1, 1, 0]) is first  # the first pair is of an earlier start
+    assert root_error({2: closed}, reported=[]) is closed
+    assert root_error({}, reported=[0]) is None
 
 
 def test_every_failure_of_a_worker_is_told() -> None:

@@ -81,7 +81,7 @@ def convert(
 
 
 def _read(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Rows, and what is told about refused items, both by file and line."""
+    """Rows, and a note on each refused item, both by file and line."""
     patterns = ("*.json", "*.jsonl", "*.parquet")
     files = sorted(f for p in patterns for f in source.rglob(p)) if source.is_dir() else [source]
     if not files:

@@ -1,6 +1,6 @@
 """Buckets in memory that the processes of one machine share: the trainer writes there, its engines read there.
 
-The same pages serve every update. In Ray's object store an update mostly gets pages that nobody has touched, and the
+The same pages serve every update. In Ray's object store an update mostly gets pages that have not been touched, and the
 kernel makes and zeroes them at the first write, which took up to ten times as long as the copy itself. Linux only
 (memfd); the memory is freed with the last process that has it open.
 """
