@@ -10,7 +10,6 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -119,11 +118,8 @@ class Console:
     def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Print one line on held-out samples: accuracy by kind of question, rank correlation by dimension, or loss."""
         n = metrics.get("eval/n")
-        forms = {
-            "spearman": _tenths,
-            "accuracy": _percent,
-            "loss": _compact,
-        }  # the first of these that was measured is shown
+        # the first of these that was measured is shown
+        forms = {"spearman": _tenths, "accuracy": _percent, "loss": _compact}
         name = next((name for name in forms if f"eval/{name}" in metrics), "accuracy")
         form = forms[name]
         parts = [f"evaluation after step {step}: {name} {_shown(metrics.get(f'eval/{name}'), form)}"]
@@ -149,9 +145,8 @@ class Console:
             table.add_row(*(cell if isinstance(cell, Text) else Text(_printable(cell)) for cell in row))
         with self._console.capture() as capture:
             self._console.print(table)
-        self._stream.write(
-            "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
-        )  # rich pads the last cell
+        # rich pads the last cell
+        self._stream.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
         self._stream.flush()
 
     def result(self, result: Mapping[str, Any]) -> None:
@@ -166,9 +161,7 @@ class Console:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
 
     def _row(self, step: str, cells: list[str]) -> str:

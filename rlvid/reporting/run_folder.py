@@ -20,9 +20,8 @@ has one config: `rlvid/config` says for each key whether it may change when a ru
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import BaseModel
@@ -42,6 +41,14 @@ class RunFolder:
 
     def __init__(self, dir: Path) -> None:
         self.dir = Path(dir)
+        self.config_file = self.dir / "config.yaml"
+        self.manifest_file = self.dir / "run.json"
+        self.metrics_file = self.dir / "metrics.jsonl"
+        self.bad_clips_file = self.dir / "bad_clips.jsonl"
+        self.refused_file = self.dir / "refused.jsonl"
+        self.judge_cache_file = self.dir / "judge_cache.jsonl"
+        self.report_file = self.dir / "report.html"
+        self.logs_dir = self.dir / "logs"
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
         self._started: StartedRun | None = None
         self._bad_paths: set[str] | None = None
@@ -49,38 +56,6 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.dir.resolve().name
-
-    @property
-    def config_file(self) -> Path:
-        return self.dir / "config.yaml"
-
-    @property
-    def manifest_file(self) -> Path:
-        return self.dir / "run.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.dir / "metrics.jsonl"
-
-    @property
-    def bad_clips_file(self) -> Path:
-        return self.dir / "bad_clips.jsonl"
-
-    @property
-    def refused_file(self) -> Path:
-        return self.dir / "refused.jsonl"
-
-    @property
-    def logs_dir(self) -> Path:
-        return self.dir / "logs"
-
-    @property
-    def report_file(self) -> Path:
-        return self.dir / "report.html"
-
-    @property
-    def judge_cache_file(self) -> Path:
-        return self.dir / "judge_cache.jsonl"
 
     def predictions_file(self, step: int) -> Path:
         return self.dir / "predictions" / f"step_{step:06d}.jsonl"
@@ -119,9 +94,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Close. After a `UserError` before any result, remove the new folder too."""
         if isinstance(error, UserError) and self._started and not self.has_results and not self.bad_clips_file.exists():
             self._started.abandon()
@@ -155,23 +128,11 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """Content of `run.json`; empty if there is none."""
-        try:
-            content = json.loads(self.manifest_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise UserError(f"{self.manifest_file}: not valid JSON: {error}") from None
-        return content if isinstance(content, dict) else {}
+        return _read(self.manifest_file, "JSON", json.loads)
 
     def config(self) -> dict[str, Any]:
         """Content of `config.yaml` as plain data; empty if there is none."""
-        try:
-            content = read_yaml(self.config_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise UserError(f"{self.config_file}: not valid YAML: {error}") from None
-        return content if isinstance(content, dict) else {}
+        return _read(self.config_file, "YAML", read_yaml)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -202,10 +163,7 @@ class RunFolder:
         return read_rows(self.bad_clips_file)
 
     def write_rollouts(
-        self,
-        step: int,
-        rows: Iterable[Mapping[str, Any]],
-        frames: Mapping[str, Sequence[bytes]],
+        self, step: int, rows: Iterable[Mapping[str, Any]], frames: Mapping[str, Sequence[bytes]]
     ) -> Path:
         """Write the responses of a step (columns: `rollout_tables.SCHEMA`) and, by sample id, the encoded frames."""
         return rollout_tables.write(self.dir, step, rows, frames)
@@ -242,3 +200,13 @@ class RunFolder:
         for file in (self.dir / "predictions").glob("step_*.jsonl"):
             if last is None or int(file.stem.removeprefix("step_")) > last:
                 file.unlink()
+
+
+def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{file}: not valid {kind}: {error}") from None
+    return content if isinstance(content, dict) else {}

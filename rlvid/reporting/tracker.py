@@ -11,7 +11,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Self, SupportsFloat
 
 from rlvid.config import RunConfig
@@ -82,9 +81,7 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close(exit_code=0 if error is None else 1)
 
     def _start_wandb(self, run_cfg: RunConfig, config_dict: Mapping[str, Any]) -> None:

@@ -28,7 +28,6 @@ _MAX_GROUPS = 24
 _OPEN_GROUPS = 6
 _MAX_FRAMES = 16
 _MAX_BAD_CLIPS = 200
-_MAX_OTHER = 40
 _LONG_TEXT = 600  # characters of a response; more are folded
 
 _JOB_NAMES = {
@@ -39,9 +38,8 @@ _JOB_NAMES = {
     "reward-model": "Reward model",
     "eval": "Evaluation",
 }
-PLANNED = {
-    "isrt": ("Iterations", "isrt", "iterations")
-}  # (label, section and key of the number); other jobs count steps
+# (label, section and key of the number); other jobs count steps
+PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}
 MAX_ROWS = 2000  # of metrics: a curve has 300 points, and a page of 100,000 rows took 9 s
 
 
