@@ -10,8 +10,9 @@ The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCT
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class SharedPrefixLayout:
     P and R are the lengths of the longest prompt and response.
     """
 
+    groups: list[tuple[int, list[int]]]  # length of the prompt, lengths of the responses
     prompt_index: Tensor  # [B, P] int64
     response_index: Tensor  # [B, G * R] int64
     group_size: int  # G
@@ -53,7 +55,8 @@ class SharedPrefixLayout:
             for g, n in enumerate(lengths):
                 responses[b, g, :n] = np.arange(at, at + n)
                 at += n
-        return cls(torch.from_numpy(prompts), torch.from_numpy(responses.reshape(len(groups), size * longest)), size)
+        flat = responses.reshape(len(groups), size * longest)
+        return cls(groups, torch.from_numpy(prompts), torch.from_numpy(flat), size)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -71,19 +74,14 @@ class SharedPrefixLayout:
 
     def membership(self) -> tuple[Tensor, Tensor]:
         """Index of each token's group [N] and of its response within the group [N]; -1 for the tokens of a prompt."""
-        n = int(torch.cat([self.prompt_index.flatten(), self.response_index.flatten()]).max()) + 1
-        group = torch.full((n,), -1, dtype=torch.int64, device=self.prompt_index.device)
-        response = group.clone()
-        for index in (self.prompt_index, self.response_index):
-            is_token = index >= 0
-            b, column = is_token.nonzero(as_tuple=True)
-            group[index[is_token]] = b
-            if index is self.response_index and self.group_size:
-                response[index[is_token]] = column // (index.shape[1] // self.group_size)
-        return group, response
+        lengths = [[prompt, *responses] for prompt, responses in self.groups]
+        group = np.repeat(np.arange(len(lengths)), [sum(own) for own in lengths])
+        response = np.repeat([i - 1 for own in lengths for i in range(len(own))], [n for own in lengths for n in own])
+        device = self.prompt_index.device
+        return torch.from_numpy(group).to(device), torch.from_numpy(response).to(device)
 
     def to(self, device: torch.device) -> SharedPrefixLayout:
-        return SharedPrefixLayout(self.prompt_index.to(device), self.response_index.to(device), self.group_size)
+        return replace(self, prompt_index=self.prompt_index.to(device), response_index=self.response_index.to(device))
 
 
 def shared_prefix_attention(
@@ -91,31 +89,29 @@ def shared_prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: SharedPrefixLayout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    attention_mask: None,
+    shared_prefix: SharedPrefixLayout,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output of a packed row.
 
     Args:
         query: [1, heads, N, D]; key and value: [1, kv_heads, N, D].
-        attention_mask: the row's layout; transformers passes on what the caller gave as mask.
+        shared_prefix: the row's layout, an argument of the network's forward. It cannot be passed as attention mask:
+            Qwen3-VL and Llama replace the mask by one of their own.
 
     Returns:
         The output [1, N, heads, D], and None in place of attention weights.
     """
-    layout = attention_mask
-    if dropout:
+    layout = shared_prefix
+    if options.get("dropout"):
         raise ValueError("shared-prefix attention has no dropout: set attention_dropout to 0")
     heads, n, dim = query.shape[1:]
-    scale = dim**-0.5 if scaling is None else scaling
+    scale = options.get("scaling") or dim**-0.5
     if query.is_cuda:
         return flex_attend(query, key, value, layout, scale, is_compiled=True).transpose(1, 2), None
-    repeats = heads // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    k, v = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
     # Padding follows the prompt, so the causal mask excludes it.
     prompts = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scale)
@@ -181,10 +177,8 @@ def block_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    **kwargs: Any,
+    cu_seq_lens_q: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Full attention within each block (a frame) of the vision tower; adjacent blocks of equal length share one call.
 
@@ -194,16 +188,11 @@ def block_attention(
         query, key, value: [1, heads, N, D].
         cu_seq_lens_q: [blocks + 1] boundaries.
     """
-    assert cu_seq_lens_q is not None
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-    outs, at, i = [], 0, 0
-    while i < len(lengths):
-        j = i
-        while j < len(lengths) and lengths[j] == lengths[i]:
-            j += 1
-        n, size = j - i, lengths[i]
+    outs, at = [], 0
+    for size, blocks in groupby(cu_seq_lens_q.diff().tolist()):
+        n = len(list(blocks))
         q, k, v = (x[0, :, at : at + n * size].unflatten(1, (n, size)).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)  # [n, heads, size, D]
+        out = F.scaled_dot_product_attention(q, k, v, scale=options.get("scaling"))  # [n, heads, size, D]
         outs.append(out.transpose(1, 2).flatten(0, 1))
-        at, i = at + n * size, j
+        at += n * size
     return torch.cat(outs).unsqueeze(0), None

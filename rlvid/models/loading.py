@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         raise UserError(
             f"{folder / 'config.json'}: sliding-window layers are not supported; set use_sliding_window to false"
         )
-    AttentionInterface.register(TEXT_ATTENTION, _text_attention)
+    AttentionInterface.register(TEXT_ATTENTION, shared_prefix_attention)
     AttentionInterface.register(VISION_ATTENTION, block_attention)
     text_config._attn_implementation = TEXT_ATTENTION
     family.prepare(model)
@@ -71,14 +71,3 @@ class PatchProjection(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """patches [n, C, T, H, W] -> [n, D]."""
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
-
-
-def _text_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention with the layout that the forward was given as argument `shared_prefix`.
-
-    The layout cannot be passed as attention mask: Qwen3-VL and Llama replace the mask by one of their own.
-    """
-    layout = kwargs.pop("shared_prefix")
-    return shared_prefix_attention(module, query, key, value, layout, **kwargs)

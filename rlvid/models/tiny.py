@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,24 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: in
     either complete or absent.
     """
     torchvision_ops.ensure()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     family = FAMILIES[cfg.family]
     tokenizer = _train_tokenizer(texts, cfg.vocab_size, family)
+    settings, processor = family.tiny(cfg, _text_settings(cfg, tokenizer), tokenizer)
+    auto = AutoModelForImageTextToText if family.media_kinds else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network, processor = family.make_tiny(cfg, _text_settings(cfg, tokenizer), tokenizer)
+        network = auto.from_config(AutoConfig.for_model(cfg.family, **settings))
         _spread_weights(network)
     part = folder.with_name(folder.name + ".part")
-    with _deepspeed_on_cpu():
-        network.save_pretrained(part)
+    is_set = "DS_ACCELERATOR" in os.environ
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which would warn that it has to guess
+    network.save_pretrained(part)
+    if not is_set:
+        del os.environ["DS_ACCELERATOR"]  # processes started later must make their own choice
     processor.save_pretrained(part)
     part.rename(folder)
 
@@ -55,24 +60,13 @@ def _text_settings(cfg: TinyModelConfig, tokenizer: Any) -> dict[str, Any]:
         "num_hidden_layers": cfg.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
+        "head_dim": HEAD_DIM,
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids(tokenizer.eos_token),
     }
-
-
-@contextmanager
-def _deepspeed_on_cpu() -> Iterator[None]:
-    """Tell DeepSpeed its device: `save_pretrained` imports it (through accelerate), and it warns if it has to guess."""
-    is_set = "DS_ACCELERATOR" in os.environ
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        yield
-    finally:
-        if not is_set:
-            del os.environ["DS_ACCELERATOR"]  # processes started later must make their own choice
 
 
 def _spread_weights(model: nn.Module) -> None:
@@ -100,7 +94,7 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int, family: type[ChatFam
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=family.tiny_end,
+        eos_token=family.end_token,
         pad_token=END_OF_TEXT,
         additional_special_tokens=list(family.tiny_tokens),
         chat_template=family.default_template,

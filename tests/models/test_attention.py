@@ -38,7 +38,10 @@ def inputs() -> list[Tensor]:
 
 
 def test_packed_attention_and_its_gradients_equal_separate_sequences(inputs: list[Tensor]) -> None:
-    check(inputs, shared_prefix_attention(nn.Identity(), *inputs, SharedPrefixLayout.of(GROUPS))[0][0].transpose(0, 1))
+    check(
+        inputs,
+        shared_prefix_attention(nn.Identity(), *inputs, None, SharedPrefixLayout.of(GROUPS))[0][0].transpose(0, 1),
+    )
 
 
 def test_flex_attention_equals_separate_sequences(inputs: list[Tensor]) -> None:
@@ -53,7 +56,7 @@ def test_flex_attention_equals_separate_sequences(inputs: list[Tensor]) -> None:
 def test_compiled_flex_attention_and_its_gradients_on_gpu(inputs: list[Tensor]) -> None:
     inputs = [F.pad(x, (0, 16 - DIM)).detach().cuda().requires_grad_() for x in inputs]  # 16: its smallest head
     layout = SharedPrefixLayout.of(GROUPS).to(torch.device("cuda"))
-    check(inputs, shared_prefix_attention(nn.Identity(), *inputs, layout)[0][0].transpose(0, 1), atol=1e-3)
+    check(inputs, shared_prefix_attention(nn.Identity(), *inputs, None, layout)[0][0].transpose(0, 1), atol=1e-3)
 
 
 def check(inputs: list[Tensor], got: Tensor, atol: float = 1e-5) -> None:
@@ -72,7 +75,7 @@ def test_tokens_after_the_last_group_have_output_zero(inputs: list[Tensor]) -> N
     longer = [F.pad(x.detach(), (0, 0, 0, 1)) for x in inputs]
     for out in (
         flex_attend(*longer, layout, DIM**-0.5, is_compiled=False)[0],
-        shared_prefix_attention(nn.Identity(), *longer, layout)[0][0].transpose(0, 1),
+        shared_prefix_attention(nn.Identity(), *longer, None, layout)[0][0].transpose(0, 1),
     ):
         assert (out[:, -1] == 0).all()
         torch.testing.assert_close(out[:, :-1], attend_separately(*inputs), atol=1e-5, rtol=0)
@@ -86,4 +89,4 @@ def test_membership_gives_group_and_response_of_each_token() -> None:
 
 def test_dropout_is_refused(inputs: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="dropout"):
-        shared_prefix_attention(nn.Identity(), *inputs, SharedPrefixLayout.of(GROUPS), dropout=0.1)
+        shared_prefix_attention(nn.Identity(), *inputs, None, SharedPrefixLayout.of(GROUPS), dropout=0.1)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rlvid.errors import UserError
-from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.chat import ChatFamily, read_json
 from rlvid.models.families.frames import Idefics2, VideoLlava
 from rlvid.models.families.qwen_vl import Qwen3VL, Qwen25VL, QwenVL
 from rlvid.models.families.text import TextModel
@@ -30,12 +29,7 @@ def load_family(folder: Path) -> ChatFamily:
         UserError: `folder` is no checkpoint, or its family is not supported.
     """
     config = folder / "config.json"
-    if not config.exists():
-        raise UserError(
-            f"model.path: {folder} has no config.json; give a Hugging Face checkpoint folder, or leave model.path "
-            f"empty and set model.tiny"
-        )
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(config).get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{config}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[model_type](folder)

@@ -20,11 +20,9 @@ from rlvid.types import Clip, Message, Prompt, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from vllm.inputs import MultiModalInput
 
     from rlvid.config import TinyModelConfig
 
-END_OF_TURN = "<|im_end|>"
 HEAD_DIM = 64  # of tiny models: vLLM on CPU refuses 16
 ZERO_WIDTH_SPACE = "\u200b"
 
@@ -56,8 +54,8 @@ class ChatFamily(ABC):
     banned_tokens: tuple[int, ...]  # never sampled in a response
     towers: tuple[str, ...] = ()  # modules of `network.model` that are a vision tower
     no_lora: tuple[str, ...] = ()  # modules without adapters: vLLM supports them on the language model only
-    tiny_tokens: tuple[str, ...] = ("<|im_start|>", END_OF_TURN)  # special tokens of a tiny model's tokenizer
-    tiny_end = END_OF_TURN  # the token among them that ends a turn
+    tiny_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # special tokens of a tiny model's tokenizer
+    end_token = "<|im_end|>"  # the special token that ends a response
     media_kinds: frozenset[str] = frozenset()  # values of `Medium.kind` that it accepts
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
@@ -74,7 +72,7 @@ class ChatFamily(ABC):
                 f"{tokenizer_file} is missing: rlvid needs the file of the fast tokenizer; save it with transformers"
             )
         self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        self.end_of_turn = self.special(self.end_of_turn_token())
+        self.end_of_turn = self.special(self.end_token)
 
     @abstractmethod
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
@@ -95,53 +93,43 @@ class ChatFamily(ABC):
             UserError: it does not.
         """
         for medium in sample.media:
-            if medium.kind in self.media_kinds:
-                continue
             if medium.kind == "image":
                 raise UserError(f"sample {sample.id!r}: {medium.path}: images are not supported yet; remove the row")
-            raise UserError(
-                f"sample {sample.id!r} has a {medium.kind}, but {self.architecture} in {self.folder} accepts only "
-                f"text; give a video-language model, or a manifest without videos"
-            )
+            if medium.kind not in self.media_kinds:
+                raise UserError(
+                    f"sample {sample.id!r} has a {medium.kind}, but {self.architecture} in {self.folder} accepts only "
+                    f"text; give a video-language model, or a manifest without videos"
+                )
 
-    @abstractmethod
-    def engine_input(self, prompt: Prompt) -> MultiModalInput | dict[str, Any]:
-        """The input for vLLM's `LLMEngine.add_request`."""
+    def engine_input(self, prompt: Prompt) -> Mapping[str, Any]:
+        """The input for vLLM's `LLMEngine.add_request`, here of text alone."""
+        from vllm.inputs import tokens_input
+
+        return tokens_input(prompt.token_ids.tolist())
 
     def engine_limits(self, max_videos: int) -> dict[str, int]:
         """vLLM's limits on the number of media in a prompt, by kind."""
-        return {}
+        return dict.fromkeys(self.media_kinds, max_videos)
 
     def prepare(self, network: PreTrainedModel) -> None:  # noqa: B027  # most families have nothing to change
         """Change a loaded network as packed training needs it."""
 
     @classmethod
     @abstractmethod
-    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-        """Return a random network of this architecture and its processor (for a text model, the tokenizer).
+    def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:
+        """Settings of a tiny model's transformers configuration, and its processor (for a text model, the tokenizer).
 
         Args:
             text: settings of the language model (`rlvid/models/tiny.py`).
         """
 
-    def end_of_turn_token(self) -> str:
-        """The special token that ends a response."""
-        return END_OF_TURN
-
     @cached_property
     def chat_template(self) -> str:
-        for path in (
-            self.folder / "chat_template.jinja",
-            self.folder / "chat_template.json",
-            self.folder / "tokenizer_config.json",
-        ):
-            if not path.exists():
-                continue
-            text = path.read_text(encoding="utf-8")
-            if path.suffix == ".jinja":
-                return text
-            template = json.loads(text).get("chat_template")
-            if isinstance(template, str):
+        own = self.folder / "chat_template.jinja"
+        if own.exists():
+            return own.read_text(encoding="utf-8")
+        for path in (self.folder / "chat_template.json", self.folder / "tokenizer_config.json"):
+            if path.exists() and isinstance(template := read_json(path).get("chat_template"), str):
                 return template
         return self.default_template
 
@@ -224,7 +212,9 @@ def read_json(*paths: Path) -> dict[str, Any]:
                 return dict(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as e:
                 raise UserError(f"{path}: not valid JSON: {e}") from e
-    raise UserError(f"{paths[0]} is missing: model.path must name a Hugging Face checkpoint folder")
+    raise UserError(
+        f"{paths[0]} is missing: give a Hugging Face checkpoint folder, or leave model.path empty and set model.tiny"
+    )
 
 
 def _raise_template_error(message: str) -> None:

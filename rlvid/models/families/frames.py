@@ -8,7 +8,6 @@ tests/models/families/test_frames.py).
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from rlvid.errors import UserError
 from rlvid.models.families.chat import HEAD_DIM
 from rlvid.models.families.vision import Grid, VisionFamily
-from rlvid.types import Clip, Prompt, Sample, Span
+from rlvid.types import Clip, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,33 +31,9 @@ VIDEO = "<video>"
 
 
 class FrameFamily(VisionFamily):
-    """A prompt is one text, in which each video is a run of placeholders."""
+    """A family whose tower takes whole frames: they travel as patches, and are put together again here."""
 
     vision_tokens = (IMAGE, VIDEO, FAKE_AROUND_IMAGE)
-
-    def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
-        first, *others = self.render_around(sample, len(clips))
-        text = first + "".join(self.expand(grid) + piece for grid, piece in zip(grids, others, strict=True))
-        # With the special tokens that the tokenizer adds: Mistral's and Llama's texts begin with <s>.
-        ids = list(self.tokenizer.encode(self.finish(text)).ids)
-        return ids, _runs(np.array(ids) == self.video_token)
-
-    @abstractmethod
-    def expand(self, grid: Grid) -> str:
-        """The text that stands for a clip in the prompt."""
-
-    def finish(self, text: str) -> str:
-        return text
-
-    def positions(
-        self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
-    ) -> npt.NDArray[np.int32]:
-        return np.arange(n_tokens, dtype=np.int32)[None]
-
-    def engine_input(self, prompt: Prompt) -> dict[str, Any]:
-        raise NotImplementedError(
-            f"vLLM does not serve {self.architecture}"
-        )  # VllmEngine refuses this family when it starts
 
     def images(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
         """Patches [t*h*w, 3*p*p] of a clip -> its frames [t, 3, h*p, w*p]."""
@@ -90,7 +65,7 @@ class Idefics2(FrameFamily):
     part_type = "image"
     towers = ("vision_model",)
     tiny_tokens = ("<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE)
-    tiny_end = "<end_of_utterance>"
+    end_token = "<end_of_utterance>"
     default_template = (
         "{% for message in messages %}{{ message['role'].capitalize() }}"
         "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
@@ -106,27 +81,22 @@ class Idefics2(FrameFamily):
         self.n_latents: int = self.config.get("perceiver_config", {}).get("resampler_n_latents", 64)
         self._window: int | None = self.config.get("text_config", {}).get("sliding_window")
 
-    def end_of_turn_token(self) -> str:
-        return self.tiny_end
-
     @classmethod
-    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:
         import transformers
 
         heads = text["num_attention_heads"]
-        resampler = {"resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": heads}
-        config = transformers.Idefics2Config(
-            text_config={"model_type": "mistral", **text, "sliding_window": None},
-            vision_config=_tiny_tower(cfg, 140),
-            perceiver_config=resampler
-            | {"hidden_size": cfg.hidden_size, "rms_norm_eps": 1e-6}
-            | {"resampler_head_dim": HEAD_DIM, "num_key_value_heads": heads},
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        )
+        resampler = {"hidden_size": cfg.hidden_size, "resampler_depth": 1, "resampler_n_latents": 8}
+        resampler |= {"resampler_n_heads": heads, "num_key_value_heads": heads, "resampler_head_dim": HEAD_DIM}
+        settings = {
+            "text_config": {"model_type": "mistral", **text, "sliding_window": None},
+            "vision_config": _tiny_tower(cfg, 140),
+            "perceiver_config": {**resampler, "rms_norm_eps": 1e-6},
+            "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
+        }
         images = transformers.Idefics2ImageProcessor(do_image_splitting=False)
         template = cls.default_template
-        processor = transformers.Idefics2Processor(images, tokenizer, image_seq_len=8, chat_template=template)
-        return transformers.Idefics2ForConditionalGeneration(config), processor
+        return settings, transformers.Idefics2Processor(images, tokenizer, image_seq_len=8, chat_template=template)
 
     def check_length(self, sample: Sample, n_tokens: int, n_video: int, max_tokens: int | None) -> None:
         """Also check the sliding window of Mistral, which packed attention does not support."""
@@ -137,7 +107,7 @@ class Idefics2(FrameFamily):
                 f"Prompts are never truncated: give another run.dir and fewer video.frames"
             )
 
-    def expand(self, grid: Grid) -> str:
+    def expand(self, clip: Clip, grid: Grid) -> str:
         return " ".join([FAKE_AROUND_IMAGE + IMAGE * self.n_latents + FAKE_AROUND_IMAGE] * grid[0])
 
     def finish(self, text: str) -> str:
@@ -148,28 +118,19 @@ class Idefics2(FrameFamily):
     def n_embeddings(self, grid: Grid) -> int:
         return grid[0] * self.n_latents
 
-    @property
-    def smallest_grid(self) -> Grid:
-        return (1, 1, 1)
-
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """Images are padded to the largest; the mask is True for pixels that are not padding."""
         import torch
+        from torch.nn.functional import pad
 
         grids = grid_thw.tolist()
         sizes = [t * h * w for t, h, w in grids]
         clips = [self.images(x, grid) for x, grid in zip(patches.split(sizes), grids, strict=True)]
-        n = sum(len(clip) for clip in clips)
         height, width = (max(clip.shape[axis] for clip in clips) for axis in (2, 3))
-        pixels = patches.new_zeros(n, 3, height, width)
-        mask = torch.zeros(n, height, width, dtype=torch.bool, device=patches.device)
-        at = 0
-        for clip in clips:
-            t, _, h, w = clip.shape
-            pixels[at : at + t, :, :h, :w] = clip
-            mask[at : at + t, :h, :w] = True
-            at += t
-        return {"pixel_values": pixels[None], "pixel_attention_mask": mask[None]}
+        padding = [(0, width - clip.shape[3], 0, height - clip.shape[2]) for clip in clips]
+        pixels = [pad(clip, room) for clip, room in zip(clips, padding, strict=True)]
+        mask = [pad(torch.ones_like(x[:, 0], dtype=torch.bool), room) for x, room in zip(clips, padding, strict=True)]
+        return {"pixel_values": torch.cat(pixels)[None], "pixel_attention_mask": torch.cat(mask)[None]}
 
 
 class VideoLlava(FrameFamily):
@@ -182,7 +143,7 @@ class VideoLlava(FrameFamily):
     placeholder = VIDEO
     towers = ("video_tower",)
     tiny_tokens = ("</s>", IMAGE, VIDEO)
-    tiny_end = "</s>"
+    end_token = "</s>"
     default_template = (
         "{% for message in messages %}"
         "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -195,35 +156,31 @@ class VideoLlava(FrameFamily):
         super().__init__(folder)
         self.frame_multiple: int = self.vision.get("image_size", 224)
 
-    def end_of_turn_token(self) -> str:
-        return self.tiny_end
-
     def prepare(self, network: PreTrainedModel) -> None:
         network.model.image_tower.requires_grad_(False)  # videos do not use it
 
     @classmethod
-    def make_tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:
         import transformers
-        from transformers.models.video_llava.video_processing_video_llava import VideoLlavaVideoProcessor
 
         side = 56
-        config = transformers.VideoLlavaConfig(
-            text_config={"model_type": "llama", **text},
-            vision_config={"model_type": "clip_vision_model", **_tiny_tower(cfg, side)},
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-            video_token_id=tokenizer.convert_tokens_to_ids(VIDEO),
-            video_seq_length=8 * ((side // 14) ** 2 + 1),
-        )
+        settings = {
+            "text_config": {"model_type": "llama", **text},
+            "vision_config": {"model_type": "clip_vision_model", **_tiny_tower(cfg, side)},
+            "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
+            "video_token_id": tokenizer.convert_tokens_to_ids(VIDEO),
+            "video_seq_length": 8 * ((side // 14) ** 2 + 1),
+        }
         size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         processor = transformers.VideoLlavaProcessor(
             image_processor=transformers.CLIPImageProcessor(**size),
-            video_processor=VideoLlavaVideoProcessor(**size),
+            video_processor=transformers.VideoLlavaVideoProcessor(**size),
             tokenizer=tokenizer,
             patch_size=14,
             vision_feature_select_strategy="default",
             chat_template=cls.default_template,
         )
-        return transformers.VideoLlavaForConditionalGeneration(config), processor
+        return settings, processor
 
     def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
         side = self.frame_multiple
@@ -234,25 +191,14 @@ class VideoLlava(FrameFamily):
             )
         return super().patchify(frames)
 
-    def expand(self, grid: Grid) -> str:
+    def expand(self, clip: Clip, grid: Grid) -> str:
         return VIDEO * self.n_embeddings(grid)
 
     def n_embeddings(self, grid: Grid) -> int:
         t, h, w = grid
         return t * (h * w + 1)
 
-    @property
-    def smallest_grid(self) -> Grid:
-        side = self.frame_multiple // self.patch_size
-        return (1, side, side)
-
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """All clips are given as one: the tower treats each frame separately."""
         _, h, w = grid_thw[0].tolist()
         return {"pixel_values_videos": self.images(patches, (len(patches) // (h * w), h, w))[None]}
-
-
-def _runs(is_video: npt.NDArray[np.bool_]) -> list[Span]:
-    """Spans of consecutive True values."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_video.astype(np.int8), [0]])))
-    return [Span(int(begin), int(end - begin)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

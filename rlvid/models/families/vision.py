@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,43 +71,67 @@ class VisionFamily(ChatFamily):
                 f"of them once and in order"
             )
         grids, patches = zip(*(self.patchify(clip.frames) for clip in clips), strict=True) if clips else ((), ())
-        token_ids, spans = self.tokenize(sample, clips, grids)
-        self.check_length(sample, len(token_ids), sum(s.length for s in spans), max_tokens)
-        grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
-        seconds = tuple(self.seconds_per_patch(clip) for clip in clips)
-        return Prompt(
+        token_ids = np.array(self.tokenize(sample, clips, grids), dtype=np.int32)
+        is_video = token_ids == self.video_token
+        self.check_length(sample, len(token_ids), int(is_video.sum()), max_tokens)
+        prompt = Prompt(
             sample_id=sample.id,
-            token_ids=np.array(token_ids, dtype=np.int32),
+            token_ids=token_ids,
             patches=np.concatenate(patches) if patches else np.zeros((0, self.patch_dim), dtype=np.uint8),
-            grid_thw=grid_thw,
-            spans=tuple(spans),
-            positions=self.positions(len(token_ids), spans, grid_thw, seconds),
+            grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
+            spans=_runs(is_video),
+            positions=np.arange(len(token_ids), dtype=np.int32)[None],
             clip_ids=tuple(clip.clip_id for clip in clips),
-            seconds_per_patch=seconds,
+            seconds_per_patch=tuple(map(self.seconds_per_patch, clips)),
         )
+        return replace(prompt, positions=self.positions(prompt))
+
+    def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> list[int]:
+        """Token ids of the rendered conversation, in which the placeholders of each clip replace the template's one."""
+        turns = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "text", "text": self.escape(part)} if isinstance(part, str) else {"type": self.part_type}
+                    for part in message.content
+                ],
+            }
+            for message in sample.messages
+        ]
+        first, *others = self.render(turns).split(self.placeholder)
+        if len(others) != len(clips):
+            raise UserError(
+                f"{self.folder}: the chat template made {len(others)} video placeholders for {len(clips)} videos"
+            )
+        text = "".join(self.expand(clip, grid) + rest for clip, grid, rest in zip(clips, grids, others, strict=True))
+        # With the special tokens that the tokenizer adds: Mistral's and Llama's texts begin with <s>.
+        return list(self.tokenizer.encode(self.finish(first + text)).ids)
 
     @abstractmethod
-    def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> tuple[list[int], list[Span]]:
-        """Token ids of the rendered conversation with the placeholders of all videos, and the runs of placeholders."""
+    def expand(self, clip: Clip, grid: Grid) -> str:
+        """The text that replaces a clip's placeholder in the rendered conversation."""
+
+    def finish(self, text: str) -> str:
+        """The expanded text as the family's processor changes it."""
+        return text
 
     @abstractmethod
     def n_embeddings(self, grid: Grid) -> int:
         """Number of placeholders of a clip, which is the number of embeddings of the tower."""
 
     @property
-    @abstractmethod
     def smallest_grid(self) -> Grid:
         """Grid of the smallest clip that the tower accepts."""
+        side = self.frame_multiple // self.patch_size
+        return (1, side, side)
 
     @abstractmethod
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """Arguments of the network's forward, from normalised patches [n, patch_dim] and grids [V, 3]."""
 
-    @abstractmethod
-    def positions(
-        self, n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], seconds: Sequence[float]
-    ) -> npt.NDArray[np.int32]:
-        """Rotary positions [3, n_tokens] of a prompt, [1, n_tokens] for families with one axis."""
+    def positions(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        """Rotary positions [3, P] of a prompt; [1, P], which it has already, for families with one axis."""
+        return prompt.positions
 
     def seconds_per_patch(self, clip: Clip) -> float:
         """Seconds between one temporal patch and the next.
@@ -137,17 +162,44 @@ class VisionFamily(ChatFamily):
         blocks = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
         return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
 
-    def render_around(self, sample: Sample, n_videos: int) -> list[str]:
-        """The rendered conversation, split at the placeholder of each video."""
-        turns = [{"role": m.role, "content": [self._part(part) for part in m.content]} for m in sample.messages]
-        pieces = self.render(turns).split(self.placeholder)
-        if len(pieces) != n_videos + 1:
-            raise UserError(
-                f"{self.folder}: the chat template made {len(pieces) - 1} video placeholders for {n_videos} videos"
-            )
-        return pieces
 
-    def _part(self, part: str | MediumRef) -> dict[str, str]:
-        if isinstance(part, MediumRef):
-            return {"type": self.part_type}
-        return {"type": "text", "text": self.escape(part)}
+def _runs(is_video: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
+    """Spans of consecutive True values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_video.astype(np.int8), [0]])))
+    return tuple(Span(int(begin), int(end - begin)) for begin, end in edges.reshape(-1, 2))
+
+
+def rotary_positions(
+    n_tokens: int,
+    spans: Sequence[Span],
+    grid_thw: npt.NDArray[np.int64],
+    merge_size: int,
+    time_steps: Sequence[float] | None = None,
+) -> npt.NDArray[np.int32]:
+    """Return the positions [3, n_tokens] of a prompt as vLLM and transformers 4 count them.
+
+    Text after a video continues at the largest position so far + 1. transformers 5.19 continues at max(height, width)
+    of the video instead and ignores its time axis; the two differ if merged T > max(H, W).
+
+    Args:
+        spans: runs of placeholders, in the order of the prompt.
+        grid_thw: [len(spans), 3] patches of each run.
+        time_steps: [len(spans)] positions between one temporal patch and the next; their product with the patch's
+            index is rounded down. Default 1.
+    """
+    positions = np.empty((3, n_tokens), dtype=np.int32)
+    done, following = 0, 0
+    steps = time_steps if time_steps is not None else [1.0] * len(spans)
+    for span, (t, h, w), step in zip(spans, grid_thw, steps, strict=True):
+        n_text = span.offset - done
+        positions[:, done : span.offset] = following + np.arange(n_text)
+        following += n_text
+        axes = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
+        if axes.shape[1] != span.length:
+            raise ValueError(f"placeholder run of {span.length} tokens for a grid of {axes.shape[1]}")
+        axes[0] = (axes[0] * step).astype(np.int64)
+        done = span.offset + span.length
+        positions[:, span.offset : done] = following + axes
+        following += int(axes.max()) + 1
+    positions[:, done:] = following + np.arange(n_tokens - done)
+    return positions

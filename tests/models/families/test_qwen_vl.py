@@ -13,7 +13,7 @@ from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.families import load_family
 from rlvid.models.families.qwen_vl import Qwen3VL, QwenVL
-from rlvid.models.families.rotary import rotary_positions
+from rlvid.models.families.vision import rotary_positions
 from rlvid.types import Clip, Medium, MediumRef, Message, Sample, Span
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 
