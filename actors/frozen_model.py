@@ -59,13 +59,9 @@ class Reference:
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         """One array [sum R] per group."""
-        import torch
-
         from rlvid.training.micro_batches import score
 
-        device = next(self._policy.parameters()).device
-        with torch.no_grad():
-            return score(lambda row: self._policy(row.to(device))[0], fetch(groups), self._budget)
+        return score(self._policy, fetch(groups), self._budget)
 
     def _copy(self, tensors: Any) -> None:
         parameters = dict(self._policy.network.named_parameters())

@@ -91,7 +91,7 @@ class Supervised:
 
     def score(self, groups: list[Group[Prompt]]) -> list[Any]:
         """What an evaluation keeps of each held-out group: small values that can be pickled."""
-        return [(-float(own.sum()), len(own)) for own in self.worker.learner.logprobs(groups)]
+        return [(-float(own.sum()), len(own)) for own in self.worker.learner.outputs(groups)]
 
     def summarize(self, examples: Sequence[Example], scored: Sequence[Any]) -> Metrics:
         """Metrics of an evaluation, from what `score` kept of each example."""
@@ -176,7 +176,7 @@ class Preferred(Supervised):
 
         objective, scored = objectives.Preferred(self.cfg, 1), []
         groups = self._with_reference(groups, is_kept=True)
-        for group, own in zip(groups, self.worker.learner.logprobs(groups), strict=True):
+        for group, own in zip(groups, self.worker.learner.outputs(groups), strict=True):
             _, stats = objective(torch.from_numpy(own), [group.with_tokens(weights=np.zeros_like(own))])
             scored.append([float(stats[name]) for name in ("pair/accuracy", "pair/margin", "pair/loss")])
         return scored
@@ -209,7 +209,7 @@ class Preferred(Supervised):
         places = {plan.train[i].sample.id: place for place, i in enumerate(plan.batch(step))}
         others = [other_response(plan.train, plan.batch(step), places[g.prompt.sample_id]) for g in groups]
         mismatched = [group_of(g.prompt, [other], family) for g, other in zip(groups, others, strict=True)]
-        policy, reference = self.worker.learner.logprobs(mismatched), self._reference_logprobs(mismatched)
+        policy, reference = self.worker.learner.outputs(mismatched), self._reference_logprobs(mismatched)
         ratios = [float((p - r).sum()) for p, r in zip(policy, reference, strict=True)]
         if self.cfg.is_mean:
             ratios = [x / len(p) for x, p in zip(ratios, policy, strict=True)]
@@ -219,13 +219,9 @@ class Preferred(Supervised):
     def _reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[LogProbs]:
         if self._is_own_reference:
             return self.worker.learner.reference_logprobs(groups)
-        import torch
-
         from rlvid.training.micro_batches import score
 
-        frozen, learner, budget = self._load_frozen(), self.worker.learner, self.worker.cfg.train.micro_batch_tokens
-        with torch.no_grad():
-            return score(lambda row: frozen(row.to(learner.device))[0], groups, budget)
+        return score(self._load_frozen(), groups, self.worker.cfg.train.micro_batch_tokens)
 
     def _load_frozen(self) -> Any:
         from rlvid.models.loading import load_model
@@ -306,8 +302,8 @@ class Regression(RewardModel):
         return groups, objectives.Regression(int(self.worker.sum(len(groups))[0])), {}
 
     def score(self, groups: list[Group[Prompt]]) -> list[Any]:
-        scores = self.worker.learner.scores(groups)
-        return [dict(zip(self.rubric.dims, own.tolist(), strict=True)) for own in scores]
+        scores = self.worker.learner.outputs(groups)
+        return [dict(zip(self.rubric.dims, own[0].tolist(), strict=True)) for own in scores]
 
 
 class BradleyTerry(RewardModel):
@@ -321,7 +317,7 @@ class BradleyTerry(RewardModel):
         return groups, objectives.BradleyTerry(int(self.worker.sum(len(groups))[0])), {}
 
     def score(self, groups: list[Group[Prompt]]) -> list[Any]:
-        return [bool(chosen > rejected) for chosen, rejected in self.worker.learner.scores(groups)]
+        return [bool(chosen > rejected) for chosen, rejected in self.worker.learner.outputs(groups)]
 
     def summarize(self, examples: Sequence[Example], scored: Sequence[Any]) -> Metrics:
         return accuracy_report(scored, [e.sample.problem_type for e in examples]).as_metrics()

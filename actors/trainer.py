@@ -77,7 +77,7 @@ class TrainerRank:
         return self._learner.step(fetch(groups), objective, lr)
 
     def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        return self._learner.logprobs(fetch(groups))
+        return self._learner.outputs(fetch(groups))
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
         return self._learner.reference_logprobs(fetch(groups))

@@ -85,8 +85,7 @@ class RlvidSide:
 
     def groups(self, first: int) -> list[Group]:
         groups = [encode(self.family, self.setting, first + i) for i in range(N_PAIRS)]
-        with torch.no_grad():
-            scores = score(lambda row: self.reference(row)[0], groups, 65536)
+        scores = score(self.reference, groups, 65536)
         return [
             g.with_tokens(ref_logprobs=own, weights=np.zeros_like(own)) for g, own in zip(groups, scores, strict=True)
         ]

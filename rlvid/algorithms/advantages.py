@@ -28,7 +28,7 @@ def group_advantages(
         valid rewards or whose valid rewards are equal.
 
     Raises:
-        ValueError: Not two axes, or an infinite reward.
+        ValueError: An infinite reward.
     """
     valid, has_signal = _valid_and_signal(rewards)
     values = np.where(valid, rewards, 0.0).astype(np.float64)
@@ -52,7 +52,7 @@ def zero_variance_share(rewards: npt.NDArray[np.floating]) -> float:
         Between 0 and 1; nan when there are no groups.
 
     Raises:
-        ValueError: Not two axes, or an infinite reward.
+        ValueError: An infinite reward.
     """
     _, has_signal = _valid_and_signal(rewards)
     return float(1.0 - has_signal.mean()) if has_signal.size else float("nan")
@@ -60,8 +60,6 @@ def zero_variance_share(rewards: npt.NDArray[np.floating]) -> float:
 
 def _valid_and_signal(rewards: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Masks: which rewards are valid [n_groups, group_size]; which groups have two different rewards [n_groups]."""
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must be [n_groups, group_size], got shape {rewards.shape}")
     if np.isinf(rewards).any():
         raise ValueError("a reward is infinite; use nan for a reward that is invalid")
     valid = ~np.isnan(rewards)

@@ -56,42 +56,27 @@ class HeadModel:
     """
 
     def __init__(self, folder: Path, on_gpu: bool = False):
-        import torch
-
         from rlvid.models.loading import load_model
-        from rlvid.training.scorer import PackedScorer
+        from rlvid.training.packing import PackedScorer
 
         self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
-        self._device = torch.device("cuda" if on_gpu else "cpu")
         head = self.rubric.head
         if head is None:
             raise UserError(f"{folder} is a {self.rubric.kind} model: its scores are text")
         scorer = PackedScorer(load_model(folder, "bfloat16" if on_gpu else "float32"), self.family, head)
         head.load(scorer.head, folder)
-        self._scorer = scorer.eval().to(self._device)
+        self._scorer = scorer.eval().to("cuda" if on_gpu else "cpu")
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
         """One score per prompt, or with `responses` (Bradley-Terry) one per response."""
-        import torch
-
         from rlvid.training.batch import Group
         from rlvid.training.micro_batches import score
 
         encoded = [tuple(self.family.encode_answer(r) for r in own) for own in responses] or [()] * len(prompts)
         groups = [Group(p, p.cost, ids) for p, ids in zip(prompts, encoded, strict=True)]
-        width = len(self.rubric.dims)
-        with torch.no_grad():
-            values = score(
-                lambda row: self._scorer(row.to(self._device))[0].flatten(),
-                groups,
-                BUDGET,
-                size=lambda g: width * max(1, len(g.responses)),
-            )
-        return [
-            [Scored(dict(zip(self.rubric.dims, row, strict=True))) for row in v.reshape(-1, width).tolist()]
-            for v in values
-        ]
+        values = score(self._scorer, groups, BUDGET)
+        return [[Scored(dict(zip(self.rubric.dims, row, strict=True))) for row in v.tolist()] for v in values]
 
 
 class TextModel:

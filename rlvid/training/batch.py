@@ -53,9 +53,7 @@ class Group(Generic[P]):
 
     def with_prompt(self, prompt: Q) -> Group[Q]:
         """The same group with its prompt in another form."""
-        return Group(
-            prompt, self.prompt_cost, self.responses, self.tokens, self.targets, self.temperature, self.unit_size
-        )
+        return replace(self, prompt=prompt)  # type: ignore[return-value, arg-type]
 
     def with_tokens(self, **arrays: Array) -> Group[P]:
         """The same group with more arrays per response token."""

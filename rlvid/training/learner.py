@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,8 @@ from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter,
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import Objective
-from rlvid.training.packing import PackedPolicy, pack
+from rlvid.training.packing import PackedPolicy, PackedScorer, pack
 from rlvid.training.parameters import NamedTensor, Part, in_parts, whole_shape
-from rlvid.training.scorer import PackedScorer
 from rlvid.types import Prompt
 
 # DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: this says that none can be compiled.
@@ -121,15 +120,17 @@ class Learner:
             # Collectives need the same number of micro-batches on every rank: one with fewer repeats its last row, with
             # zero weight.
             row = rows[min(i, len(rows) - 1)]
-            logprobs, entropy = self.engine(pack(row).to(self.device))
-            loss, stats = objective(logprobs, row)
+            outputs, entropy = self.engine(pack(row).to(self.device))
+            loss, stats = objective(outputs, row)
             is_counted = i < len(rows)
             # DeepSpeed averages gradients over ranks; the weights already average over the whole mini-batch.
             scale = float(self.world_size if is_counted else 0)
             # A loss that is not finite makes all gradients nan, so that every rank sees it in their common norm.
             self.engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
             if is_counted:
-                for name, value in {**stats, "entropy": entropy.sum()}.items():
+                n_outputs = torch.tensor(len(outputs))
+                stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": n_outputs}
+                for name, value in stats.items():
                     sums[name] += value.to(self.device)
         self.engine.step()
         means, norm = self._means(sums), self._last_grad_norm()
@@ -148,43 +149,28 @@ class Learner:
             )
         return float(self._skipped_in_a_row > 0)
 
-    def logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probs of every response token under the current weights: one array [sum R] per group."""
-        return self._outputs(groups, lambda group: group.n_tokens)
+    def outputs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
+        """Log-probs [sum R] of each group's response tokens under the current weights.
 
-    def scores(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        """Scores [D] of each group's prompt, or [G * D] of its responses one after another."""
-        assert self._head is not None
-        width = len(self._head.outputs)
-        return self._outputs(groups, lambda group: width * max(1, len(group.responses)))
-
-    @torch.no_grad()
-    def _outputs(
-        self, groups: Sequence[Group[Prompt]], size: Callable[[Group[Prompt]], int]
-    ) -> list[npt.NDArray[np.float32]]:
-        """The first output of the policy for each group, `size(group)` values."""
+        Of a model with a head the scores [G, D] of each group's responses, or [1, D] of its prompt.
+        """
         self.engine.eval()
-        forward = lambda row: self.engine(row.to(self.device))[0].flatten()  # noqa: E731
-        budget, is_shared = self.cfg.micro_batch_tokens, self.cfg.shared_prefix
-        values = score(forward, groups, budget, is_shared, rounds=self._most, size=size)
+        values = score(self.engine, groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix, rounds=self._most)
         self.engine.train()
         return values
 
     def reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
         """Log-probs under the reference, which is this model with its adapters off, or as `freeze_reference` left them.
 
-        Raises:
-            RuntimeError: the whole model is trained, so its reference is another model.
+        Without adapters the reference is another model.
         """
-        if self.lora is None:
-            raise RuntimeError("without adapters the reference is no part of the trainer")
         if not self._reference:
             with adapters_off(self.policy.network):
-                return self.logprobs(groups)
+                return self.outputs(groups)
         present = self._adapters()
         self._put_adapters(self._reference)
         try:
-            return self.logprobs(groups)
+            return self.outputs(groups)
         finally:
             self._put_adapters(present)
 

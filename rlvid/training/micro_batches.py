@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
+from torch import nn
 
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedRow, pack
+from rlvid.training.packing import pack
 from rlvid.types import Prompt
 
 
@@ -40,32 +41,32 @@ def micro_batches(groups: Sequence[Group[Prompt]], budget: int, is_shared: bool 
     return [[parts[i] for i in row] for row in pack_into_rows([p.cost for p in parts], budget)]
 
 
+@torch.no_grad()
 def score(
-    logprobs: Callable[[PackedRow], Tensor],
+    model: nn.Module,
     groups: Sequence[Group[Prompt]],
     budget: int,
     is_shared: bool = True,
     rounds: Callable[[int], int] = lambda n: n,
-    size: Callable[[Group[Prompt]], int] = lambda group: group.n_tokens,
 ) -> list[npt.NDArray[np.float32]]:
-    """Log-probs of all response tokens: one array [sum R] per group.
+    """The model's outputs for each group: log-probs [sum R] of a policy, scores [S, D] of a model with a head.
 
     Args:
-        logprobs: a row -> log-probs [M] of its response tokens.
-        rounds: number of rows -> number of calls of `logprobs`. Ranks meet in collectives, so a rank with fewer rows
+        model: `PackedPolicy`, `PackedScorer`, or an engine around one.
+        rounds: number of rows -> number of calls of `model`. Ranks meet in collectives, so a rank with fewer rows
             than another repeats its last one.
-        size: the number of values of a group.
     """
     parts = [(g, part) for g, group in enumerate(groups) for part in group.cut(budget if is_shared else 0)]
     rows = pack_into_rows([part.cost for _, part in parts], budget)
     values: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(parts)
+    device = next(model.parameters()).device
     for i in range(rounds(len(rows))):
         row = rows[min(i, len(rows) - 1)]
         chosen = [parts[j][1] for j in row]
-        flat = logprobs(pack(chosen)).float().cpu().numpy()
-        ends = np.cumsum([size(part) for part in chosen])[:-1]
-        for j, own in zip(row, np.split(flat, ends), strict=True):
-            values[j] = own
+        output = model(pack(chosen).to(device))[0]
+        sizes = [part.n_tokens if output.ndim == 1 else max(1, len(part.responses)) for part in chosen]
+        for j, own in zip(row, output.float().cpu().split(sizes), strict=True):
+            values[j] = own.numpy()
     of_group: list[list[npt.NDArray[np.float32]]] = [[] for _ in groups]
     for (g, _), own in zip(parts, values, strict=True):
         of_group[g].append(own)

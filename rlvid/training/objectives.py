@@ -1,8 +1,8 @@
 """What a step minimises, on the flat response tokens of one micro-batch.
 
 Each objective returns a loss that is summed over micro-batches (token weights make the sum the mini-batch's average)
-and statistics that are summed too: `<name>` over tokens, with `tokens` to divide by, `pair/<name>` over pairs, with
-`pairs` to divide by. `needs` names the arrays of a batch that it reads; `Learner.step` checks that they are there.
+and statistics that are summed too: `<name>` over tokens, `pair/<name>` over pairs, with `pairs` to divide by.
+`Learner.step` adds the loss and the number of tokens, and checks that the arrays named in `needs` are there.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Supervised:
     needs = ("weights",)
 
     def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
-        weights = flat(groups, "weights", logprobs)
-        loss = -(weights * logprobs).sum()
-        return loss, {"loss": loss.detach(), "tokens": torch.tensor(float(len(logprobs)))}
+        return -(flat(groups, "weights", logprobs) * logprobs).sum(), {}
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ class Grpo:
             kl = ESTIMATORS[self.cfg.kl_estimator](logprobs, flat(groups, "ref_logprobs", logprobs))
             per_token = per_token + self.cfg.kl_coef * kl
             sums["kl"] = kl.detach().sum()
-        loss = (weights * per_token).sum()
-        return loss, sums | {"loss": loss.detach()}
+        return (weights * per_token).sum(), sums
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,7 @@ class Preferred:
             "length_rejected": sizes[:, 1],
         }
         sums = {f"pair/{name}": values.sum() for name, values in pairs.items()}
-        sums |= {"pairs": torch.tensor(float(len(losses))), "tokens": torch.tensor(float(len(logprobs)))}
-        return loss, sums | {"loss": loss.detach()}
+        return loss, sums | {"pairs": torch.tensor(float(len(losses)))}
 
     def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         cfg, both = self.cfg, (chosen, rejected, self.cfg.beta)
@@ -156,9 +152,7 @@ class Regression:
 
     def __call__(self, scores: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
         error = scores - flat(groups, "labels", scores).view(scores.shape)
-        loss = error.square().mean(1).sum() / self.n_prompts
-        sums = {"error": error.detach().abs().mean(1).sum(), "tokens": torch.tensor(float(len(scores)))}
-        return loss, sums | {"loss": loss.detach()}
+        return error.square().mean(1).sum() / self.n_prompts, {"error": error.detach().abs().mean(1).sum()}
 
 
 @dataclass(frozen=True)
@@ -171,11 +165,9 @@ class BradleyTerry:
     def __call__(self, scores: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
         chosen, rejected = scores.view(-1, 2).unbind(1)
         margin = chosen - rejected
-        loss = -F.logsigmoid(margin).sum() / self.n_pairs
         sums = {
             "pair/margin": margin.detach().sum(),
             "pair/accuracy": (margin.detach() > 0).float().sum(),
             "pairs": torch.tensor(float(len(margin))),
-            "tokens": torch.tensor(float(len(scores))),
         }
-        return loss, sums | {"loss": loss.detach()}
+        return -F.logsigmoid(margin).sum() / self.n_pairs, sums

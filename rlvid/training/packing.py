@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from rlvid.models.attention import SharedPrefixLayout
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
+from rlvid.models.heads import Head
 from rlvid.training.batch import Group
 from rlvid.types import Prompt
 
@@ -172,3 +173,23 @@ class PackedPolicy(nn.Module):
             return chosen, chosen.new_zeros(0)
         all_logprobs = logprobs.detach()
         return chosen, -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
+
+
+class PackedScorer(nn.Module):
+    """The network and a head on the last token: VideoScore's regression, or Bradley-Terry with one output.
+
+    Which token is last follows from the layout of the row, not from a padding id: nothing is padded. (Upstream searches
+    for the first padding id, which is wrong where that id occurs in the text.)
+    """
+
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, head: Head):
+        super().__init__()
+        self.network = network
+        self.family = family
+        self.head = head.build(network.config.get_text_config().hidden_size, network.dtype)
+
+    def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """Scores [S, D] float32 at the row's ends. The second is empty, where the policy has its entropy."""
+        hidden = hidden_states(self.network, self.family, row)[row.ends]
+        scores = self.head(hidden).float()
+        return scores, scores.new_zeros(0)

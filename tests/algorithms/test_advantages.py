@@ -67,8 +67,6 @@ def test_no_groups_give_no_advantages() -> None:
     assert math.isnan(zero_variance_share(empty))
 
 
-def test_infinite_rewards_and_other_shapes_are_refused() -> None:
+def test_infinite_rewards_are_refused() -> None:
     with pytest.raises(ValueError, match="infinite"):
         group_advantages(np.array([[1.0, float("inf")]]), normalise_std=True)
-    with pytest.raises(ValueError, match="n_groups, group_size"):
-        group_advantages(np.array([1.0, 2.0]), normalise_std=True)

@@ -37,7 +37,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     again = learner.step(mine, Supervised(), lr=1e-3)
     learner.load(checkpoint)
     after = [b.digest() for b in to_buckets(learner.weight_parts(2**19))]
-    logprobs = np.concatenate(learner.logprobs(mine)).tolist()
+    logprobs = np.concatenate(learner.outputs(mine)).tolist()
     learner.export(folder / f"export-{stage}-{world_size}", model)
     return {
         "losses": [s["loss"] for s in stats],

@@ -31,10 +31,10 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     def first(values: list[np.ndarray]) -> list[float]:
         return [float(x) for x in values[0]]  # of the group that rank 0 has in any case
 
-    base = first(learner.logprobs(mine))
+    base = first(learner.outputs(mine))
     learner.freeze_reference()  # the adapters change nothing yet: the reference is the base model
     stats = [learner.step(mine, Supervised(), lr=1e-2) for _ in range(3)]
-    moved, off = first(learner.logprobs(mine)), first(learner.reference_logprobs(mine))
+    moved, off = first(learner.outputs(mine)), first(learner.reference_logprobs(mine))
     checkpoint = folder / f"checkpoint-{stage}-{world_size}"
     learner.save(checkpoint)
     learner.freeze_reference()
@@ -42,7 +42,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     dist.barrier()
     stats.append(learner.step(mine, Supervised(), lr=1e-2))
     learner.load_reference(folder / f"reference-{stage}-{world_size}.safetensors")
-    frozen, after = first(learner.reference_logprobs(mine)), first(learner.logprobs(mine))
+    frozen, after = first(learner.reference_logprobs(mine)), first(learner.outputs(mine))
     learner.load(checkpoint)
     again = learner.step(mine, Supervised(), lr=1e-2)
     sent = [name for part, _ in learner.weight_parts(2**26) for name, _ in part]

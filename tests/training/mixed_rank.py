@@ -33,6 +33,6 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     ]
     mine = groups[rank::world_size]
     stats = [learner.step(mine, Supervised(), lr=1e-3) for _ in range(3)]
-    logprobs = [values.tolist() for values in learner.logprobs(mine)]
+    logprobs = [values.tolist() for values in learner.outputs(mine)]
     losses, norms = [s["loss"] for s in stats], [s["grad_norm"] for s in stats]
     return {"losses": losses, "grad_norms": norms, "logprobs": logprobs}

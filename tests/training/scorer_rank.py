@@ -26,7 +26,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     groups = [Group(p, p.cost, targets={"labels": x}) for p, x in zip(prompts, labels, strict=True)]
     mine = groups[rank::world_size]  # 3 and 2 groups: the ranks do not have as many micro-batches
     stats = [learner.step(mine, Regression(5), lr=1e-3) for _ in range(4)]
-    scores = np.concatenate(learner.scores(mine)).tolist()
+    scores = np.concatenate(learner.outputs(mine)).flatten().tolist()
     export = folder / f"export-{stage}-{world_size}"
     learner.export(export, model)
     if rank == 0:

@@ -63,25 +63,22 @@ def test_group_above_the_budget_is_cut_between_responses(groups: list[Group[Prom
 def test_budget_and_cuts_change_no_logprob(groups: list[Group[Prompt]], tiny_model: Path) -> None:
     policy = PackedPolicy(load_model(tiny_model, "float32"), load_family(tiny_model))
 
-    @torch.no_grad()
-    def scored(budget: int, is_shared: bool = True) -> list[np.ndarray]:
-        return score(lambda row: policy(row)[0], groups, budget, is_shared)
-
-    whole = scored(10**6)
+    whole = score(policy, groups, 10**6)
     assert [len(values) for values in whole] == [15, 5, 18]
-    for other in (scored(groups[2].prompt.cost + 11), scored(1), scored(10**6, is_shared=False)):
-        for a, b in zip(whole, other, strict=True):
+    for budget, is_shared in ((groups[2].prompt.cost + 11, True), (1, True), (10**6, False)):
+        for a, b in zip(whole, score(policy, groups, budget, is_shared), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_ranks_with_fewer_rows_repeat_one(groups: list[Group[Prompt]]) -> None:
     seen = []
 
-    def logprobs(row) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        seen.append(len(row.target))
-        return torch.arange(len(row.target))
+    class Policy(torch.nn.Linear):
+        def forward(self, row) -> tuple[torch.Tensor]:  # type: ignore[no-untyped-def,override]
+            seen.append(len(row.target))
+            return (torch.arange(len(row.target)),)
 
-    values = score(logprobs, groups[:2], 10**6, rounds=lambda n: n + 2)
+    values = score(Policy(1, 1), groups[:2], 10**6, rounds=lambda n: n + 2)
     assert seen == [20, 20, 20]
     assert values[0].tolist() == list(range(15)) and values[1].tolist() == list(range(15, 20))
 
