@@ -11,7 +11,6 @@ from typing import Any
 
 from rlvid.errors import BadClip, UserError
 from rlvid.reporting.console import Console
-from rlvid.rewards.videoscore import mean_score
 from rlvid.types import Medium
 
 CACHE_BYTES = 2**30
@@ -56,7 +55,8 @@ def score(
                 rows.append({**row, "reason": one.reason})
                 continue
             ranked_by = one.soft or one.scores
-            row |= {"mean": mean_score(ranked_by, rubric.dims), "scores": one.scores}
+            mean = sum(ranked_by.values()) / len(ranked_by)  # over dimensions, as upstream ranks
+            row |= {"mean": mean, "scores": one.scores}
             rows.append(row | ({"soft": one.soft} if one.soft else {}))
     rows.sort(key=lambda row: -row.get("mean", float("-inf")))
     return [{"rank": i if "mean" in row else None, **row} for i, row in enumerate(rows, start=1)]

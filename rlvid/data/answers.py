@@ -7,8 +7,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from rlvid.data.items import Refused
-from rlvid.rewards.answers import read_choice
-from rlvid.rewards.choices import MAX_CHOICES, choices_meant
+from rlvid.rewards.answers import MAX_CHOICES, choices_meant, read_choice
 
 _TAGGED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 

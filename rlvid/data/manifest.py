@@ -25,7 +25,7 @@ from rlvid.data.answers import read_answer, read_choices
 from rlvid.data.items import Refused, kind_of, read_items, refuse_all
 from rlvid.data.row_media import MEDIA_FIELDS, PLACEHOLDER, READ_AS, MediaReader, check_unread, read_part
 from rlvid.errors import UserError
-from rlvid.rewards.choices import bring_letters, choice_lines
+from rlvid.rewards.answers import bring_letters, choice_lines
 from rlvid.types import Medium, MediumRef, Message, Sample
 
 ROLES = ("system", "user", "assistant")

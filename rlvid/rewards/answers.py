@@ -1,5 +1,7 @@
 """Reads an answer out of a response: where it is, and which text, choice or number it names.
 
+Choices have letters: A is the first one, Z the last one possible.
+
 The accepted forms are the tables of docs/rewards.md, which the tests read. Responses are untrusted text: nothing is
 evaluated, and no response, however long or odd, takes long to read.
 """
@@ -12,6 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+MAX_CHOICES = len(ascii_uppercase)
 # A longer answer is wrong unread. unicodedata.normalize is quadratic in combining marks: 52 s for 200,000 of them.
 MAX_ANSWER_CHARS = 4096
 
@@ -173,3 +176,26 @@ def _without_markup(text: str) -> str:
 def _is_in(text: str, line: str) -> bool:
     """Whether `text` is in `line` as words of its own."""
     return bool(text) and re.search(rf"(?<![{_LATIN}]){re.escape(text)}(?![{_LATIN}])", line) is not None
+
+
+def choice_lines(choices: Sequence[str]) -> str:
+    """The choices as the policy reads them, one per line: "A. red" and so on."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+
+
+def bring_letters(choices: Sequence[str]) -> bool:
+    """Whether every choice begins with its own letter already: "A. red", "(B) blue" (as Video-R1's options do)."""
+    pairs = zip(ascii_uppercase, choices, strict=False)
+    return all(re.match(rf"\s*\(?{letter}[.):]", choice) for letter, choice in pairs)
+
+
+def choices_meant(answer: str, choices: Sequence[str]) -> frozenset[str]:
+    """Texts of the choices that the sample's answer can mean: the one with this text and the one with this letter.
+
+    Empty when it means none. Two when it is a letter that is also the text of another choice: then it is ambiguous.
+    """
+    answer = answer.strip()
+    meant = {choice for choice in choices if choice.strip() == answer}
+    if len(answer) == 1 and answer.upper() in ascii_uppercase[: len(choices)]:
+        meant.add(choices[ascii_uppercase.index(answer.upper())])
+    return frozenset(meant)

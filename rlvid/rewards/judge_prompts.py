@@ -23,7 +23,6 @@ _TAG_START = re.compile(r"<(?=\s*/?\s*[A-Za-z_])")
 class Template:
     """A prompt with named fields, all of them data."""
 
-    name: str
     text: str  # with fields as in str.format
 
     def fill(self, **fields: str) -> str:
@@ -49,15 +48,12 @@ _PAIR = (
     "Say first what the right answer is, then end with <choice>1</choice> or <choice>2</choice>."
 )
 _CONTEXT = "<video_description> {context} </video_description>\n"
-PAIR = Template("pair", _PAIR % "")
-PAIR_WITH_CONTEXT = Template("pair_with_context", _PAIR % _CONTEXT)
-
-DESCRIBE = Template("describe", "Describe the video in detail.")
+PAIR = Template(_PAIR % "")
+PAIR_WITH_CONTEXT = Template(_PAIR % _CONTEXT)
+DESCRIBE = Template("Describe the video in detail.")
 REFINE = Template(
-    "refine",
-    _CONTEXT + "Describe the video in detail: correct what is wrong in this description, add what it lacks.",
+    _CONTEXT + "Describe the video in detail: correct what is wrong in this description, add what it lacks."
 )
-
 
 TIMED_OUT = "no answer within"  # the failure of a time-out begins with this
 
@@ -142,10 +138,7 @@ def with_context(sample: Sample, context: str) -> Sample:
     if not context:
         return sample
     *before, last = sample.messages
-    shown, parts = _CONTEXT.format(context=as_data(context)), list(last.content)
-    texts = [i for i, part in enumerate(parts) if isinstance(part, str)]
-    if texts:
-        parts[texts[-1]] = f"{shown}{parts[texts[-1]]}"
-    else:
-        parts.append(shown)
+    parts = list(last.content)
+    at = next((i for i in reversed(range(len(parts))) if isinstance(parts[i], str)), len(parts))
+    parts.insert(at, _CONTEXT.format(context=as_data(context)))
     return replace(sample, messages=(*before, Message(last.role, tuple(parts))))

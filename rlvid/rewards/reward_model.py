@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlvid.config import RolloutConfig, VideoConfig
-from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.vision import VisionFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
 from rlvid.types import Medium, Message, Prompt, Rollout, Sample
 
@@ -52,7 +50,7 @@ class HeadModel:
     """A regression or Bradley-Terry model: scores from one forward.
 
     Raises:
-        UserError: `folder` holds no reward model with a head.
+        UserError: `folder` holds no reward model, or its head cannot be read.
     """
 
     def __init__(self, folder: Path, on_gpu: bool = False):
@@ -62,8 +60,7 @@ class HeadModel:
         self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
         head = self.rubric.head
-        if head is None:
-            raise UserError(f"{folder} is a {self.rubric.kind} model: its scores are text")
+        assert head is not None
         scorer = PackedScorer(load_model(folder, "bfloat16" if on_gpu else "float32"), self.family, head)
         head.load(scorer.head, folder)
         self._scorer = scorer.eval().to("cuda" if on_gpu else "cpu")
@@ -92,7 +89,7 @@ class TextModel:
         self._max_tokens = max_tokens
         dtype = "bfloat16" if on_gpu else "float32"
         self._engine: VllmEngine | PlainEngine
-        if self.family.vllm_module is None and isinstance(self.family, VisionFamily):
+        if self.family.vllm_module is None:
             from rlvid.models.loading import load_model
             from rlvid.rollout.hf_engine import PlainEngine
 
@@ -100,7 +97,7 @@ class TextModel:
             return
         from rlvid.rollout.vllm_engine import VllmEngine
 
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = self.family.config
         longest = config.get("text_config", config).get("max_position_embeddings", 8192)
         cfg = RolloutConfig(max_model_len=min(16384, longest), max_tokens=max_tokens)
         self._engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
@@ -141,14 +138,8 @@ class TextModel:
 
 def token_at(family: ChatFamily, token_ids: Sequence[int], offset: int) -> int:
     """Index of the token that writes character `offset` of the decoded text."""
-    low, high = 0, len(token_ids) - 1
-    while low < high:  # the decoded length grows with the tokens; a response has hundreds of them
-        middle = (low + high) // 2
-        if len(family.decode(token_ids[: middle + 1])) > offset:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    # the decoded length grows with the tokens
+    return bisect_right(range(len(token_ids)), offset, key=lambda i: len(family.decode(token_ids[: i + 1])))
 
 
 def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
@@ -166,4 +157,5 @@ def load_reward_model(folder: Path, on_gpu: bool = False) -> HeadModel | TextMod
     Raises:
         UserError: `folder` holds no reward model.
     """
-    return (HeadModel if Rubric.load(folder / RUBRIC_FOLDER).has_head else TextModel)(folder, on_gpu)
+    has_head = Rubric.load(folder / RUBRIC_FOLDER).head is not None
+    return (HeadModel if has_head else TextModel)(folder, on_gpu)

@@ -10,14 +10,7 @@ from collections.abc import Sequence
 
 from rlvid.config import AnswerPart, FormatPart, LengthPart, ModelPart, NumberPart, RewardPart
 from rlvid.errors import UserError
-from rlvid.rewards.answers import (
-    MAX_ANSWER_CHARS,
-    answer_text,
-    normalise,
-    read_choice,
-    read_number,
-)
-from rlvid.rewards.choices import choices_meant
+from rlvid.rewards.answers import MAX_ANSWER_CHARS, answer_text, choices_meant, normalise, read_choice, read_number
 from rlvid.rewards.part import Group, Kind, NoReward, Part, Values
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 
@@ -122,16 +115,14 @@ def make_parts(rewards: Sequence[RewardPart]) -> list[Part]:
     return [Part(cfg, KINDS[cfg.kind]) for cfg in rewards]
 
 
-def check_rewards(rewards: Sequence[RewardPart]) -> list[Part]:
-    """The configured parts, after a look at the files that they name.
+def check_rewards(rewards: Sequence[RewardPart]) -> None:
+    """Look at the files that the configured parts name.
 
     Raises:
         UserError: a part cannot be used.
     """
-    parts = make_parts(rewards)
-    for index, part in enumerate(parts):
+    for index, part in enumerate(make_parts(rewards)):
         try:
             part.kind.check(part.cfg)
         except UserError as e:
             raise UserError(f"rewards.{index} ({part.name}): {e}") from e
-    return parts

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvid.config import DIMS, DIMS2, RewardModelJobConfig
+from rlvid.config import DIMS, RewardModelJobConfig
 from rlvid.errors import UserError
 from rlvid.types import Message, Sample
 
@@ -30,13 +30,13 @@ RUBRIC_FOLDER = "reward_model"  # in an exported checkpoint: rubric.json and, wh
 CAPTION_BEGINS, CAPTION_ENDS = 'the text prompt is "', '",\nall the frames of video are as follows:'
 
 _INTEGER_SCALE = """\
-For each dimension, output a number from [1,2,3,4],{s}
-in which '1' means 'Bad', '2' means 'Average', '3' means 'Good',{s}
+For each dimension, output a number from [1,2,3,4],\x20
+in which '1' means 'Bad', '2' means 'Average', '3' means 'Good',\x20
 '4' means 'Real' or 'Perfect' (the video is like a real video)
 """
 _FLOAT_SCALE = """\
 for each dimension, output a float number from 1.0 to 4.0,
-the higher the number is, the better the video performs in that sub-score,{s}
+the higher the number is, the better the video performs in that sub-score,\x20
 the lowest 1.0 means Bad, the highest 4.0 means Perfect/Real (the video is like a real video)
 """
 _FIVE = """
@@ -52,7 +52,7 @@ then give scores from 5 different dimensions:
 {scale}Here is an output example:
 {example}
 
-For this video, {begins}{caption}{ends}{after}
+For this video, {caption}
 """
 _THREE = """
 Judge this AI-generated video and the text it was generated from in 3 dimensions:
@@ -67,12 +67,29 @@ Reason first, inside <think> and </think>. Then give each dimension a whole numb
 
 The text is "{caption}".
 """
-_THOUGHT = re.compile(
-    r"\s*<think>(?:(?!</?think>).)*</think>\s*"
-    + r"\s*".join(rf"\({i}\) {re.escape(d)}: ([0-9])" for i, d in enumerate(DIMS2, 1))
-    + r"\s*",
-    re.DOTALL,
-)
+_THOUGHT = r"<think>(?:(?!</?think>).)*</think>\s*"
+
+
+def _five(temporal: str, scale: str, values: tuple[float, ...], gap: str = "", after: str = "") -> str:
+    example = "\n".join(f"{name}: {value}" for name, value in zip(DIMS, values, strict=True))
+    caption = CAPTION_BEGINS + "{caption}" + CAPTION_ENDS + after
+    return _FIVE.format(temporal=temporal, scale=scale, example=example, gap=gap, caption=caption)
+
+
+# VideoScore's two are equal to the character to those of VideoFeedback's items (integer) and of upstream's inference
+# (float), odd spaces included: the released weights were trained on them.
+TEMPLATES = {
+    "question": "{caption}",
+    "integer": _five(
+        "the consistency of objects or humans in video", _INTEGER_SCALE, (4, 4, 3, 1, 2), gap=" ", after=" \n"
+    ),
+    "float": _five(
+        "both the consistency of objects or humans and the smoothness of motion or movements",
+        _FLOAT_SCALE,
+        (3.2, 2.7, 4.0, 2.3, 1.8),
+    ),
+    "thinking": _THREE,
+}
 
 
 class NoScore(ValueError):
@@ -97,26 +114,19 @@ class Rubric:
         return cls(part.kind, part.names, *part.bounds, part.template, cfg.video.model_dump(mode="json"))
 
     @property
-    def has_head(self) -> bool:
-        """Whether scores are numbers from a head on the last token. Otherwise they are text."""
-        return self.kind in ("regression", "bradley_terry")
-
-    @property
     def head(self) -> Head | None:
-        """The head, if scores are not text. It starts at the middle of the scale: the first loss is the labels'
-        spread around it."""
+        """A head on the last token whose outputs are the scores; None where scores are text.
+
+        It starts at the middle of the scale: the first loss is the labels' spread around it.
+        """
         from rlvid.models.heads import Head  # imports torch
 
-        middle = 0.0 if self.kind == "bradley_terry" else (self.low + self.high) / 2
-        return Head(self.dims, middle) if self.has_head else None
+        middle = {"bradley_terry": 0.0, "regression": (self.low + self.high) / 2}
+        return Head(self.dims, middle[self.kind]) if self.kind in middle else None
 
     def question(self, caption: str) -> str:
-        """The text after the video. With the template `question` it is the caption alone."""
-        if self.template == "question":
-            return caption
-        if self.template == "thinking":
-            return _THREE.format(caption=escape(caption))
-        return five_scores_question(escape(caption), is_float=self.template == "float")
+        """The text after the video, with the caption escaped. With the template `question` it is the caption alone."""
+        return TEMPLATES[self.template].format(caption=caption if self.template == "question" else escape(caption))
 
     def graded(self, sample: Sample) -> Sample:
         """`sample` with this rubric's prompt around its caption (the manifest's field `prompt`).
@@ -178,10 +188,13 @@ class Rubric:
         Raises:
             NoScore: anything else. Upstream takes the first five ": <digits>" of any text and 0 where there are fewer.
         """
-        lines = (rf"{re.escape(name)}: ([0-9])" for name in self.dims)
-        form = _THOUGHT if self.kind == "thinking" else re.compile(r"\s*" + r"[^\S\n]*\n[^\S\n]*".join(lines) + r"\s*")
-        match = form.fullmatch(text)
-        if match is None or len(match.groups()) != len(self.dims):
+        lines = [f"{re.escape(name)}: ([0-9])" for name in self.dims]
+        if self.kind == "thinking":
+            form = _THOUGHT + r"\s*".join(rf"\({i}\) {line}" for i, line in enumerate(lines, 1))
+        else:
+            form = r"[^\S\n]*\n[^\S\n]*".join(lines)
+        match = re.fullmatch(rf"\s*{form}\s*", text, re.DOTALL)
+        if match is None:
             raise NoScore(f"not the form of a score text: {text[:80]!r}")
         found = zip(self.dims, map(int, match.groups()), strict=True)
         return dict(zip(self.dims, self.scores(dict(found)), strict=True))
@@ -210,27 +223,6 @@ class Rubric:
             ) from e
 
 
-def five_scores_question(caption: str, is_float: bool = False) -> str:
-    """VideoScore's prompt around an escaped caption.
-
-    Equal to the character to those of VideoFeedback's items (integer) and of upstream's inference (float), odd spaces
-    included: the released weights were trained on them.
-    """
-    values = ("3.2", "2.7", "4.0", "2.3", "1.8") if is_float else ("4", "4", "3", "1", "2")
-    return _FIVE.format(
-        gap="" if is_float else " ",
-        temporal="both the consistency of objects or humans and the smoothness of motion or movements"
-        if is_float
-        else "the consistency of objects or humans in video",
-        scale=(_FLOAT_SCALE if is_float else _INTEGER_SCALE).format(s=" "),
-        example="\n".join(f"{name}: {value}" for name, value in zip(DIMS, values, strict=True)),
-        begins=CAPTION_BEGINS,
-        caption=caption,
-        ends=CAPTION_ENDS,
-        after="" if is_float else " \n",
-    )
-
-
 def escape(caption: str) -> str:
     """A caption cannot end its quotation: quotes become single ones, line ends spaces."""
     return " ".join(caption.replace('"', "'").split())
@@ -247,8 +239,3 @@ def soft_score(chosen: int, logprobs: Mapping[int, float]) -> float:
     top = max(logprobs.values())
     weights = {score: math.exp(value - top) for score, value in logprobs.items()}
     return chosen * weights[chosen] / sum(weights.values())
-
-
-def mean_score(scores: Mapping[str, float], dims: Sequence[str]) -> float:
-    """The one number by which videos are ranked: the mean over dimensions, as upstream ranks."""
-    return sum(scores[name] for name in dims) / len(dims)

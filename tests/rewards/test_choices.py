@@ -1,6 +1,6 @@
 import pytest
 
-from rlvid.rewards.choices import bring_letters, choice_lines, choices_meant
+from rlvid.rewards.answers import bring_letters, choice_lines, choices_meant
 
 
 def test_choices_are_lettered_one_a_line() -> None:

@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 
+from rlvid.config import DIMS, DIMS2
 from rlvid.errors import UserError
-from rlvid.rewards.videoscore import (
-    CAPTION_ENDS,
-    DIMS,
-    DIMS2,
-    NoScore,
-    Rubric,
-    five_scores_question,
-    mean_score,
-    soft_score,
-)
+from rlvid.rewards.videoscore import CAPTION_ENDS, TEMPLATES, NoScore, Rubric, soft_score
 from rlvid.types import Medium, MediumRef, Message, Sample
 
 ITEMS = Path(__file__).parents[3] / "shared" / "data" / "videoscore" / "mantis_classification" / "train.json"
@@ -41,11 +33,11 @@ It falls up.</think>
 def test_integer_prompt_is_that_of_videofeedback_to_the_character() -> None:
     for item in json.loads(ITEMS.read_text()):
         caption = item["prompt"].split('text prompt is "')[1].split('",\n')[0]
-        assert five_scores_question(caption) == item["prompt"]
+        assert TEMPLATES["integer"].format(caption=caption) == item["prompt"]
 
 
 def test_float_prompt_differs_in_scale_and_example() -> None:
-    text = five_scores_question("a cat", is_float=True)
+    text = TEMPLATES["float"].format(caption="a cat")
     assert "float number from 1.0 to 4.0" in text and "visual quality: 3.2" in text and "smoothness of motion" in text
     assert text.endswith('"a cat",\nall the frames of video are as follows:\n')
 
@@ -147,7 +139,7 @@ def test_graded_sample_has_the_rubrics_prompt_and_answer() -> None:
         extra={"prompt": "a cat", "labels": LABELS},
     )
     graded = FIVE.graded(sample)
-    assert graded.messages[-1].content == (MediumRef(0), five_scores_question("a cat")) and graded.answer == TEXT
+    assert graded.messages[-1].content == (MediumRef(0), FIVE.question("a cat")) and graded.answer == TEXT
     with pytest.raises(NoScore, match="prompt"):
         FIVE.graded(Sample("s", (), sample.messages, "", extra={"labels": LABELS}))
     with pytest.raises(NoScore, match="it has no video"):
@@ -166,7 +158,3 @@ def test_rubric_is_kept_beside_the_model(tmp_path: Path) -> None:
     assert Rubric.load(tmp_path) == rubric
     with pytest.raises(UserError, match="rlvid reward-model"):
         Rubric.load(tmp_path / "absent")
-
-
-def test_videos_are_ranked_by_the_mean() -> None:
-    assert mean_score({"b": 4.0, "a": 1.0}, ("a", "b")) == 2.5

@@ -15,7 +15,7 @@ from rlvid.data.dialects.dialect import Roots
 from rlvid.data.dialects.videofeedback import DIALECT, caption_of, labels_of, mismatch
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.rewards.videoscore import ALIGNMENT, DIMS, NoScore, five_scores_question
+from rlvid.rewards.videoscore import ALIGNMENT, DIMS, TEMPLATES, NoScore
 from rlvid.synthetic.moving_shapes import write_mp4
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "videoscore" / "mantis_classification"
@@ -40,7 +40,13 @@ def pictures(folder: Path, name: str, n: int = 3, size: int = 32) -> list[str]:
 
 def item(folder: Path, name: str = "a1", caption: str = "a dog", **change: Any) -> dict[str, Any]:
     images = pictures(folder, name)
-    return {"id": name, "images": images, "prompt": five_scores_question(caption), "labels": SCORES, **change}
+    return {
+        "id": name,
+        "images": images,
+        "prompt": TEMPLATES["integer"].format(caption=caption),
+        "labels": SCORES,
+        **change,
+    }
 
 
 def converted(folder: Path, items: list[Any], **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -67,7 +73,7 @@ def test_frames_become_one_lossless_clip_and_the_manifest_loads(tmp_path: Path) 
 
 def test_conversation_form_and_frames_without_their_folder(tmp_path: Path) -> None:
     text = "\n".join(f"{name}: {int(score)}" for name, score in SCORES.items())
-    talk = [{"from": "human", "value": five_scores_question("a cat")}, {"from": "gpt", "value": text}]
+    talk = [{"from": "human", "value": TEMPLATES["integer"].format(caption="a cat")}, {"from": "gpt", "value": text}]
     images = [Path(p).name for p in pictures(tmp_path, "a2")]  # as the published files have them
     rows, refused = converted(tmp_path, [{"id": "a2", "images": images, "conversations": talk}])
     assert not refused and rows[0]["labels"] == SCORES and rows[0]["prompt"] == "a cat"
@@ -100,7 +106,7 @@ def test_caption_with_the_prompts_own_words_stays_whole(tmp_path: Path) -> None:
         ({"images": None}, "images must be a list of files"),
         ({"images": ["items.json"]}, "cannot be read"),
         ({"prompt": "how good is it?"}, "not VideoFeedback's prompt"),
-        ({"prompt": five_scores_question("  ")}, "caption is empty"),
+        ({"prompt": TEMPLATES["integer"].format(caption="  ")}, "caption is empty"),
         ({"prompt": None}, "no prompt"),
         ({"conversations": [{"value": 1}], "labels": SCORES, "prompt": None}, "no prompt"),
         ({"id": ""}, "an id"),
@@ -164,7 +170,7 @@ def test_mismatched_rows_have_anothers_caption_and_alignment_1() -> None:
 
 
 def test_caption_lies_between_the_first_beginning_and_the_last_end() -> None:
-    assert caption_of(five_scores_question("a b  ")) == "a b"
+    assert caption_of(TEMPLATES["integer"].format(caption="a b  ")) == "a b"
 
 
 @pytest.mark.parametrize(
