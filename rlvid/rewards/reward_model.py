@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from rlvid.config import RolloutConfig, VideoConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
-from rlvid.types import Medium, Message, Prompt, Rollout, Sample
-
-if TYPE_CHECKING:
-    from rlvid.rollout.hf_engine import PlainEngine
-    from rlvid.rollout.vllm_engine import VllmEngine
+from rlvid.types import Medium, Message, Prompt, Sample
 
 BUDGET = 16384  # tokens of one forward
 
@@ -86,52 +82,49 @@ class TextModel:
     def __init__(self, folder: Path, on_gpu: bool = False, max_tokens: int = 1024):
         self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
-        self._max_tokens = max_tokens
         dtype = "bfloat16" if on_gpu else "float32"
-        self._engine: VllmEngine | PlainEngine
+        self._answers: Callable[[Sequence[Prompt]], list[npt.NDArray[np.int32]]]
         if self.family.vllm_module is None:
             from rlvid.models.loading import load_model
             from rlvid.rollout.hf_engine import PlainEngine
 
-            self._engine = PlainEngine(load_model(folder, dtype).eval().to("cuda" if on_gpu else "cpu"), self.family)
+            plain = PlainEngine(load_model(folder, dtype).eval().to("cuda" if on_gpu else "cpu"), self.family)
+            self._first_logprobs = plain.first_logprobs
+            self._answers = lambda prompts: [plain.answers([prompt], max_tokens)[0] for prompt in prompts]
             return
         from rlvid.rollout.vllm_engine import VllmEngine
 
         config = self.family.config
         longest = config.get("text_config", config).get("max_position_embeddings", 8192)
         cfg = RolloutConfig(max_model_len=min(16384, longest), max_tokens=max_tokens)
-        self._engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
+        engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
+        self._first_logprobs = engine.first_logprobs
+        self._answers = lambda prompts: engine.answers(prompts, max_tokens)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
-        from rlvid.rollout.engine import Sampling
+        answers = self._answers(prompts)
+        return [[self._scored(p, ids.tolist())] for p, ids in zip(prompts, answers, strict=True)]
 
-        order = [self._engine.submit(prompt, Sampling(1, 0.0, self._max_tokens)) for prompt in prompts]
-        done: dict[str, Rollout] = {}
-        while self._engine.is_busy:
-            done |= {request: rollouts[0] for request, rollouts in self._engine.step()}
-        return [[self._scored(p, done[request])] for p, request in zip(prompts, order, strict=True)]
-
-    def _scored(self, prompt: Prompt, rollout: Rollout) -> Scored:
+    def _scored(self, prompt: Prompt, ids: list[int]) -> Scored:
+        text = self.family.decode(ids)
         try:
-            scores = self.rubric.parse(rollout.text)
+            scores = self.rubric.parse(text)
         except NoScore as e:
             return Scored(None, reason=str(e))
-        return Scored(scores, self._soft(prompt, rollout, scores))
+        return Scored(scores, self._soft(prompt, ids, text, scores))
 
-    def _soft(self, prompt: Prompt, rollout: Rollout, scores: dict[str, float]) -> dict[str, float] | None:
+    def _soft(self, prompt: Prompt, ids: list[int], text: str, scores: dict[str, float]) -> dict[str, float] | None:
         """Soft scores; None where a score is not a token of its own."""
         soft = {}
-        for name, offset in self.rubric.digit_offsets(rollout.text).items():
-            at = token_at(self.family, rollout.token_ids.tolist(), offset)
-            before = self.family.decode([int(rollout.token_ids[at])])[:-1]  # some tokenizers keep the space: " 4"
-            choices = {
-                score: self.family.tokens(f"{before}{score}") for score in range(self.rubric.low, self.rubric.high + 1)
-            }
-            chosen = int(scores[name])
-            if any(len(ids) != 1 for ids in choices.values()) or choices[chosen][0] != rollout.token_ids[at]:
+        for name, offset in self.rubric.digit_offsets(text).items():
+            at, chosen = token_at(self.family, ids, offset), int(scores[name])
+            before = self.family.decode([ids[at]])[:-1]  # some tokenizers keep the space: " 4"
+            scale = range(self.rubric.low, self.rubric.high + 1)
+            choices = {score: self.family.tokens(f"{before}{score}") for score in scale}
+            if any(len(tokens) != 1 for tokens in choices.values()) or choices[chosen][0] != ids[at]:
                 return None
-            tokens = [ids[0] for ids in choices.values()]
-            logprobs = self._engine.first_logprobs(extended(prompt, rollout.token_ids[:at].tolist()), tokens, 1.0)
+            tokens = [first for (first,) in choices.values()]
+            logprobs = self._first_logprobs(extended(prompt, ids[:at]), tokens, 1.0)
             soft[name] = soft_score(chosen, dict(zip(choices, logprobs.tolist(), strict=True)))
         return soft
 

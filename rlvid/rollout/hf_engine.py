@@ -14,12 +14,10 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, normalise, pack
-from rlvid.types import Prompt, Rollout
+from rlvid.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from rlvid.rollout.engine import Sampling
 
 
 class PlainEngine:
@@ -33,35 +31,6 @@ class PlainEngine:
     def __init__(self, network: PreTrainedModel, family: ChatFamily, is_synced: bool = False):
         self.family = family
         self._network, self._is_synced = network, is_synced
-        self._queue: list[tuple[str, Prompt, Sampling]] = []
-        self._count = 0
-
-    def submit(self, prompt: Prompt, sampling: Sampling) -> str:
-        """Queue a prompt; greedy, one answer."""
-        if sampling.n != 1 or sampling.temperature:
-            raise ValueError("this engine gives one greedy answer: n=1 and temperature=0")
-        self._count += 1
-        self._queue.append((str(self._count), prompt, sampling))
-        return str(self._count)
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._queue)
-
-    def step(self) -> list[tuple[str, list[Rollout]]]:
-        """Answer the next prompt."""
-        request, prompt, sampling = self._queue.pop(0)
-        (ids,) = self.answers([prompt], sampling.max_tokens)
-        reason = "stop" if len(ids) and ids[-1] == self.family.end_of_turn else "length"
-        rollout = Rollout(
-            sample_id=prompt.sample_id,
-            token_ids=ids,
-            logprobs=np.zeros(len(ids), dtype=np.float32),  # of a greedy choice
-            text=self.family.decode(ids.tolist()),
-            finish_reason=reason,
-            versions=(),
-        )
-        return [(request, [rollout])]
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[npt.NDArray[np.int32]]:

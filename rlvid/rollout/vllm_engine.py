@@ -81,8 +81,7 @@ class VllmEngine:
     ):
         if family.vllm_module is None:
             raise UserError(
-                f"model.path: vLLM does not serve {family.architecture} ({folder}). It can be a reward model, "
-                f"or learn from given answers (sft, dpo); it cannot answer in a run"
+                f"model.path: vLLM does not serve {family.architecture} ({folder}): it cannot generate here"
             )
         set_environment(on_gpu, cfg.kv_cache_gib)
         vllm_plugin.register()  # torchvision has to be importable before vLLM is
@@ -162,12 +161,19 @@ class VllmEngine:
         if self.is_busy:
             raise RuntimeError("first_logprobs needs an idle engine")
         self._add(prompt, temperature=temperature, max_tokens=1, logprob_token_ids=list(tokens))
+        outputs: list[Any] = []
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    first = output.outputs[0].logprobs[0]
-                    return np.array([first[token].logprob for token in tokens], dtype=np.float32)
-        raise RuntimeError("the engine ended a request without an answer")
+            outputs = self.engine.step()
+        first = outputs[0].outputs[0].logprobs[0]
+        return np.array([first[token].logprob for token in tokens], dtype=np.float32)
+
+    def answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[npt.NDArray[np.int32]]:
+        """Greedy token ids [R] for each prompt; the end-of-turn token is last, unless `max_tokens` came first."""
+        order = [self.submit(prompt, Sampling(1, 0.0, max_tokens)) for prompt in prompts]
+        ended: dict[str, list[Rollout]] = {}
+        while self.is_busy:
+            ended |= dict(self.step())
+        return [ended[request][0].token_ids for request in order]
 
     def _add(self, prompt: Prompt, **parameters: Any) -> str:
         from vllm import SamplingParams
@@ -193,20 +199,18 @@ class VllmEngine:
         rlvid/rollout/weights)."""
         if version <= self.weight_version:
             return
+        is_last = buckets[-1].is_last
         if self._lora:
             self._arrived += buckets
-            if not buckets[-1].is_last:
-                return
-            self._take_adapter(self._lora, self._arrived)
-            self._arrived = []
+            if is_last:
+                self._take_adapter(self._lora)
         else:
             if not self.is_updating:
                 self.start_update()
             for bucket in buckets:
                 self.receive_update({"bucket": bucket})
-            if not buckets[-1].is_last:
-                return
-        self.finish_update(version)
+        if is_last:
+            self.finish_update(version)
 
     def init_transfer(self, info: dict[str, Any]) -> None:
         """Connect to the trainer. `info`, here and below, is what vLLM's weight-transfer backend takes."""
@@ -229,16 +233,17 @@ class VllmEngine:
         self.engine.reset_encoder_cache()
         self.engine.reset_prefix_cache(reset_running_requests=self.is_busy)
 
-    def _take_adapter(self, lora: LoraConfig, buckets: Sequence[Bucket]) -> None:
-        """Replace the adapters. vLLM reads them from a folder only."""
+    def _take_adapter(self, lora: LoraConfig) -> None:
+        """Replace the adapters by those that arrived. vLLM reads them from a folder only."""
         from vllm.lora.request import LoRARequest
 
         with tempfile.TemporaryDirectory(prefix="rlvid-adapter-") as folder:
-            tensors = {name: t for bucket in buckets for name, t in bucket.tensors()}
+            tensors = {name: t for bucket in self._arrived for name, t in bucket.tensors()}
             save_adapter(Path(folder), tensors, lora, self.family.no_lora)
             adapter = LoRARequest("policy", 1, folder, load_inplace=True)
             if not self.engine.add_lora(adapter):
                 raise RuntimeError("vLLM did not take the adapter")
+        self._arrived = []
         # Requests name the adapter that is loaded: with load_inplace vLLM would read it again for each of them.
         self._adapter = LoRARequest("policy", 1, folder)
 

@@ -12,7 +12,6 @@ from rlvid.models.families import load_family
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.rewards.reward_model import extended
-from rlvid.rollout.engine import Sampling
 from rlvid.rollout.hf_engine import PlainEngine
 from tests.prompts import prompt_of
 
@@ -44,11 +43,8 @@ def test_prompts_side_by_side_are_answered_as_alone(engine: PlainEngine) -> None
 
 def test_each_token_is_the_likeliest_after_those_before(engine: PlainEngine) -> None:
     prompt = prompt_of(engine.family, *clips_of(engine, 8))  # merged, longer in time than in space
-    request = engine.submit(prompt, Sampling(1, 0.0, 5))
-    ((ended, (rollout,)),) = engine.step()
-    assert ended == request and not engine.is_busy
-    ids = rollout.token_ids.tolist()
-    assert 1 <= len(ids) <= 5 and rollout.text == engine.family.decode(ids)
+    ids = engine.answers([prompt], 5)[0].tolist()
+    assert 1 <= len(ids) <= 5
     everything = [i for i in range(engine.family.tokenizer.get_vocab_size()) if i not in engine.family.banned_tokens]
     for i, token in enumerate(ids):
         logprobs = engine.first_logprobs(extended(prompt, ids[:i]), everything, 1.0)
@@ -69,10 +65,7 @@ def test_an_answer_ends_with_its_turn(engine: PlainEngine) -> None:
             hidden_sum_is_positive = engine.answers([prompt], 1)[0][0] == engine.family.end_of_turn
             if not hidden_sum_is_positive:
                 head.weight.neg_()
-        engine.submit(prompt, Sampling(1, 0.0, 4))
-        ((_, (rollout,)),) = engine.step()
-        assert rollout.token_ids.tolist() == [engine.family.end_of_turn]
-        assert rollout.finish_reason == "stop" and rollout.text == ""
+        assert engine.answers([prompt], 4)[0].tolist() == [engine.family.end_of_turn]
     finally:
         with torch.no_grad():
             head.weight.copy_(weight)

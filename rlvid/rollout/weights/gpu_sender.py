@@ -6,14 +6,15 @@ Import it only after `vllm_plugin.register()`.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.utils.network_utils import get_open_port
 
 from rlvid.config import RolloutConfig
 from rlvid.rollout.weights.buckets import BUCKET_BYTES
@@ -45,31 +46,25 @@ class LearnerSource(WeightSource):
         return max(math.prod(meta.shape) * meta.dtype.itemsize for meta in self.metadata())
 
 
+@dataclass
 class GpuSender:
     """One trainer rank's end. Every rank makes the same calls; rank 0 sends, the others help to gather.
 
     A NCCL group cannot change its members, so other replicas than last time (a restarted one, for example) need a new
     group.
-
-    Args:
-        host: address of this machine.
-        open_client: (replicas, GPUs of each, deadline in seconds) -> vLLM's `VLLMWeightSyncClient`, with `version` to
-            set and `failed`, the replicas that did not take the weights, with the reason.
     """
 
-    def __init__(
-        self,
-        backend: str,
-        learner: Learner,
-        rank: int,
-        host: str,
-        cfg: RolloutConfig,
-        open_client: Callable[[Mapping[str, Any], int, float], Any],
-    ):
-        self._backend, self._rank, self._host, self._cfg = backend, rank, host, cfg
-        self._source, self._open_client = LearnerSource(learner), open_client
-        self._members: tuple[str, ...] = ()
-        self._engine: Any = None
+    backend: str
+    learner: Learner
+    rank: int
+    host: str  # address of this machine
+    cfg: RolloutConfig
+    # (replicas, GPUs of each, deadline in seconds) -> vLLM's `VLLMWeightSyncClient`, with `version` to set and
+    # `failed`, the replicas that did not take the weights, with the reason.
+    open_client: Callable[[Mapping[str, Any], int, float], Any]
+    _members: tuple[str, ...] = ()
+    _engine: Any = None
+    _client: Any = None
 
     def send(self, version: int, replicas: Mapping[str, Any]) -> dict[str, str]:
         """Send the weights. It has no deadline of its own: the caller's call has one.
@@ -80,26 +75,23 @@ class GpuSender:
         if self._members != tuple(replicas):
             if self._engine is not None:
                 self._engine.shutdown()
-            self._client = self._open_client(replicas, self._cfg.tensor_parallel, self._cfg.sync_timeout_s)
-            info = self._ipc_info() if self._backend == "ipc" else self._nccl_info(len(replicas))
-            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
+            self._client = self.open_client(replicas, self.cfg.tensor_parallel, self.cfg.sync_timeout_s)
+            source = LearnerSource(self.learner)
+            info = self._init_info(source, len(replicas))
+            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
         self._client.version = version
         self._engine.send_weights()
         self._members = () if self._client.failed else tuple(replicas)
         return dict(self._client.failed)
 
-    def _ipc_info(self) -> IPCTrainerInitInfo:
-        room = max(PACKED_BYTES, self._source.largest_bytes)  # a tensor has to fit into the buffer
-        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=room, rank=self._rank)
-
-    def _nccl_info(self, n_replicas: int) -> NCCLTrainerInitInfo:
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
+    def _init_info(self, source: LearnerSource, n_replicas: int) -> IPCTrainerInitInfo | NCCLTrainerInitInfo:
+        if self.backend == "ipc":
+            room = max(PACKED_BYTES, source.largest_bytes)  # a tensor has to fit into the buffer
+            return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=room, rank=self.rank)
         return NCCLTrainerInitInfo(
-            master_address=self._host,
-            master_port=port,
-            world_size=1 + n_replicas * self._cfg.tensor_parallel,
+            master_address=self.host,
+            master_port=get_open_port(),
+            world_size=1 + n_replicas * self.cfg.tensor_parallel,
             packed_buffer_size_bytes=PACKED_BYTES,
-            rank=self._rank,
+            rank=self.rank,
         )

@@ -8,7 +8,7 @@ kernel makes and zeroes them at the first write, which took up to ten times as l
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import mmap
 import os
 import secrets
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from rlvid.rollout.weights.buckets import Bucket
 
@@ -33,6 +32,7 @@ class SharedBucket:
     token: str  # in the file's name, which shows that it is still the owner's
     offset: int  # bytes
     size: int  # bytes
+    bounds: tuple[tuple[int, int], ...]  # bytes of each parameter, from `offset` on
     entries: tuple[tuple[str, str, tuple[int, ...]], ...]  # as in Bucket
     is_last: bool
 
@@ -43,13 +43,7 @@ class SharedBucket:
             FileNotFoundError: the owner is gone.
         """
         memory = _mapped(self.file, self.token, self.offset, self.size)
-        parts, at = [], 0
-        for _, dtype_name, shape in self.entries:
-            dtype: torch.dtype = getattr(torch, dtype_name)
-            size = dtype.itemsize * math.prod(shape)
-            parts.append(memory[at : at + size])
-            at += _aligned(size, ALIGNMENT)
-        return Bucket(tuple(parts), self.entries, self.is_last)
+        return Bucket(tuple(memory[begin:end] for begin, end in self.bounds), self.entries, self.is_last)
 
 
 class SharedBuckets:
@@ -59,26 +53,25 @@ class SharedBuckets:
         self._machine, self._token = machine, f"rlvid-weights-{secrets.token_hex(8)}"
         self._fd = os.memfd_create(self._token)
         self._maps: dict[tuple[int, int], Memory] = {}
-        self._length = self._at = 0
+        self._at = 0
 
     def rewind(self) -> None:
         self._at = 0
 
     def write(self, bucket: Bucket) -> SharedBucket:
         """Copy a bucket in: each parameter once."""
-        size = _aligned(sum(_aligned(part.nbytes, ALIGNMENT) for part in bucket.parts), mmap.ALLOCATIONGRANULARITY)
-        offset, self._at = self._at, self._at + size
-        if self._at > self._length:
+        begins = [0, *itertools.accumulate(_aligned(part.nbytes, ALIGNMENT) for part in bucket.parts)]
+        bounds = tuple((begin, begin + part.nbytes) for begin, part in zip(begins, bucket.parts, strict=False))
+        offset, size = self._at, _aligned(begins[-1], mmap.ALLOCATIONGRANULARITY)
+        self._at += size
+        if self._at > os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, self._at)
-            self._length = self._at
         if (offset, size) not in self._maps:
             self._maps[offset, size] = np.frombuffer(mmap.mmap(self._fd, size, offset=offset), dtype=np.uint8)
-        memory, at = self._maps[offset, size], 0
-        for part in bucket.parts:
-            np.copyto(memory[at : at + part.nbytes], part)
-            at += _aligned(part.nbytes, ALIGNMENT)
+        for part, (begin, end) in zip(bucket.parts, bounds, strict=True):
+            np.copyto(self._maps[offset, size][begin:end], part)
         file = f"/proc/{os.getpid()}/fd/{self._fd}"
-        return SharedBucket(self._machine, file, self._token, offset, size, bucket.entries, bucket.is_last)
+        return SharedBucket(self._machine, file, self._token, offset, size, bounds, bucket.entries, bucket.is_last)
 
 
 @functools.cache  # each new mapping would cost a page fault per page
