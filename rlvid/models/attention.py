@@ -172,13 +172,7 @@ def _put(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def block_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    cu_seq_lens_q: Tensor,
-    **options: Any,
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, cu_seq_lens_q: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
     """Full attention within each block (a frame) of the vision tower; adjacent blocks of equal length share one call.
 

@@ -87,16 +87,6 @@ class Part:
         except NoReward as reason:
             return [reason] * len(group.responses)
 
-    def checked(self, value: float | NoReward) -> float | NoReward:
-        """`value`, or why it is none: it is not a number or outside the range."""
-        low, high = self.kind.range
-        if isinstance(value, NoReward) or low <= value <= high:
-            return value
-        return NoReward(f"{value} is outside the range from {low:g} to {high:g}")
-
-    def is_right(self, value: float) -> bool:
-        return value == self.kind.range[1]
-
 
 def score_rules(parts: Sequence[Part], group: Group) -> dict[str, Values]:
     """Values of the parts that have a function and cover the sample, by name."""
@@ -111,18 +101,21 @@ def combine(parts: Sequence[Part], group: Group, values: Mapping[str, Values]) -
     covering = [part for part in parts if part.covers(group.sample)]
     if not covering:
         return [Reward.invalid(_not_covered(group.sample))] * len(group.responses)
-    judge = next((part for part in covering if part.kind.measures_accuracy), None)
-    rewards = []
-    for row in zip(*(values[part.name] for part in covering), strict=True):
-        checked = {part.name: part.checked(value) for part, value in zip(covering, row, strict=True)}
-        failed = next((f"{name}: {value}" for name, value in checked.items() if isinstance(value, NoReward)), None)
-        if failed is not None:
-            rewards.append(Reward.invalid(failed))
-            continue
-        valid = {name: value for name, value in checked.items() if not isinstance(value, NoReward)}
-        total = math.fsum(part.cfg.weight * valid[part.name] for part in covering)
-        rewards.append(Reward(valid, total, is_right=judge.is_right(valid[judge.name]) if judge else None))
-    return rewards
+    return [_reward(covering, row) for row in zip(*(values[part.name] for part in covering), strict=True)]
+
+
+def _reward(parts: Sequence[Part], values: Sequence[float | NoReward]) -> Reward:
+    valid: dict[str, float] = {}
+    for part, value in zip(parts, values, strict=True):
+        low, high = part.kind.range
+        if isinstance(value, NoReward):
+            return Reward.invalid(f"{part.name}: {value}")
+        if not low <= value <= high:
+            return Reward.invalid(f"{part.name}: {value} is outside the range from {low:g} to {high:g}")
+        valid[part.name] = value
+    total = math.fsum(part.cfg.weight * valid[part.name] for part in parts)
+    verdicts = [valid[part.name] == part.kind.range[1] for part in parts if part.kind.measures_accuracy]
+    return Reward(valid, total, is_right=verdicts[0] if verdicts else None)
 
 
 def check_samples(parts: Sequence[Part], samples: Sequence[Sample], key: str, needs_accuracy: bool = False) -> None:

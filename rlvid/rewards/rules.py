@@ -6,6 +6,7 @@ A new rule is a function here or elsewhere, and a line in KINDS (CONTRIBUTING.md
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rlvid.config import AnswerPart, FormatPart, LengthPart, ModelPart, NumberPart, RewardPart
@@ -73,13 +74,9 @@ def tag_format(part: FormatPart, group: Group) -> Values:
 def _is_tagged(response: str, tags: Sequence[str]) -> bool:
     if any(answer_text(response, (tag,)) is None for tag in tags):
         return False  # one pair of each in the whole response: none hides inside the body of another
-    rest = response.strip()
-    for tag in tags:
-        body = answer_text(rest, (tag,))
-        if body is None or not body.strip() or not rest.startswith(f"<{tag}>"):
-            return False
-        rest = rest[len(body) + len(f"<{tag}></{tag}>") :].lstrip()
-    return not rest
+    form = r"\s*".join(f"<{tag}>(.*)</{tag}>" for tag in map(re.escape, tags))
+    match = re.fullmatch(rf"\s*{form}\s*", response, re.DOTALL)
+    return match is not None and all(body.strip() for body in match.groups())
 
 
 def length(part: LengthPart, group: Group) -> Values:

@@ -42,11 +42,8 @@ class VisionFamily(ChatFamily):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        processor = read_json(
-            folder / "video_preprocessor_config.json",
-            folder / "preprocessor_config.json",
-            folder / "processor_config.json",
-        )
+        names = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+        processor = read_json(*(folder / name for name in names))
         processor = processor.get("video_processor") or processor.get("image_processor") or processor
         try:
             self.vision: dict[str, Any] = self.config["vision_config"]
@@ -88,16 +85,10 @@ class VisionFamily(ChatFamily):
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> list[int]:
         """Token ids of the rendered conversation, in which the placeholders of each clip replace the template's one."""
-        turns = [
-            {
-                "role": message.role,
-                "content": [
-                    {"type": "text", "text": self.escape(part)} if isinstance(part, str) else {"type": self.part_type}
-                    for part in message.content
-                ],
-            }
-            for message in sample.messages
-        ]
+        turns, video = [], {"type": self.part_type}
+        for message in sample.messages:
+            parts = [{"type": "text", "text": self.escape(x)} if isinstance(x, str) else video for x in message.content]
+            turns.append({"role": message.role, "content": parts})
         first, *others = self.render(turns).split(self.placeholder)
         if len(others) != len(clips):
             raise UserError(
