@@ -83,8 +83,7 @@ class TrainerRank:
         return self._learner.reference_logprobs(fetch(groups))
 
     def freeze_reference(self, file: Path) -> None:
-        self._learner.freeze_reference()
-        self._learner.save_reference(file)
+        self._learner.freeze_reference(file)
 
     def load_reference(self, file: Path) -> None:
         self._learner.load_reference(file)

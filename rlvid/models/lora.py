@@ -6,8 +6,7 @@ The adapters are injected into the network, which keeps its class and its forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,21 +56,6 @@ def is_adapter(name: str) -> bool:
 def file_name(name: str) -> str:
     """The name in an adapter file of a parameter of the network."""
     return PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
-
-
-@contextmanager
-def adapters_off(network: nn.Module) -> Iterator[None]:
-    """Disable the adapters within the context: the network is then the base model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)  # it also makes adapters trainable, as they were before
 
 
 def merged(state: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:

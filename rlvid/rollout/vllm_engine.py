@@ -135,8 +135,7 @@ class VllmEngine:
     @property
     def weight_version(self) -> int:
         """Version of the weights; -1 before the first update."""
-        version = self.engine.get_weight_version()
-        return -1 if version == "default" else int(version)
+        return _version(self.engine.get_weight_version())
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> str:
         """Queue a prompt; the returned id comes back from `step` with its rollouts."""
@@ -249,14 +248,17 @@ class VllmEngine:
 
     def _rollout(self, prompt: Prompt, completion) -> Rollout:  # type: ignore[no-untyped-def]  # vLLM is imported late
         ids = list(completion.token_ids)
-        spans = completion.weight_versions or ()
+        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
         return Rollout(
             sample_id=prompt.sample_id,
             token_ids=np.array(ids, dtype=np.int32),
-            logprobs=np.array(
-                [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)], dtype=np.float32
-            ),
+            logprobs=np.array(logprobs, dtype=np.float32),
             text=self.family.decode(ids),
             finish_reason=str(completion.finish_reason),
-            versions=tuple(WeightSpan(-1 if s.version == "default" else int(s.version), s.start, s.end) for s in spans),
+            versions=tuple(WeightSpan(_version(s.version), s.start, s.end) for s in completion.weight_versions or ()),
         )
+
+
+def _version(name: str) -> int:
+    """A version by vLLM's name for it; -1 before the first update."""
+    return -1 if name == "default" else int(name)

@@ -27,7 +27,7 @@ from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
-from rlvid.models.lora import adapters_off, add_adapters, file_name, is_adapter, merged, save_adapter
+from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.micro_batches import micro_batches, score
 from rlvid.training.objectives import Objective
@@ -83,7 +83,6 @@ class Learner:
             if (folder / HEAD_FILE).exists():
                 head.load(self.policy.head, folder)
         self._is_sharded = cfg.zero_stage == 3
-        self._reference: dict[str, Tensor] = {}  # adapters of the reference, by parameter name; empty: none at all
         self.world_size = dist.get_world_size()
         settings = deepspeed_config(cfg, model.dtype, self.world_size)
         named = self.policy.named_parameters()
@@ -92,6 +91,8 @@ class Learner:
         adam = torch.optim.AdamW([p for _, p in self._trained], cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         self.device = self.engine.device
+        # Adapters of the reference, by parameter name. New ones change nothing: it is the base model at first.
+        self._reference = self._adapters() if self.lora else {}
         self._clipped_norm: float | None = None
         self._skipped_in_a_row = 0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
@@ -160,13 +161,10 @@ class Learner:
         return values
 
     def reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probs under the reference, which is this model with its adapters off, or as `freeze_reference` left them.
+        """Log-probs under the reference, which is this model with the adapters that `freeze_reference` kept.
 
         Without adapters the reference is another model.
         """
-        if not self._reference:
-            with adapters_off(self.policy.network):
-                return self.outputs(groups)
         present = self._adapters()
         self._put_adapters(self._reference)
         try:
@@ -174,19 +172,14 @@ class Learner:
         finally:
             self._put_adapters(present)
 
-    def freeze_reference(self) -> None:
-        """From now on the reference has the current adapters, or none if they change nothing."""
-        adapters = self._adapters()
-        changes = any(".lora_B." in name and bool(t.any()) for name, t in adapters.items())
-        self._reference = adapters if changes else {}
-
-    def save_reference(self, file: Path) -> None:
-        """Keep the frozen adapters for a resumed run. Rank 0 writes."""
+    def freeze_reference(self, file: Path) -> None:
+        """From now on the reference has the current adapters. Rank 0 writes them for a resumed run."""
+        self._reference = self._adapters()
         if dist.get_rank() == 0:
             save_file(self._reference, file)
 
     def load_reference(self, file: Path) -> None:
-        self._reference = {name: t.to(self.device) for name, t in load_file(file).items()}
+        self._reference |= {name: t.to(self.device) for name, t in load_file(file).items()}
 
     def weight_parts(self, part_bytes: int) -> Iterator[Part]:
         """What the engines need, as whole tensors in parts: the weights under the checkpoint's names, or the adapters

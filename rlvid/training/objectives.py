@@ -128,19 +128,15 @@ class Preferred:
 
     def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         cfg, both = self.cfg, (chosen, rejected, self.cfg.beta)
-        match cfg.loss:
-            case "sigmoid":
-                return preference_loss.dpo(*both, cfg.label_smoothing)
-            case "robust":
-                return preference_loss.robust_dpo(*both, cfg.label_smoothing)
-            case "ipo":
-                return preference_loss.ipo(*both)
-            case "kto":
-                return preference_loss.kto(*both, self.kl, cfg.chosen_weight, cfg.rejected_weight)
-            case "simpo":
-                return preference_loss.simpo(*both, cfg.simpo_margin)
-            case "orpo":
-                return preference_loss.orpo(*both)
+        losses = {
+            "sigmoid": lambda: preference_loss.dpo(*both, cfg.label_smoothing),
+            "robust": lambda: preference_loss.robust_dpo(*both, cfg.label_smoothing),
+            "ipo": lambda: preference_loss.ipo(*both),
+            "kto": lambda: preference_loss.kto(*both, self.kl, cfg.chosen_weight, cfg.rejected_weight),
+            "simpo": lambda: preference_loss.simpo(*both, cfg.simpo_margin),
+            "orpo": lambda: preference_loss.orpo(*both),
+        }
+        return losses[cfg.loss]()
 
 
 @dataclass(frozen=True)

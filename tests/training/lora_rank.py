@@ -32,13 +32,11 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         return [float(x) for x in values[0]]  # of the group that rank 0 has in any case
 
     base = first(learner.outputs(mine))
-    learner.freeze_reference()  # the adapters change nothing yet: the reference is the base model
     stats = [learner.step(mine, Supervised(), lr=1e-2) for _ in range(3)]
     moved, off = first(learner.outputs(mine)), first(learner.reference_logprobs(mine))
     checkpoint = folder / f"checkpoint-{stage}-{world_size}"
     learner.save(checkpoint)
-    learner.freeze_reference()
-    learner.save_reference(folder / f"reference-{stage}-{world_size}.safetensors")
+    learner.freeze_reference(folder / f"reference-{stage}-{world_size}.safetensors")
     dist.barrier()
     stats.append(learner.step(mine, Supervised(), lr=1e-2))
     learner.load_reference(folder / f"reference-{stage}-{world_size}.safetensors")
