@@ -58,37 +58,31 @@ def pack(groups: Sequence[Group[Prompt]]) -> PackedRow:
     temperature = groups[0].temperature
     if any(group.temperature != temperature for group in groups):
         raise ValueError("one batch has responses of different temperatures, or both sampled and given ones")
-    ids, positions, ends = [], [], []
+    ids, positions, ends, shapes = [], [], [], []
     source: list[npt.NDArray[Any]] = [np.zeros(0)]
     target: list[npt.NDArray[Any]] = [np.zeros(0)]
     at = 0
     for group in groups:
-        prompt = group.prompt
-        ids.append(prompt.token_ids)
-        positions.append(prompt.positions)
-        last_of_prompt = at + prompt.length - 1
-        at += prompt.length
-        for response in group.responses:
-            n = len(response)
-            ids.append(response)
-            positions.append(
-                np.broadcast_to(prompt.next_position + np.arange(n, dtype=np.int32), (len(prompt.positions), n))
-            )
-            source.append(np.concatenate([[last_of_prompt], np.arange(at, at + n - 1)]))
-            target.append(response)
-            at += n
-            ends.append(at - 1)
-        if not group.responses:
-            ends.append(last_of_prompt)
+        prompt, lengths = group.prompt, [len(response) for response in group.responses]
+        last = at + prompt.length - 1  # of the prompt
+        bounds = last + 1 + np.cumsum([0, *lengths])  # where each response begins, and where the group ends
+        ids += [prompt.token_ids, *group.responses]
+        following = [np.tile(prompt.next_position + np.arange(n), (len(prompt.positions), 1)) for n in lengths]
+        positions += [prompt.positions, *following]
+        source += [np.r_[last, begin : begin + n - 1] for begin, n in zip(bounds, lengths, strict=False)]
+        target += group.responses
+        ends += list(bounds[1:] - 1) or [last]
+        shapes.append((prompt.length, lengths))
+        at = bounds[-1]
     return PackedRow(
         token_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)),
         patches=torch.from_numpy(np.concatenate([g.prompt.patches for g in groups])),
         grid_thw=torch.from_numpy(np.concatenate([g.prompt.grid_thw for g in groups])),
-        layout=SharedPrefixLayout.of([(g.prompt.length, [len(r) for r in g.responses]) for g in groups]),
+        layout=SharedPrefixLayout.of(shapes),
         source=torch.from_numpy(np.concatenate(source).astype(np.int64)),
         target=torch.from_numpy(np.concatenate(target).astype(np.int64)),
-        ends=torch.tensor(ends),
+        ends=torch.tensor(np.array(ends)),
         temperature=temperature,
     )
 
