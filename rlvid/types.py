@@ -113,11 +113,13 @@ class Prompt:
 
     sample_id: str
     token_ids: npt.NDArray[np.int32]  # [P]
-    patches: npt.NDArray[np.uint8]  # [N, C * temporal_patch * patch * patch], all videos one after another
-    grid_thw: npt.NDArray[np.int64]  # [V, 3] patches along time, height and width (before merging)
-    spans: tuple[Span, ...]  # placeholder runs in order: one a video, or one a temporal patch (Qwen3-VL)
     positions: npt.NDArray[np.int32]  # [3, P] rotary positions (time, height, width); [1, P] without vision
-    clip_ids: tuple[str, ...]  # V
+    # [N, C * temporal_patch * patch * patch], all videos one after another
+    patches: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.uint8))
+    # [V, 3] patches along time, height and width (before merging)
+    grid_thw: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    spans: tuple[Span, ...] = ()  # placeholder runs in order: one a video, or one a temporal patch (Qwen3-VL)
+    clip_ids: tuple[str, ...] = ()  # V
     seconds_per_patch: tuple[float, ...] = ()  # V seconds from one temporal patch to the next
 
     @property

@@ -8,20 +8,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+EPS = 1e-4  # as in TRL, R1-V and Video-R1 (`rewards.std(dim=1) + 1e-4`)
 
-def group_advantages(
-    rewards: npt.NDArray[np.floating], normalise_std: bool, eps: float = 1e-4
-) -> npt.NDArray[np.float32]:
-    """Return (reward - mean) / (std + eps) over the valid rewards of each group.
 
-    The std is the sample standard deviation (divided by n_valid - 1), and eps is added to it, as in TRL, R1-V and
-    Video-R1 (`rewards.std(dim=1) + 1e-4`). Without `normalise_std` the result is reward - mean
-    (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783).
+def group_advantages(rewards: npt.NDArray[np.floating], normalise_std: bool) -> npt.NDArray[np.float32]:
+    """Return (reward - mean) / (std + EPS) over the valid rewards of each group.
+
+    The std is the sample standard deviation (divided by n_valid - 1). Without `normalise_std` the result is
+    reward - mean (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783).
 
     Args:
         rewards: [n_groups, group_size] float, nan where a response has no valid reward.
         normalise_std: Divide by the group's std.
-        eps: Added to the std.
 
     Returns:
         [n_groups, group_size] float32. 0 for invalid responses and for every response of a group with fewer than two
@@ -37,7 +35,7 @@ def group_advantages(
     centred = np.where(valid, values - mean, 0.0)
     if normalise_std:
         variance = np.square(centred).sum(axis=1, keepdims=True) / np.maximum(n_valid - 1, 1)
-        centred = centred / (np.sqrt(variance) + eps)
+        centred = centred / (np.sqrt(variance) + EPS)
     # Rounding of the mean leaves 1e-17 in a group of equal rewards. Such a group must have no gradient at all.
     return np.where(has_signal[:, None], centred, 0.0).astype(np.float32)
 

@@ -28,11 +28,10 @@ def peft_config(cfg: LoraConfig, excluded: Sequence[str]):  # type: ignore[no-un
     return PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str], seed: int = 0) -> None:
+def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str]) -> None:
     """Freeze the network and add an adapter to each target layer. New adapters do not change its output (B is 0).
 
-    Args:
-        seed: of the random A; the same on all ranks of a trainer.
+    The random A is the same on all ranks of a trainer.
 
     Raises:
         UserError: no layer has any of the target names.
@@ -40,7 +39,7 @@ def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str], s
     from peft import inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         try:
             inject_adapter_in_model(peft_config(cfg, excluded), network, adapter_name=ADAPTER)
         except ValueError as e:

@@ -79,21 +79,13 @@ def _spread_weights(model: nn.Module) -> None:
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int, family: type[ChatFamily]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, *family.tiny_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+    special, bpe = [END_OF_TEXT, *family.tiny_tokens], ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
         eos_token=family.end_token,
         pad_token=END_OF_TEXT,
         additional_special_tokens=list(family.tiny_tokens),

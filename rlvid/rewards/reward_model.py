@@ -17,6 +17,7 @@ from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
 from rlvid.types import Medium, Message, Prompt, Sample
 
 BUDGET = 16384  # tokens of one forward
+MAX_TOKENS = 1024  # of an answer
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TextModel:
         UserError: `folder` holds no reward model, or vLLM cannot serve it.
     """
 
-    def __init__(self, folder: Path, on_gpu: bool = False, max_tokens: int = 1024):
+    def __init__(self, folder: Path, on_gpu: bool = False):
         self.rubric = Rubric.load(folder / RUBRIC_FOLDER)
         self.family = load_family(folder)
         dtype = "bfloat16" if on_gpu else "float32"
@@ -90,16 +91,16 @@ class TextModel:
 
             plain = PlainEngine(load_model(folder, dtype).eval().to("cuda" if on_gpu else "cpu"), self.family)
             self._first_logprobs = plain.first_logprobs
-            self._answers = lambda prompts: [plain.answers([prompt], max_tokens)[0] for prompt in prompts]
+            self._answers = lambda prompts: [plain.answers([prompt], MAX_TOKENS)[0] for prompt in prompts]
             return
         from rlvid.rollout.vllm_engine import VllmEngine
 
         config = self.family.config
         longest = config.get("text_config", config).get("max_position_embeddings", 8192)
-        cfg = RolloutConfig(max_model_len=min(16384, longest), max_tokens=max_tokens)
+        cfg = RolloutConfig(max_model_len=min(16384, longest), max_tokens=MAX_TOKENS)
         engine = VllmEngine(folder, self.family, cfg, dtype, seed=0, on_gpu=on_gpu)
         self._first_logprobs = engine.first_logprobs
-        self._answers = lambda prompts: engine.answers(prompts, max_tokens)
+        self._answers = lambda prompts: engine.answers(prompts, MAX_TOKENS)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]] = ()) -> list[list[Scored]]:
         answers = self._answers(prompts)

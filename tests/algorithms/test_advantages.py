@@ -17,12 +17,6 @@ def test_advantage_is_reward_minus_mean_over_sample_std_plus_eps() -> None:
     np.testing.assert_allclose(advantages, [[expected, -expected, -expected, expected]], rtol=1e-6)
 
 
-def test_eps_can_be_set() -> None:
-    # mean 2, squares 1 + 1, sample variance 2 / 1
-    advantages = group_advantages(np.array([[1.0, 3.0]]), normalise_std=True, eps=1.0)
-    np.testing.assert_allclose(advantages, [[-1 / (math.sqrt(2) + 1), 1 / (math.sqrt(2) + 1)]], rtol=1e-6)
-
-
 def test_without_normalisation_it_is_reward_minus_mean() -> None:
     advantages = group_advantages(np.array([[4.0, 1.0, 1.0], [0.0, 0.5, 1.0]]), normalise_std=False)
     np.testing.assert_allclose(advantages, [[2.0, -1.0, -1.0], [-0.5, 0.0, 0.5]])

@@ -11,7 +11,7 @@ from rlvid.training.batch import Group
 from rlvid.training.objectives import Preferred
 from rlvid.types import Prompt
 
-PROMPT = Prompt("a", np.zeros(3, np.int32), np.zeros((0, 4), np.uint8), np.zeros((0, 3), np.int64), (), None, ())  # type: ignore[arg-type]
+PROMPT = Prompt("a", np.zeros(3, np.int32), np.zeros((1, 3), np.int32))
 # Two pairs; chosen of 2 and 1 tokens, rejected of 1 and 3.
 LENGTHS = [(2, 1), (1, 3)]
 POLICY = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.0, -1.0, -1.0])

@@ -103,8 +103,10 @@ class QwenVL(VisionFamily):
     def positions(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         return rotary_positions(prompt.length, prompt.spans, prompt.grid_thw, self.merge_size)
 
-    def engine_input(self, prompt: Prompt) -> Mapping[str, Any]:
+    def engine_input(self, prompt: Prompt, **extras: torch.Tensor) -> Mapping[str, Any]:
         """The input for vLLM's `LLMEngine.add_request`: token ids, uint8 patches, and clip ids as cache keys.
+
+        `extras` are further inputs for each video: tensors [V].
 
         Only this form gives the same result as vLLM's own preprocessing (measured with vLLM 0.32): `LLM.generate` would
         drop the video silently, and float patches would be normalised twice.
@@ -118,7 +120,7 @@ class QwenVL(VisionFamily):
         grid = torch.from_numpy(prompt.grid_thw.copy())
         # The array is a read-only view into the object store; torch needs a writable one, and the copy is cheap.
         patches = torch.from_numpy(prompt.patches.copy())
-        tensors = {"pixel_values_videos": patches, "video_grid_thw": grid, **self.engine_extras(prompt)}
+        tensors = {"pixel_values_videos": patches, "video_grid_thw": grid, **extras}
         fields = dict.fromkeys(tensors, MultiModalFieldConfig.batched("video", keep_on_cpu=True))
         fields["pixel_values_videos"] = MultiModalFieldConfig.flat_from_sizes("video", grid.prod(-1))
         return mm_input(
@@ -127,10 +129,6 @@ class QwenVL(VisionFamily):
             mm_hashes={"video": list(prompt.clip_ids)},
             mm_placeholders={"video": self.engine_placeholders(prompt)},
         )
-
-    def engine_extras(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """Further inputs that vLLM needs for each video: tensors [V]."""
-        return {}
 
     def engine_placeholders(self, prompt: Prompt) -> list[PlaceholderRange]:
         """One range per video, with a mask if not all of its tokens are placeholders."""
@@ -159,10 +157,11 @@ class Qwen25VL(QwenVL):
         steps = [float(np.float32(s)) * rate for s in prompt.seconds_per_patch]  # vLLM reads them from a float32 tensor
         return rotary_positions(prompt.length, prompt.spans, prompt.grid_thw, self.merge_size, steps)
 
-    def engine_extras(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+    def engine_input(self, prompt: Prompt, **extras: torch.Tensor) -> Mapping[str, Any]:
         import torch
 
-        return {"second_per_grid_ts": torch.tensor(prompt.seconds_per_patch, dtype=torch.float32)}
+        seconds = torch.tensor(prompt.seconds_per_patch, dtype=torch.float32)
+        return super().engine_input(prompt, second_per_grid_ts=seconds, **extras)
 
 
 class Qwen3VL(QwenVL):

@@ -46,15 +46,7 @@ class TextModel(ChatFamily):
         turns = [{"role": m.role, "content": self.escape(m.text)} for m in sample.messages]
         ids = np.array(self.tokens(self.render(turns, **self._named)), dtype=np.int32)
         self.check_length(sample, len(ids), 0, max_tokens)
-        return Prompt(
-            sample_id=sample.id,
-            token_ids=ids,
-            patches=np.zeros((0, 0), dtype=np.uint8),
-            grid_thw=np.zeros((0, 3), dtype=np.int64),
-            spans=(),
-            positions=np.arange(len(ids), dtype=np.int32)[None],
-            clip_ids=(),
-        )
+        return Prompt(sample.id, ids, positions=np.arange(len(ids), dtype=np.int32)[None])
 
     @classmethod
     def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:
