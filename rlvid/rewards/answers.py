@@ -162,8 +162,6 @@ def read_number(text: str) -> tuple[float, str] | None:
 
 def _without_markup(text: str) -> str:
     """`text` on one line with single spaces, without LaTeX and emphasis, in ASCII where typography varies."""
-    if text.isalnum() and text.isascii():
-        return text
     line = _SPACE_MACRO.sub(" ", " ".join(text.translate(_PLAIN).split()))
     line = _FRACTION.sub(r"\1/\2", line)
     for _ in range(3):  # macros in macros

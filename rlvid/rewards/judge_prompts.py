@@ -119,10 +119,9 @@ def about_video(sample: Sample, sample_id: str, text: str) -> Sample:
 def pair_prompts(sample: Sample, responses: tuple[str, str], context: str | None) -> tuple[Template, list[Sample]]:
     """The template and its prompts for the two orders of `responses`; ids end in #12 and #21."""
     template = PAIR if context is None else PAIR_WITH_CONTEXT
-    extra = {} if context is None else {"context": context}
     prompts = []
     for order, (one, two) in (("12", responses), ("21", responses[::-1])):
-        text = template.fill(question=question_of(sample), response_1=one, response_2=two, **extra)
+        text = template.fill(question=question_of(sample), response_1=one, response_2=two, context=context or "")
         prompts.append(about_video(sample, f"{sample.id}#{order}", text))
     return template, prompts
 

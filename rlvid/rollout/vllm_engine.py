@@ -46,16 +46,6 @@ def set_environment(on_gpu: bool, kv_cache_gib: int) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
-def _lora_options(lora: LoraConfig | None) -> dict[str, Any]:
-    """Engine arguments for one adapter; vLLM knows only some ranks; a smaller one fits into the next larger."""
-    if lora is None:
-        return {}
-    from vllm.config.lora import MaxLoRARanks
-
-    rank = min(r for r in get_args(MaxLoRARanks) if r >= lora.rank)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-
-
 class VllmEngine:
     """One engine replica.
 
@@ -80,14 +70,13 @@ class VllmEngine:
         weight_backend: str = vllm_plugin.WEIGHT_BACKEND,
     ):
         if family.vllm_module is None:
-            raise UserError(
-                f"model.path: vLLM does not serve {family.architecture} ({folder}): it cannot generate here"
-            )
+            raise UserError(f"model.path: vLLM does not serve {family.architecture} ({folder})")
         set_environment(on_gpu, cfg.kv_cache_gib)
         vllm_plugin.register()  # torchvision has to be importable before vLLM is
         vllm_plugin.keep_pixels()
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
+        from vllm.config.lora import MaxLoRARanks
         from vllm.v1.engine.llm_engine import LLMEngine
 
         if not on_gpu:
@@ -114,7 +103,9 @@ class VllmEngine:
                     mm_processor_cache_gb=0,  # prompts arrive processed
                     weight_transfer_config=WeightTransferConfig(backend=weight_backend),
                     disable_log_stats=True,
-                    **_lora_options(lora),
+                    enable_lora=lora is not None,
+                    max_loras=1,
+                    max_lora_rank=min(r for r in get_args(MaxLoRARanks) if lora is None or r >= lora.rank),
                 )
             )
         except ValueError as e:

@@ -127,13 +127,10 @@ class Idefics2(FrameFamily):
         sizes = [t * h * w for t, h, w in grids]
         clips = [self.images(x, grid) for x, grid in zip(patches.split(sizes), grids, strict=True)]
         height, width = (max(clip.shape[axis] for clip in clips) for axis in (2, 3))
-        images = torch.cat(
-            [  # the fourth channel is the mask
-                pad(torch.cat([x, torch.ones_like(x[:, :1])], 1), (0, width - x.shape[3], 0, height - x.shape[2]))
-                for x in clips
-            ]
-        )
-        return {"pixel_values": images[None, :, :3], "pixel_attention_mask": images[None, :, 3].bool()}
+        rooms = [(0, width - clip.shape[3], 0, height - clip.shape[2]) for clip in clips]
+        pixels = [pad(clip, room) for clip, room in zip(clips, rooms, strict=True)]
+        mask = [pad(torch.ones_like(x[:, 0], dtype=torch.bool), room) for x, room in zip(clips, rooms, strict=True)]
+        return {"pixel_values": torch.cat(pixels)[None], "pixel_attention_mask": torch.cat(mask)[None]}
 
 
 class VideoLlava(FrameFamily):

@@ -10,11 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer import base
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -25,12 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class BucketInit(WeightTransferInitInfo):
+class BucketInit(base.WeightTransferInitInfo):
     """Nothing to agree on beforehand."""
 
 
 @dataclass
-class BucketUpdate(WeightTransferUpdateInfo):
+class BucketUpdate(base.WeightTransferUpdateInfo):
     """One bucket, as the worker receives it."""
 
     bucket: Bucket
@@ -60,7 +56,7 @@ class _Copies(TorchDispatchMode):
         return target.detach().view(-1).view(torch.uint8).numpy() if as_it_is and target.is_contiguous() else None
 
 
-class BucketEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
+class BucketEngine(base.WeightTransferEngine[BucketInit, BucketUpdate]):
     """Loads buckets into the worker's model.
 
     On CPU straight into its parameters (`vllm_plugin.keep_plain_weights`): vLLM's loading copies every weight to one
