@@ -25,7 +25,8 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
 from rlvid.rollout.engine import Sampling
-from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_group, summarize
+from rlvid.training.batch import Group
+from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize
 from rlvid.training.objectives import Grpo
 from rlvid.types import Reward, Rollout
 
@@ -129,30 +130,21 @@ def optimize(
     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
     updates = cfg.grpo.epochs * cfg.grpo.minibatches
     by_trainer = cfg.grpo.old_logprobs == "trainer"
-    # With a single update, the old log-probs are those of the forward of the update itself.
-    scores_old, scores_reference = by_trainer and updates > 1, cfg.grpo.kl_coef > 0
-    scored = []
-    if scores_old or scores_reference:
-        temperature = cfg.rollout.temperature
-        scored = [sampled_group(p, own, temperature) for p, own in zip(prompts, groups, strict=True)]
-    old = roles.trainer.logprobs(scored) if scores_old else None
-    reference = roles.reference_logprobs(scored) if scores_reference else None
+    batch = sampled_groups(prompts, groups, advantages, cfg.rollout.temperature)
+    gap = None
+    if by_trainer and updates > 1:  # with a single update, its own forward gives the old log-probs
+        old = roles.trainer.logprobs(batch)
+        gap = gap_to(batch, old)
+        batch = [group.with_tokens(old_logprobs=own) for group, own in zip(batch, old, strict=True)]
+    if cfg.grpo.kl_coef > 0:
+        reference = roles.reference_logprobs(batch)
+        batch = [group.with_tokens(ref_logprobs=own) for group, own in zip(batch, reference, strict=True)]
     objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
     all_stats: list[dict[str, float]] = []
-    most = len(prompts) // cfg.placement.trainer_workers  # with bad clips there may be fewer prompts than mini-batches
+    most = len(batch) // cfg.placement.trainer_workers  # with bad clips there may be fewer prompts than mini-batches
     for _ in range(cfg.grpo.epochs):
-        for part in np.array_split(np.arange(len(prompts)), min(cfg.grpo.minibatches, most)):
-            cut = slice(int(part[0]), int(part[-1]) + 1)
-            minibatch = make_minibatch(
-                prompts[cut],
-                groups[cut],
-                advantages[cut],
-                cfg.grpo,
-                cfg.rollout.temperature,
-                old and old[cut],
-                reference and reference[cut],
-                keep=cfg.placement.trainer_workers,
-            )
+        for part in np.array_split(np.arange(len(batch)), min(cfg.grpo.minibatches, most)):
+            minibatch = make_minibatch([batch[i] for i in part], cfg.grpo, keep=cfg.placement.trainer_workers)
             all_stats.append(roles.trainer.step(minibatch, objective, lr))
     mean = {name: float(np.mean([s[name] for s in all_stats])) for name in all_stats[0]}
     metrics = {
@@ -165,16 +157,16 @@ def optimize(
         "policy/kl_to_old": mean["kl_to_old"],
         "policy/clip_fraction": mean["clip_low"] + mean["clip_high"],
         # Before the first update both sides have the same weights: a gap is due to rounding, or to a wrong input.
-        "policy/logprob_gap": all_stats[0]["logprob_gap"] if old is None else gap_to(groups, old),
+        "policy/logprob_gap": all_stats[0]["logprob_gap"] if gap is None else gap,
     }
-    if reference is not None:
+    if cfg.grpo.kl_coef > 0:
         metrics["policy/kl"] = mean["kl"]
     return metrics
 
 
-def gap_to(groups: Sequence[Sequence[Rollout]], scored: Sequence[npt.NDArray[np.float32]]) -> float:
+def gap_to(batch: Sequence[Group[Any]], scored: Sequence[npt.NDArray[np.float32]]) -> float:
     """Mean absolute difference between the log-probs of the engine and those of the trainer."""
-    by_engine = np.concatenate([r.logprobs for rollouts in groups for r in rollouts])
+    by_engine = np.concatenate([group.tokens["old_logprobs"] for group in batch])
     return float(np.abs(by_engine - np.concatenate(scored)).mean())
 
 

@@ -48,42 +48,35 @@ def sampled_group(prompt: EncodedPrompt, rollouts: Sequence[Rollout], temperatur
     return Group(prompt.prompt, prompt.cost, ids, temperature=temperature)
 
 
-def make_minibatch(
-    prompts: Sequence[EncodedPrompt],
-    rollouts: Rollouts,
-    advantages: npt.NDArray[np.float32],
-    cfg: GrpoConfig,
-    temperature: float,
-    old: Sequence[npt.NDArray[np.float32]] | None = None,
-    reference: Sequence[npt.NDArray[np.float32]] | None = None,
-    keep: int = 1,
+def sampled_groups(
+    prompts: Sequence[EncodedPrompt], rollouts: Rollouts, advantages: npt.NDArray[np.float32], temperature: float
 ) -> list[Group[Any]]:
-    """The groups of one optimizer step.
+    """The groups of a step, with their advantages [n, G] and the log-probs at which the engine sampled them."""
+    groups = []
+    for prompt, own, of_group in zip(prompts, rollouts, advantages, strict=True):
+        repeated = np.repeat(of_group, [len(r.token_ids) for r in own]).astype(np.float32)
+        old = np.concatenate([r.logprobs for r in own])
+        groups.append(sampled_group(prompt, own, temperature).with_tokens(advantages=repeated, old_logprobs=old))
+    return groups
+
+
+def make_minibatch(groups: Sequence[Group[Any]], cfg: GrpoConfig, keep: int = 1) -> list[Group[Any]]:
+    """The groups of one optimizer step, with the weights of their tokens.
 
     A group without advantages and without a KL term has no gradient. It is left out, while its tokens still count in
     the average, so the step is exactly the same.
 
     Args:
-        advantages: [n, G].
-        temperature: that the rollouts were sampled at.
-        old: [sum R] per group, log-probs the ratio is taken to; by default the rollouts' own.
-        reference: [sum R] per group.
         keep: leave at least this many groups (one per trainer rank).
     """
-    lengths = [[len(r.token_ids) for r in group] for group in rollouts]
-    weights = iter(token_weights([n for group in lengths for n in group], cfg.loss_average).tolist())
+    lengths = [len(ids) for group in groups for ids in group.responses]
+    weights = np.repeat(token_weights(lengths, cfg.loss_average), lengths)
+    shares = np.split(weights, np.cumsum([group.n_tokens for group in groups])[:-1])
     batch: list[Group[Any]] = []
     left_out: list[Group[Any]] = []
-    for i, (prompt, own, counts) in enumerate(zip(prompts, rollouts, lengths, strict=True)):
-        tokens = {
-            "weights": np.repeat([next(weights) for _ in counts], counts).astype(np.float32),
-            "advantages": np.repeat(advantages[i], counts).astype(np.float32),
-            "old_logprobs": np.concatenate([r.logprobs for r in own]) if old is None else old[i],
-        }
-        if reference is not None:
-            tokens["ref_logprobs"] = reference[i]
-        has_gradient = advantages[i].any() or cfg.kl_coef > 0
-        (batch if has_gradient else left_out).append(sampled_group(prompt, own, temperature).with_tokens(**tokens))
+    for group, share in zip(groups, shares, strict=True):
+        has_gradient = cfg.kl_coef > 0 or group.tokens["advantages"].any()
+        (batch if has_gradient else left_out).append(group.with_tokens(weights=share))
     return batch + left_out[: max(0, keep - len(batch))]
 
 

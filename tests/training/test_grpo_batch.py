@@ -12,7 +12,7 @@ from actors.trainer import balance, balance_indices
 from rlvid.config import GrpoConfig
 from rlvid.errors import UserError
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, summarize, totals
+from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize, totals
 from rlvid.types import Reward, Rollout, WeightSpan
 from tests.prompts import sample_of
 
@@ -43,31 +43,32 @@ def test_an_invalid_reward_is_no_number_and_has_no_advantage() -> None:
 
 def test_minibatch_weights_are_those_of_all_its_tokens() -> None:
     advantages = np.array([[1, -1], [0.5, -0.5]], np.float32)
-    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(), 0.7)
+    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig())
     assert [g.tokens["weights"].tolist() for g in batch] == [pytest.approx([0.1] * 5), pytest.approx([0.1] * 5)]
     assert batch[0].tokens["advantages"].tolist() == [1, 1, -1, -1, -1]
     assert batch[0].tokens["old_logprobs"].tolist() == [-1, -1, -2, -2, -2]
     assert [g.temperature for g in batch] == [0.7, 0.7]  # the trainer's log-probs are tempered alike
-    by_sequence = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(loss_average="sequence"), 0.7)
+    by_sequence = make_minibatch(
+        sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig(loss_average="sequence")
+    )
     assert by_sequence[0].tokens["weights"].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12])
 
 
 def test_a_group_that_trains_nothing_is_left_out_but_counts_in_the_average() -> None:
     advantages = np.array([[1, -1], [0, 0]], np.float32)
-    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(), 0.7)
+    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig())
     assert [g.prompt for g in batch] == ["ref-0"]
     assert batch[0].tokens["weights"].tolist() == pytest.approx([0.1] * 5)  # of 10 tokens, not of 5
 
 
 def test_a_kl_term_trains_every_group() -> None:
     advantages = np.array([[1, -1], [0, 0]], np.float32)
-    reference = [np.zeros(5, np.float32), np.ones(5, np.float32)]
-    batch = make_minibatch(prompts(2), GROUPS, advantages, GrpoConfig(kl_coef=0.1), 0.7, reference=reference)
-    assert len(batch) == 2 and batch[1].tokens["ref_logprobs"] is reference[1]
+    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig(kl_coef=0.1))
+    assert len(batch) == 2
 
 
 def test_every_rank_keeps_something_to_do() -> None:
-    batch = make_minibatch(prompts(2), GROUPS, np.zeros((2, 2), np.float32), GrpoConfig(), 0.7, keep=2)
+    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, np.zeros((2, 2), np.float32), 0.7), GrpoConfig(), keep=2)
     assert len(batch) == 2
 
 
