@@ -10,19 +10,17 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlvid.config import JobConfig
 from rlvid.data.encoding import Outcome, SampleEncoder, Source
 from rlvid.errors import UserError
-from rlvid.types import Prompt, Sample
+from rlvid.types import Encoded, Prompt, Sample
 from rlvid.video.clip_reader import hashing_limit_s
 from rlvid.video.frame_variants import Variant
 
@@ -30,17 +28,6 @@ logger = logging.getLogger(__name__)
 TRIES = 2
 ENCODER_START_S = 60.0  # the first call waits for its process
 INLINE_BYTES = 100 * 1024  # results up to this size come to the caller within Ray's message, not in the object store
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A sample whose prompt is in the object store."""
-
-    sample: Sample
-    prompt: ObjectRef[Prompt]
-    n_tokens: int
-    cost: int  # Prompt.cost
-    clip_ids: tuple[str, ...] = ()
 
 
 class Encoder(SampleEncoder):

@@ -77,11 +77,11 @@ class RewardModel:
 
     def start(self, folder: Path, cfg: JobConfig, on_gpu: bool) -> None:
         from rlvid.data.encoding import SampleEncoder, Source
-        from rlvid.rewards.reward_model import HeadModel, video_config
+        from rlvid.rewards.reward_model import HeadModel
 
         self._model = HeadModel(folder, on_gpu)
         cache = cfg.data.cache_dir.expanduser().resolve(), int(cfg.data.cache_gib * 2**30)
-        self._encoder = SampleEncoder(Source(folder, video_config(self._model.rubric), *cache, 2**31))
+        self._encoder = SampleEncoder(Source(folder, self._model.rubric.video, *cache, 2**31))
 
     def score(self, groups: Sequence[Group]) -> list[Values]:
         """One value per response; the reason where a sample's clips cannot be read."""

@@ -29,7 +29,6 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.clip_store import Encoded
 from actors.fleet_replicas import Call, Replicas, log_name
 from actors.fleet_state import Fleet, ReplicaId, State
 from actors.generator import CONCURRENCY_GROUPS, Generator, SentBucket
@@ -41,7 +40,7 @@ from rlvid.config import JobConfig
 from rlvid.errors import UserError
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
-from rlvid.types import Prompt, Rollout
+from rlvid.types import Encoded, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 CHECK_EVERY_S = 0.5  # deadlines

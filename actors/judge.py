@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from actors.clip_store import ClipStore, Encoded
+from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
 from actors.roles import Roles
 from rlvid.config import IsrtJobConfig, JudgeConfig
@@ -29,7 +29,7 @@ from rlvid.rewards.judge_prompts import (
     pair_verdict,
 )
 from rlvid.rollout.engine import Sampling
-from rlvid.types import Sample
+from rlvid.types import Encoded, Sample
 
 Keep: TypeAlias = Callable[[Sequence[tuple[Encoded, Answer]]], None]
 UNREADABLE = "a clip cannot be read"

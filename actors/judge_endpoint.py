@@ -19,13 +19,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from actors.clip_store import Encoded
 from actors.judge import Keep
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.rewards.judge_prompts import TIMED_OUT, Answer
 from rlvid.rollout.engine import Sampling
-from rlvid.types import Sample
+from rlvid.types import Encoded, Sample
 
 Frames = Callable[[Sequence[Sample]], Mapping[str, list[bytes]]]  # JPEG files of each sample, by its id
 

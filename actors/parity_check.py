@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from actors.clip_store import ClipStore, Encoded
+from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
 from actors.trainer import GroupRef, TrainerGroup
 from rlvid.config import JobConfig
@@ -22,7 +22,7 @@ from rlvid.errors import UserError
 from rlvid.rollout.engine import Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import sampled_group
-from rlvid.types import Sample
+from rlvid.types import Encoded, Sample
 
 N_RESPONSES = 2
 N_TOKENS = 8

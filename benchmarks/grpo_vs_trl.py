@@ -36,7 +36,6 @@ import ray
 import torch
 
 from actors.actor_process import start_ray
-from actors.clip_store import Encoded
 from actors.roles import Roles
 from benchmarks.harness import finish, median_ratio, medians, require_trl
 from benchmarks.tiny import QUESTION, tiny_model
@@ -53,7 +52,7 @@ from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of
 from rlvid.training.objectives import Grpo
 from rlvid.training.packing import PackedPolicy, pack
-from rlvid.types import Clip, Medium, Message, Prompt, Reward, Rollout, Sample
+from rlvid.types import Clip, Encoded, Medium, Message, Prompt, Reward, Rollout, Sample
 
 N_PROMPTS, GROUP, RESPONSE, LR = 4, 8, 32, 1e-5
 SETTINGS = {"short": (4, 56, 112), "long": (8, 308, 308)}  # frames, height, width

@@ -119,13 +119,13 @@ def train(folder: Path, kind: str, model: Path, steps: int, seed: str) -> dict[s
 
 def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
     """Share of the held-out clips whose alignment score falls with another clip's prompt."""
-    from rlvid.rewards.reward_model import HeadModel, ask, video_config
+    from rlvid.rewards.reward_model import HeadModel, ask
     from rlvid.video.cache import FrameCache
     from rlvid.video.clip_reader import ClipReader
 
     judge = HeadModel(model)
     cache = FrameCache(folder / "cache", 2**30)
-    reader = ClipReader(video_config(judge.rubric), judge.family.frame_multiple, cache)
+    reader = ClipReader(judge.rubric.video, judge.family.frame_multiple, cache)
     prompts = []
     for row in rows:
         clip, _ = reader.read(Medium(str(folder / row["video"])))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.clip_store import Encoded
 from actors.parity_check import check_parity
 from actors.roles import Roles
 from jobs.cli import job_main
@@ -28,7 +27,7 @@ from rlvid.rollout.engine import Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize
 from rlvid.training.objectives import Grpo
-from rlvid.types import Reward, Rollout
+from rlvid.types import Encoded, Reward, Rollout
 
 N_REPORTED = 8  # prompts of a step whose rollouts the report shows
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.clip_store import ClipStore, Encoded
+from actors.clip_store import ClipStore
 from actors.placement import describe
 from jobs.run import Run
 from jobs.specs import JOBS, JobSpec, Rows
@@ -23,7 +23,7 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.rewards.part import check_samples
 from rlvid.rewards.rules import check_rewards, make_parts
 from rlvid.synthetic.moving_shapes import make_synthetic
-from rlvid.types import Preference, Sample
+from rlvid.types import Encoded, Preference, Sample
 
 
 @contextmanager

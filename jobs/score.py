@@ -26,7 +26,7 @@ def score(
     """
     import torch
 
-    from rlvid.rewards.reward_model import ask, load_reward_model, video_config
+    from rlvid.rewards.reward_model import ask, load_reward_model
     from rlvid.video.cache import FrameCache
     from rlvid.video.clip_reader import ClipReader
 
@@ -36,7 +36,7 @@ def score(
     if (rubric.kind == "bradley_terry") != bool(responses):
         needs = "scores responses: give --response" if not responses else "scores videos: leave out --response"
         raise UserError(f"{model} is a {rubric.kind} model, which {needs}")
-    reader = ClipReader(video_config(rubric), judge.family.frame_multiple, FrameCache(cache_dir, CACHE_BYTES))
+    reader = ClipReader(rubric.video, judge.family.frame_multiple, FrameCache(cache_dir, CACHE_BYTES))
     rows: list[dict[str, Any]] = []
     prompts, read = [], []
     for video in videos:

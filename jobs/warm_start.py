@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.clip_store import Encoded
 from actors.trainer import GroupRef, TrainerGroup
 from jobs.inputs import Inputs
 from jobs.run import Run
@@ -16,6 +15,7 @@ from rlvid.config import WarmStartConfig
 from rlvid.models.families.chat import ChatFamily
 from rlvid.training.batch import Group
 from rlvid.training.objectives import Supervised
+from rlvid.types import Encoded
 
 PHASE = "warm_start"
 

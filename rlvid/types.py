@@ -138,6 +138,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A sample and its prompt, which on the driver is a reference into Ray's object store."""
+
+    sample: Sample
+    prompt: Any  # Prompt, or the reference
+    n_tokens: int
+    cost: int  # Prompt.cost
+    clip_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class WeightSpan:
     """Tokens `[start, end)` of a rollout were sampled by weights `version`."""
 

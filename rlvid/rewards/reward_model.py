@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rlvid.config import RolloutConfig, VideoConfig
+from rlvid.config import RolloutConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric, soft_score
@@ -36,11 +36,6 @@ def ask(rubric: Rubric, name: str, videos: Sequence[str], caption: str) -> Sampl
     """The prompt of a reward model with this rubric about `videos`."""
     media = tuple(map(Medium, videos))
     return Sample(name, media, (Message.about(media, rubric.question(caption)),), "")
-
-
-def video_config(rubric: Rubric) -> VideoConfig:
-    """Frames and sizes that the model was trained on."""
-    return VideoConfig.model_validate(dict(rubric.video))
 
 
 class HeadModel:

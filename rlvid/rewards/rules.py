@@ -85,25 +85,13 @@ def length(part: LengthPart, group: Group) -> Values:
     return [float(part.min_tokens <= response.n_tokens <= most) for response in group.responses]
 
 
-def check_reward_model(part: ModelPart) -> None:
-    """
-    Raises:
-        UserError: no reward model that scores answers is in the part's folder.
-    """
-    kind = Rubric.load(part.path / RUBRIC_FOLDER).kind
-    if kind != "bradley_terry":
-        raise UserError(
-            f"{part.path} is a {kind} model, which scores videos and not answers; give one of kind bradley_terry"
-        )
-
-
 KINDS: dict[str, Kind] = {
     "exact": Kind(exact, measures_accuracy=True),
     "choice": Kind(choice, measures_accuracy=True),
     "number": Kind(number, measures_accuracy=True),
     "format": Kind(tag_format),
     "length": Kind(length),
-    "model": Kind(None, range=(float("-inf"), float("inf")), check=check_reward_model),
+    "model": Kind(None, range=(float("-inf"), float("inf"))),
 }
 
 
@@ -113,13 +101,19 @@ def make_parts(rewards: Sequence[RewardPart]) -> list[Part]:
 
 
 def check_rewards(rewards: Sequence[RewardPart]) -> None:
-    """Look at the files that the configured parts name.
-
-    Raises:
-        UserError: a part cannot be used.
     """
-    for index, part in enumerate(make_parts(rewards)):
-        try:
-            part.kind.check(part.cfg)
-        except UserError as e:
-            raise UserError(f"rewards.{index} ({part.name}): {e}") from e
+    Raises:
+        UserError: the folder of a part of kind `model` holds no reward model that scores answers.
+    """
+    for index, part in enumerate(rewards):
+        if isinstance(part, ModelPart):
+            where = f"rewards.{index} ({part.label})"
+            try:
+                kind = Rubric.load(part.path / RUBRIC_FOLDER).kind
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from e
+            if kind != "bradley_terry":
+                raise UserError(
+                    f"{where}: {part.path} is a {kind} model, which scores videos and not answers; give one of kind "
+                    f"bradley_terry"
+                )

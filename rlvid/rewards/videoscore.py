@@ -10,15 +10,17 @@ scale, is no score.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvid.config import DIMS, RewardModelJobConfig
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from rlvid.config import DIMS, RewardModelJobConfig, VideoConfig
 from rlvid.errors import UserError
 from rlvid.types import Message, Sample
 
@@ -105,13 +107,13 @@ class Rubric:
     low: int
     high: int
     template: str  # RewardModelConfig.template
-    video: Mapping[str, Any]  # VideoConfig of the training run
+    video: VideoConfig = field(default_factory=VideoConfig)  # of the training run
 
     @classmethod
     def of(cls, cfg: RewardModelJobConfig) -> Rubric:
         """The rubric of the model that a job trains."""
         part = cfg.reward_model
-        return cls(part.kind, part.names, *part.bounds, part.template, cfg.video.model_dump(mode="json"))
+        return cls(part.kind, part.names, *part.bounds, part.template, cfg.video)
 
     @property
     def head(self) -> Head | None:
@@ -205,7 +207,7 @@ class Rubric:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "rubric.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        (folder / "rubric.json").write_bytes(TypeAdapter(Rubric).dump_json(self, indent=2) + b"\n")
 
     @classmethod
     def load(cls, folder: Path) -> Rubric:
@@ -215,9 +217,8 @@ class Rubric:
         """
         file = folder / "rubric.json"
         try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{**fields, "dims": tuple(fields["dims"])})
-        except (OSError, ValueError, TypeError, KeyError) as e:
+            return TypeAdapter(cls).validate_json(file.read_bytes())
+        except (OSError, ValueError) as e:
             raise UserError(
                 f"{file} cannot be read ({e}): give the folder `policy` of a run of rlvid reward-model"
             ) from e

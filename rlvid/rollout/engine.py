@@ -1,4 +1,4 @@
-"""What every engine is asked: how to answer a prompt."""
+"""How a prompt is to be answered, the same for every engine."""
 
 from __future__ import annotations
 

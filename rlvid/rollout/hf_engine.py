@@ -66,13 +66,13 @@ class PlainEngine:
         lengths = [int(np.argmax(a == end)) + 1 if end in a else len(a) for a in answers]
         return [a[:n] for a, n in zip(answers, lengths, strict=True)]
 
+    @torch.no_grad()
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-prob of each of `tokens` as the first response token."""
         answers = tuple(np.array([token], dtype=np.int32) for token in tokens)
         group = Group(prompt, prompt.cost, answers, temperature=temperature)
-        with torch.no_grad():
-            policy = PackedPolicy(self._network, self.family)
-            return policy(pack([group]).to(self._network.device))[0].float().cpu().numpy()
+        policy = PackedPolicy(self._network, self.family)
+        return policy(pack([group]).to(self._network.device))[0].float().cpu().numpy()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +13,10 @@ from rlvid.algorithms.advantages import group_advantages, zero_variance_share
 from rlvid.algorithms.policy_loss import token_weights
 from rlvid.config import GrpoConfig
 from rlvid.training.batch import Group
-from rlvid.types import Reward, Rollout, Sample
+from rlvid.types import Encoded, Reward, Rollout
 
 Rollouts = Sequence[Sequence[Rollout]]  # [n, G]
 Rewards = Sequence[Sequence[Reward]]  # [n, G]
-
-
-class EncodedPrompt(Protocol):
-    """A sample and its prompt, or a reference to it."""
-
-    @property
-    def sample(self) -> Sample: ...
-
-    @property
-    def prompt(self) -> Any: ...
-
-    @property
-    def cost(self) -> int: ...
 
 
 def advantages_of(rewards: Rewards, cfg: GrpoConfig) -> npt.NDArray[np.float32]:
@@ -42,14 +29,14 @@ def totals(rewards: Rewards) -> npt.NDArray[np.float64]:
     return np.array([[r.total if r.is_valid else np.nan for r in group] for group in rewards])
 
 
-def sampled_group(prompt: EncodedPrompt, rollouts: Sequence[Rollout], temperature: float) -> Group[Any]:
+def sampled_group(prompt: Encoded, rollouts: Sequence[Rollout], temperature: float) -> Group[Any]:
     """The rollouts of one prompt as a group without arrays: enough to compute log-probs."""
     ids = tuple(r.token_ids for r in rollouts)
     return Group(prompt.prompt, prompt.cost, ids, temperature=temperature)
 
 
 def sampled_groups(
-    prompts: Sequence[EncodedPrompt], rollouts: Rollouts, advantages: npt.NDArray[np.float32], temperature: float
+    prompts: Sequence[Encoded], rollouts: Rollouts, advantages: npt.NDArray[np.float32], temperature: float
 ) -> list[Group[Any]]:
     """The groups of a step, with their advantages [n, G] and the log-probs at which the engine sampled them."""
     groups = []
@@ -104,7 +91,7 @@ def summarize(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
 
 def rollout_rows(
     step: int,
-    prompts: Sequence[EncodedPrompt],
+    prompts: Sequence[Encoded],
     rollouts: Rollouts,
     rewards: Rewards,
     advantages: npt.NDArray[np.float32],

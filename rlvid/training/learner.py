@@ -134,7 +134,8 @@ class Learner:
                 for name, value in stats.items():
                     sums[name] += value.to(self.device)
         self.engine.step()
-        means, norm = self._means(sums), self._last_grad_norm()
+        norm = float(self.engine.get_global_grad_norm()) if self._clipped_norm is None else self._clipped_norm
+        means = self._means(sums)
         return means | {"grad_norm": norm, "lr": lr, "skipped": self._count_skipped(means["loss"], norm)}
 
     def _count_skipped(self, loss: float, grad_norm: float) -> float:
@@ -269,9 +270,6 @@ class Learner:
         if not math.isfinite(self._clipped_norm):
             for parameter in parameters:
                 parameter.grad = None  # torch's optimizer leaves such a parameter alone
-
-    def _last_grad_norm(self) -> float:
-        return float(self.engine.get_global_grad_norm()) if self._clipped_norm is None else self._clipped_norm
 
     def _most(self, count: int) -> int:
         """The largest `count` of all ranks."""

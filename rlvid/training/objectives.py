@@ -7,7 +7,7 @@ and statistics that are summed too: `<name>` over tokens, `pair/<name>` over pai
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -123,8 +123,7 @@ class Preferred:
             "length_chosen": sizes[:, 0],
             "length_rejected": sizes[:, 1],
         }
-        sums = {f"pair/{name}": values.sum() for name, values in pairs.items()}
-        return loss, sums | {"pairs": torch.tensor(float(len(losses)))}
+        return loss, _pair_sums(pairs)
 
     def _losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         cfg, both = self.cfg, (chosen, rejected, self.cfg.beta)
@@ -161,9 +160,11 @@ class BradleyTerry:
     def __call__(self, scores: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
         chosen, rejected = scores.view(-1, 2).unbind(1)
         margin = chosen - rejected
-        sums = {
-            "pair/margin": margin.detach().sum(),
-            "pair/accuracy": (margin.detach() > 0).float().sum(),
-            "pairs": torch.tensor(float(len(margin))),
-        }
-        return -F.logsigmoid(margin).sum() / self.n_pairs, sums
+        pairs = {"margin": margin.detach(), "accuracy": (margin.detach() > 0).float()}
+        return -F.logsigmoid(margin).sum() / self.n_pairs, _pair_sums(pairs)
+
+
+def _pair_sums(pairs: Mapping[str, Tensor]) -> Sums:
+    """Sums of statistics [n] of n pairs."""
+    sums = {f"pair/{name}": values.sum() for name, values in pairs.items()}
+    return sums | {"pairs": torch.tensor(float(len(pairs["margin"])))}

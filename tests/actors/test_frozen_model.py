@@ -34,7 +34,7 @@ BASE = {"model": {"tiny": {}}, "data": {"synthetic": {}}}
 
 
 def reward_model(folder: Path, kind: str = "bradley_terry") -> Path:
-    Rubric(kind, ("reward",), 1, 4, "question", VideoConfig(frames=4).model_dump()).save(folder / RUBRIC_FOLDER)
+    Rubric(kind, ("reward",), 1, 4, "question", VideoConfig(frames=4)).save(folder / RUBRIC_FOLDER)
     return folder
 
 

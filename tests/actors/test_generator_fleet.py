@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.clip_store import ClipStore, Encoded
+from actors.clip_store import ClipStore
 from actors.fleet_state import State
 from actors.roles import Roles
 from rlvid.config import GrpoJobConfig
@@ -22,6 +22,7 @@ from rlvid.errors import UserError
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.training.grpo_batch import sampled_group
+from rlvid.types import Encoded
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 

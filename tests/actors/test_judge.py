@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 
 from actors import judge_endpoint
-from actors.clip_store import Encoded
 from actors.judge import Comparison, FleetBackend, Judge
 from actors.judge_endpoint import EndpointBackend, probe_endpoint
 from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.files import RowFile
 from rlvid.rewards.judge_prompts import PAIR_WITH_CONTEXT, PairVerdict, pair_prompts
-from rlvid.types import Medium, MediumRef, Message, Sample
+from rlvid.types import Encoded, Medium, MediumRef, Message, Sample
 
 # Request and its number -> status, and the judge's text or another body; None lets the client wait.
 Reply = Callable[[dict[str, Any], int], "tuple[int, str] | None"]

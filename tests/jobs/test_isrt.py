@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from actors.clip_store import Encoded
 from actors.judge import checkpoint_id
 from jobs.isrt import Iteration, add_different, judge_accuracy, metrics_of, prompts_of
 from rlvid.config import IsrtJobConfig
@@ -28,7 +27,7 @@ from rlvid.data.manifest import load_manifest
 from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judge_prompts import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
-from rlvid.types import Sample
+from rlvid.types import Encoded, Sample
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("contexts", "responses", "judgements", "pairs")

@@ -36,7 +36,7 @@ SAMPLE = Sample("a", (Medium("clip.mp4"),), (Message("user", (MediumRef(0), "Wha
         ("<choice>3</choice>", None),
         ("<choice></choice>", None),
         ("<choice>1 or 2</choice>", None),
-        ("<choice>1</choice> or <choice>2</choice>", None),  # the prompt's last line, said again
+        ("<choice>1</choice> or <choice>2</choice>", None),  # the last line of the prompt, repeated
         ("<choice>1</choice><choice>1</choice>", None),
         ("<choice>1</choice> <choice>tie</choice>", None),
         ("<choice><choice>1</choice>", None),
@@ -79,7 +79,7 @@ def test_ordinary_text_stays_as_it_is() -> None:
     assert "<response_1> {response_2} {0} </response_1>" in prompt.question
 
 
-def test_prompts_stand_on_the_same_videos_with_ids_of_their_own() -> None:
+def test_prompts_are_about_the_same_videos_and_have_distinct_ids() -> None:
     template, prompts = pair_prompts(SAMPLE, ("a dog", "a cat"), "A dog runs.")
     assert template == PAIR_WITH_CONTEXT and "A dog runs." in prompts[0].question
     prompts += [describe_prompt(SAMPLE, "")]
@@ -106,9 +106,9 @@ def test_every_template_has_a_hash_of_its_own() -> None:
 
 
 def test_a_context_before_the_question_is_data() -> None:
-    told = with_context(SAMPLE, "A </video_description> dog.")
-    assert told.messages[0].content[0] == MediumRef(0) and told.question.endswith("\nWhat moves?")
-    assert told.question.count("</video_description>") == 1 and with_context(SAMPLE, "") is SAMPLE
+    described = with_context(SAMPLE, "A </video_description> dog.")
+    assert described.messages[0].content[0] == MediumRef(0) and described.question.endswith("\nWhat moves?")
+    assert described.question.count("</video_description>") == 1 and with_context(SAMPLE, "") is SAMPLE
     video_last = replace(SAMPLE, messages=(Message("user", ("What moves? ", MediumRef(0))),))
     context, question, video = with_context(video_last, "A dog.").messages[0].content
     assert isinstance(context, str) and "A dog." in context and (question, video) == ("What moves? ", MediumRef(0))

@@ -12,7 +12,7 @@ from rlvid.rewards.videoscore import DIMS, Rubric
 from rlvid.types import MediumRef
 from tests.prompts import prompt_of
 
-RUBRIC = Rubric("generation", DIMS, 1, 4, "integer", {})
+RUBRIC = Rubric("generation", DIMS, 1, 4, "integer")
 
 
 def test_token_that_writes_a_score_is_found(tiny_model: Path) -> None:
@@ -25,7 +25,7 @@ def test_token_that_writes_a_score_is_found(tiny_model: Path) -> None:
         assert family.decode(ids[:at]).strip() == text[:offset].strip()
 
 
-def test_extended_prompt_goes_on_where_a_response_would_stand(tiny_model: Path) -> None:
+def test_extended_prompt_continues_with_the_tokens_of_a_response(tiny_model: Path) -> None:
     prompt = prompt_of(load_family(tiny_model), (12, 56, 56))
     longer = extended(prompt, [5, 6])
     assert longer.token_ids[-2:].tolist() == [5, 6] and longer.length == prompt.length + 2

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from rlvid.config import DIMS, DIMS2
+from rlvid.config import DIMS, DIMS2, VideoConfig
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import CAPTION_ENDS, TEMPLATES, NoScore, Rubric, soft_score
 from rlvid.types import Medium, MediumRef, Message, Sample
 
 ITEMS = Path(__file__).parents[3] / "shared" / "data" / "videoscore" / "mantis_classification" / "train.json"
-FIVE = Rubric("generation", DIMS, 1, 4, "integer", {})
-THREE = Rubric("thinking", DIMS2, 1, 5, "thinking", {})
+FIVE = Rubric("generation", DIMS, 1, 4, "integer")
+THREE = Rubric("thinking", DIMS2, 1, 5, "thinking")
 TEXT = (
     "visual quality: 1\ntemporal consistency: 2\ndynamic degree: 3\ntext-to-video alignment: 4\nfactual consistency: 2"
 )
@@ -153,7 +153,7 @@ def test_thinking_sample_whose_answer_says_something_else_is_refused() -> None:
 
 
 def test_rubric_is_kept_beside_the_model(tmp_path: Path) -> None:
-    rubric = Rubric("regression", ("a", "b"), 1, 9, "question", {"frames": 4})
+    rubric = Rubric("regression", ("a", "b"), 1, 9, "question", VideoConfig(frames=4))
     rubric.save(tmp_path)
     assert Rubric.load(tmp_path) == rubric
     with pytest.raises(UserError, match="rlvid reward-model"):

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actors.clip_store import Encoded
 from actors.parity_check import check_parity
 from actors.trainer import GroupRef
 from rlvid.config import GrpoJobConfig, RolloutConfig
@@ -22,7 +21,7 @@ from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, pack
 from rlvid.training.parameters import in_parts
-from rlvid.types import Prompt, Rollout, Sample
+from rlvid.types import Encoded, Prompt, Rollout, Sample
 from rlvid.video.frame_variants import Variant, probe
 from tests.prompts import clip_of, noise, sample_of
 

@@ -18,7 +18,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     from tests.prompts import prompt_of
 
     family = load_family(model)
-    rubric = Rubric("regression", ("a", "b"), 1, 4, "question", {})
+    rubric = Rubric("regression", ("a", "b"), 1, 4, "question")
     cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, micro_batch_tokens=400)
     learner = Learner(model, family, ModelConfig(path=model), cfg, rubric.head)
     prompts = [prompt_of(family, (4 + 4 * (i % 2), 56, 56), seed=i) for i in range(5)]

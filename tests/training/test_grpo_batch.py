@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.clip_store import Encoded
 from actors.trainer import balance, balance_indices
 from rlvid.config import GrpoConfig
 from rlvid.errors import UserError
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize, totals
-from rlvid.types import Reward, Rollout, WeightSpan
+from rlvid.types import Encoded, Reward, Rollout, WeightSpan
 from tests.prompts import sample_of
 
 

@@ -19,7 +19,7 @@ from rlvid.errors import UserError
 from rlvid.rewards.videoscore import ALIGNMENT, CAPTION_BEGINS, CAPTION_ENDS, DIMS, NoScore, Rubric
 
 FPS = 8  # of VideoFeedback's videos
-RUBRIC = Rubric("regression", DIMS, 1, 4, "integer", {})
+RUBRIC = Rubric("regression", DIMS, 1, 4, "integer")
 
 
 def read(item: Item, roots: Roots) -> Row:
