@@ -23,6 +23,7 @@ from jobs.warm_start import warm_start
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import UserError
+from rlvid.reporting import rollout_tables
 from rlvid.rollout.engine import Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize
@@ -114,7 +115,8 @@ def log_rollouts(
     """Write some of the step's rollouts with their frames, for the report."""
     shown = prompts[:N_REPORTED]
     rows = rollout_rows(step, shown, groups[:N_REPORTED], rewards[:N_REPORTED], advantages)
-    run.folder.write_rollouts(step, rows, inputs.clips.strips(distinct([p.sample for p in shown], N_REPORTED)))
+    strips = inputs.clips.strips(distinct([p.sample for p in shown], N_REPORTED))
+    rollout_tables.write(run.folder.dir, step, rows, strips)
 
 
 def optimize(

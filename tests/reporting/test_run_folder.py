@@ -14,6 +14,7 @@ import pytest
 from rlvid.config import GrpoJobConfig, SftJobConfig
 from rlvid.config.load import load_config
 from rlvid.errors import BadClip, UserError
+from rlvid.reporting import rollout_tables
 from rlvid.reporting.run_folder import RunFolder
 
 
@@ -273,12 +274,12 @@ def test_nan_is_written_as_null_and_a_row_stays_one_line(folder: RunFolder) -> N
 def test_bad_clip_is_recorded_once_also_after_resume(folder: RunFolder) -> None:
     with folder.start(config(), "grpo"):
         folder.append_metrics({"step": 1})
-        assert folder.append_bad_clip(BadClip("a.mp4", "no video stream"), sample_id="s1")
-        assert not folder.append_bad_clip(BadClip("a.mp4", "again"))
+        folder.append_bad_clip(BadClip("a.mp4", "no video stream"), sample_id="s1")
+        folder.append_bad_clip(BadClip("a.mp4", "again"))
     again = RunFolder(folder.dir)
     with again.start(config(), "grpo"):
-        assert not again.append_bad_clip(BadClip("a.mp4", "again"))
-        assert again.append_bad_clip(BadClip("b\udcff.mp4", "missing"))
+        again.append_bad_clip(BadClip("a.mp4", "again"))
+        again.append_bad_clip(BadClip("b\udcff.mp4", "missing"))
     assert again.read_bad_clips() == [
         {"path": "a.mp4", "reason": "no video stream", "sample_id": "s1"},
         {"path": "b\udcff.mp4", "reason": "missing", "sample_id": None},
@@ -288,30 +289,30 @@ def test_bad_clip_is_recorded_once_also_after_resume(folder: RunFolder) -> None:
 def test_rollouts_are_read_with_their_frames(folder: RunFolder) -> None:
     rows = [
         rollout_row(),
-        rollout_row(group_index=1, reward_total=float("nan"), invalid_reason="judge: timeout", response="\ud800"),
+        rollout_row(group_index=1, reward_total=None, invalid_reason="judge: timeout", response="\ud800"),
     ]
-    path = folder.write_rollouts(10, rows, {"a": [b"jpeg1", b"jpeg2"]})
+    path = rollout_tables.write(folder.dir, 10, rows, {"a": [b"jpeg1", b"jpeg2"]})
     assert path == folder.dir / "rollouts" / "step_000010.parquet"
-    read, frames = folder.read_rollouts(10)
+    read, frames = rollout_tables.read(folder.dir, 10)
     assert read[0] == rows[0]
     assert (read[1]["reward_total"], read[1]["invalid_reason"], read[1]["response"]) == (None, "judge: timeout", "?")
     assert frames == {"a": [b"jpeg1", b"jpeg2"]}
-    assert folder.rollout_steps() == [10]
+    assert rollout_tables.steps(folder.dir) == [10]
 
 
 def test_rollout_row_with_other_columns_is_refused(folder: RunFolder) -> None:
     row = rollout_row(surprise=1)
     del row["answer"]
     with pytest.raises(ValueError, match=r"lacks \['answer'\] and has unknown \['surprise'\]"):
-        folder.write_rollouts(1, [row], {})
-    assert folder.rollout_steps() == []
+        rollout_tables.write(folder.dir, 1, [row], {})
+    assert rollout_tables.steps(folder.dir) == []
 
 
 def test_broken_rollout_file_is_a_readable_error(folder: RunFolder) -> None:
-    path = folder.write_rollouts(1, [rollout_row()], {})
+    path = rollout_tables.write(folder.dir, 1, [rollout_row()], {})
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"step_000001\.parquet: not a readable parquet file"):
-        folder.read_rollouts(1)
+        rollout_tables.read(folder.dir, 1)
 
 
 def test_rewind_removes_later_steps(folder: RunFolder) -> None:
@@ -324,14 +325,14 @@ def test_rewind_removes_later_steps(folder: RunFolder) -> None:
         for row in rows:
             folder.append_metrics(row)
         for step in (2, 4):
-            folder.write_rollouts(step, [rollout_row(step=step)], {"a": [b"x"]})
+            rollout_tables.write(folder.dir, step, [rollout_row(step=step)], {"a": [b"x"]})
         folder.rewind(3)
         assert folder.read_metrics() == rows[:-1]
-        assert folder.rollout_steps() == [2]
+        assert rollout_tables.steps(folder.dir) == [2]
         assert not (folder.dir / "frames" / "step_000004.parquet").exists()
         folder.rewind(1, phase="warm_start")
         assert folder.read_metrics() == rows[:1]
-        assert folder.rollout_steps() == []
+        assert rollout_tables.steps(folder.dir) == []
         folder.rewind(None)
         assert folder.read_metrics() == []
 

@@ -1,7 +1,7 @@
 """Makes `report.html`: one page with the result, the curves, the latest rollouts with their frames, and the config.
 
 The page loads nothing: images are inline, curves are SVG, and it has no script (its content security policy would block
-one). All text from data and models is escaped. This module selects the content, `curves.py` makes the charts, and
+one). All text from data and models is escaped. This module selects the content, `charts.py` draws the curves, and
 `report.html.j2` is the layout.
 """
 
@@ -10,25 +10,29 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from rlvid.errors import UserError
 from rlvid.files import write_atomic
-from rlvid.reporting.metric_names import HEADLINE_TITLES, HEADLINES, METRICS
+from rlvid.reporting import metric_names, rollout_tables
+from rlvid.reporting.metric_names import METRICS, Chart, Form, Metric
 from rlvid.reporting.report import charts
-from rlvid.reporting.report.curves import Rows, sections
 from rlvid.reporting.run_folder import RunFolder
 
 _MAX_GROUPS = 24
 _OPEN_GROUPS = 6
 _MAX_FRAMES = 16
 _MAX_BAD_CLIPS = 200
+_MAX_OTHER = 40  # charts of metrics that have no place of their own
 _LONG_TEXT = 600  # characters of a response; more are folded
+_MAX_ROWS = 2000  # of metrics: a curve has 300 points, and a page of 100,000 rows took 9 s
 
 _JOB_NAMES = {
     "grpo": "GRPO",
@@ -38,9 +42,14 @@ _JOB_NAMES = {
     "reward-model": "Reward model",
     "eval": "Evaluation",
 }
-# (label, section and key of the number); other jobs count steps
-PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}
-MAX_ROWS = 2000  # of metrics: a curve has 300 points, and a page of 100,000 rows took 9 s
+_PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}  # (label, section and key of the number); others count steps
+_FORMS: dict[Form, Callable[[float], str]] = {
+    "number": charts.number,
+    "tenths": charts.number,
+    "percent": charts.percent,
+    "seconds": charts.seconds,
+}
+Rows = Mapping[int, Mapping[str, float]]  # step -> metrics
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -51,13 +60,12 @@ def write_report(folder: RunFolder) -> Path:
     """
     if not folder.is_run:
         raise UserError(f"{folder.dir} is not a run folder: it has no {folder.config_file.name}")
-    html = template("report.html.j2").render(_page(folder))
-    write_atomic(folder.report_file, html.encode("utf-8", "replace"))
+    write_page(folder.report_file, "report.html.j2", _page(folder))
     return folder.report_file
 
 
-def template(name: str) -> jinja2.Template:
-    """Load a page template from the folder of this file, with autoescape."""
+def write_page(file: Path, template: str, content: Mapping[str, Any]) -> None:
+    """Write a page atomically. All text of `content` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -66,8 +74,8 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": charts.percent_precise, "number": charts.number}
-    return environment.get_template(name)
+    environment.filters["number"] = charts.number
+    write_atomic(file, environment.get_template(template).render(content).encode("utf-8", "replace"))
 
 
 def _printable(value: Any) -> Any:
@@ -78,20 +86,20 @@ def _printable(value: Any) -> Any:
 
 
 def _page(folder: RunFolder) -> dict[str, Any]:
-    rows = folder.read_metrics(MAX_ROWS)
+    rows = folder.read_metrics(_MAX_ROWS)
     warm = _by_step([row for row in rows if row.get("phase") == "warm_start"])
     train = _by_step([row for row in rows if row.get("phase") != "warm_start"])
     manifest, config = folder.manifest(), folder.config()
     bad_clips = folder.read_bad_clips()
-    steps = folder.rollout_steps()
+    steps = rollout_tables.steps(folder.dir)
+    job = manifest.get("job", "run")
     return {
         "name": folder.name,
-        "job": _JOB_NAMES.get(manifest.get("job", ""), manifest.get("job", "run")),
-        "manifest": manifest,
+        "job": _JOB_NAMES.get(job, job),
         "facts": _facts(manifest, config),
-        "tiles": _tiles(rows, train, manifest, config, len(bad_clips)),
-        "evaluation": _evaluation(train, manifest) or _evaluation(warm, manifest),
-        "sections": sections(train, warm),
+        "tiles": _tiles(rows, train, job, config, len(bad_clips)),
+        "evaluation": _evaluation(train, job) or _evaluation(warm, job),
+        "sections": _sections(train, warm),
         "has_rows": bool(rows),
         "rollouts": _rollouts(folder, steps[-1]) if steps else None,
         "bad_clips": bad_clips[:_MAX_BAD_CLIPS],
@@ -101,64 +109,50 @@ def _page(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-# --- headline ---------------------------------------------------------------------------------------------------------
-
-
 def _by_step(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     """Finite numbers by step. Rows of the same step (training and evaluation) are merged; the later value is used."""
     by_step: dict[int, dict[str, float]] = {}
     for row in rows:
-        numbers = {
-            key: float(value)
-            for key, value in row.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        }
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
         by_step.setdefault(int(row.get("step") or 0), {}).update(numbers)
     return dict(sorted(by_step.items()))
 
 
+# --- headline ---------------------------------------------------------------------------------------------------------
+
+
 def _facts(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model = config.get("model") or {}
-    tiny = model.get("tiny") if isinstance(model, dict) else None
-    name = Path(str(model["path"])).name if isinstance(model, dict) and model.get("path") else ""
-    data = config.get("data") or {}
-    source = data.get("train") if isinstance(data, dict) else None
-    commit = manifest.get("git_commit")
+    model, data = config.get("model") or {}, config.get("data") or {}
+    commit = str(manifest.get("git_commit") or "")
+    n_resumed = len(manifest.get("resumed", ()))
     facts = [
-        ("model", name or ("tiny, made for this run" if tiny else "")),
-        (
-            "data",
-            str(source) if source else "synthetic clips" if isinstance(data, dict) and data.get("synthetic") else "",
-        ),
+        ("model", Path(model.get("path") or "").name or ("tiny, made for this run" if model.get("tiny") else "")),
+        ("data", data.get("train") or ("synthetic clips" if data.get("synthetic") else "")),
         ("seed", str(manifest.get("seed", ""))),
-        ("started", str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC")),
-        ("resumed", f"{n} ×" if (n := len(manifest.get("resumed") or [])) else ""),
-        ("commit", str(commit)[:10] + ("-dirty" if str(commit).endswith("-dirty") else "") if commit else ""),
+        ("started", manifest.get("started", "").replace("T", " ").replace("+00:00", " UTC")),
+        ("resumed", f"{n_resumed} ×" if n_resumed else ""),
+        ("commit", commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")),
     ]
     return [(label, value) for label, value in facts if value]
 
 
 def _tiles(
-    rows: Sequence[Mapping[str, Any]], train: Rows, manifest: Mapping[str, Any], config: Mapping[str, Any], n_bad: int
+    rows: Sequence[Mapping[str, Any]], train: Rows, job: str, config: Mapping[str, Any], n_bad: int
 ) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the small numbers below the headline."""
     tiles: list[tuple[str, str, str]] = []
     if train:
-        label, section, key = PLANNED.get(manifest.get("job", ""), ("Steps", "train", "steps"))
-        planned = config[section].get(key) if isinstance(config.get(section), dict) else None
-        tiles.append((label, str(max(train)), f"of {planned} planned" if planned and planned > max(train) else ""))
-    times = [float(row["time_s"]) for row in rows if isinstance(row.get("time_s"), int | float)]
-    if times:
+        label, section, key = _PLANNED.get(job, ("Steps", "train", "steps"))
+        planned = config.get(section, {}).get(key, 0)
+        tiles.append((label, str(max(train)), f"of {planned} planned" if planned > max(train) else ""))
+    if times := [float(row["time_s"]) for row in rows if "time_s" in row]:
         tiles.append(("Duration", duration(max(times)), ""))
-    rewards = [row["reward/mean"] for row in train.values() if "reward/mean" in row]
-    if rewards:
+    if rewards := [row["reward/mean"] for row in train.values() if "reward/mean" in row]:
         n = max(1, len(rewards) // 10)
-        first, last = sum(rewards[:n]) / n, sum(rewards[-n:]) / n
-        remark = f"from {charts.number(first)}" + (f"; mean of {n} steps" if n > 1 else "")
-        tiles.append(("Reward", charts.number(last), remark))
-    speeds = [row["samples_per_s"] for row in train.values() if "samples_per_s" in row]
-    if speeds:
-        tiles.append(("Samples per second", charts.number(sum(speeds) / len(speeds)), "mean over steps"))
+        remark = f"from {charts.number(fmean(rewards[:n]))}" + (f"; mean of {n} steps" if n > 1 else "")
+        tiles.append(("Reward", charts.number(fmean(rewards[-n:])), remark))
+    if speeds := [row["samples_per_s"] for row in train.values() if "samples_per_s" in row]:
+        tiles.append(("Samples per second", charts.number(fmean(speeds)), "mean over steps"))
     if n_bad:
         tiles.append(("Bad clips", str(n_bad), "skipped, listed below"))
     return tiles
@@ -173,20 +167,21 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _evaluation(rows: Rows, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def _evaluation(rows: Rows, job: str) -> dict[str, Any] | None:
     """First and last evaluation, in percent (correlations x 100); compared only if their numbers of samples agree."""
-    name = next((name for name in HEADLINES if any(name in row for row in rows.values())), "")
+    name = next((name for name in metric_names.HEADLINES if any(name in row for row in rows.values())), "")
     found = [(step, row) for step, row in rows.items() if name in row]
     if not found:
         return None
     (first_step, first), (last_step, last) = found[0], found[-1]
     is_share = METRICS[name].form == "percent"
     scale = 100.0 if is_share else 1.0
-    kinds = [key for key in last if key.startswith(f"{name}/")]
     is_comparable = len(found) > 1 and first.get("eval/n") == last.get("eval/n")
     points = scale * (last[name] - first[name])
+    kinds = [key for key in last if key.startswith(f"{name}/")]
+    compared = first if is_comparable else {}
     return {
-        "title": HEADLINE_TITLES.get((manifest.get("job", ""), name), "Greedy accuracy"),
+        "title": metric_names.HEADLINE_TITLES.get((job, name), "Greedy accuracy"),
         "suffix": "%" if is_share else "",
         "before": scale * first[name] if len(found) > 1 else None,
         "before_step": first_step,
@@ -197,79 +192,120 @@ def _evaluation(rows: Rows, manifest: Mapping[str, Any]) -> dict[str, Any] | Non
         "is_comparable": is_comparable,
         "points": points,
         "trend": "" if abs(points) < 0.05 else "up" if points > 0 else "down",
-        "kinds": [
-            (
-                key.removeprefix(f"{name}/"),
-                scale * first[key] if is_comparable and key in first else None,
-                scale * last[key],
-            )
+        "kinds": [  # (kind, before or None, after)
+            (key.removeprefix(f"{name}/"), scale * compared[key] if key in compared else None, scale * last[key])
             for key in kinds
         ],
     }
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def _sections(train: Rows, warm: Rows) -> list[dict[str, Any]]:
+    """Sections of the page with their charts; metrics that are in no chart are last, folded."""
+    drawn: set[str] = set(metric_names.NO_CHART)
+    found = []
+    for title, charts_of_section in metric_names.CHARTS.items():
+        cards = [_card(chart, train, drawn) for chart in charts_of_section]
+        if title == "Learning":
+            cards += [_card(chart, warm, set(metric_names.NO_CHART)) for chart in metric_names.WARM_START_CHARTS]
+        found.append({"title": title, "cards": [*filter(None, cards)], "is_folded": False})
+    others = sorted({key for row in train.values() for key in row} - drawn)[:_MAX_OTHER]
+    cards = [_card(Chart((key,)), train, set()) for key in others]
+    found.append({"title": "Other metrics", "cards": cards, "is_folded": True})
+    return [section for section in found if section["cards"]]
+
+
+def _card(chart: Chart, rows: Rows, drawn: set[str]) -> dict[str, Any] | None:
+    """A chart with its legend; None if no row has its metrics. Adds the metrics that it shows to `drawn`."""
+    known = dict.fromkeys(key for row in rows.values() for key in row if key not in drawn)
+    matches = [k for key in chart.keys for k in known if (k.startswith(key[:-1]) if key.endswith("*") else k == key)]
+    keys = list(dict.fromkeys(matches))
+    if not keys:
+        return None
+    drawn |= set(keys)
+    metrics = [METRICS.get(key) or Metric(key) for key in keys]
+    title, form = chart.title or metrics[0].title, _FORMS[chart.form or metrics[0].form]
+    series = [
+        charts.Series(
+            metric.series or _series_name(chart, key),
+            [(float(step), row[key]) for step, row in rows.items() if key in row],
+            has_dots=key.startswith("eval/"),
+            is_noisy=not (key.startswith("eval/") or metric.is_exact),
+        )
+        for key, metric in zip(keys, metrics, strict=True)
+    ]
+    if chart.is_stacked:
+        picture = charts.stacked_chart(title, series, form)
+    else:
+        bounds = (0.0, 1.0) if form is charts.percent and "accuracy" in keys[0] else None
+        picture = charts.line_chart(title, series, form, bounds, chart.allow_log)
+    is_smoothed = not chart.is_stacked and max(map(charts.smoothing_window, series)) > 1
+    shown = charts.percent_precise if form is charts.percent else form
+    return {
+        "title": title,
+        "unit": metrics[0].unit,
+        "note": "bold: moving mean" if is_smoothed else "",
+        "legend": [(index % 6, s.name, shown(s.points[-1][1])) for index, s in enumerate(series)],
+        "has_names": len(series) > 1 or any(key.endswith("*") for key in chart.keys) or bool(metrics[0].series),
+        "picture": picture,
+    }
+
+
+def _series_name(chart: Chart, key: str) -> str:
+    prefixes = [pattern[:-1] for pattern in chart.keys if pattern.endswith("*") and key.startswith(pattern[:-1])]
+    return key.removeprefix(prefixes[0]) if prefixes else key.split("/")[-1]
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
 
 
 def _rollouts(folder: RunFolder, step: int) -> dict[str, Any]:
-    rows, frames = folder.read_rollouts(step)
+    rows, frames = rollout_tables.read(folder.dir, step)
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault(row["sample_id"], []).append(row)
     largest = max((abs(row["advantage"]) for row in rows if math.isfinite(row["advantage"])), default=0.0)
-    groups = [_group(sample_id, members, frames.get(sample_id, []), largest) for sample_id, members in grouped.items()]
+    groups = [_group(members, frames.get(sample_id, []), largest) for sample_id, members in grouped.items()]
     groups.sort(key=lambda group: not group["is_mixed"])  # stable sort: groups with a gradient first
     shown = groups[:_MAX_GROUPS]
-    return {
-        "step": step,
-        "n_groups": len(groups),
-        "n_shown": len(shown),
-        "open": shown[:_OPEN_GROUPS],
-        "folded": shown[_OPEN_GROUPS:],
-    }
+    return {"step": step, "n_groups": len(groups), "open": shown[:_OPEN_GROUPS], "folded": shown[_OPEN_GROUPS:]}
 
 
-def _group(sample_id: str, rows: list[dict[str, Any]], frames: Sequence[bytes], largest: float) -> dict[str, Any]:
+def _group(rows: list[dict[str, Any]], frames: Sequence[bytes], largest: float) -> dict[str, Any]:
+    """The sample, as each of its rows has it, and its responses."""
     valid = [row["reward_total"] for row in rows if row["reward_total"] is not None]
-    rows = sorted(rows, key=lambda row: row["group_index"])
-    return {
-        "sample_id": sample_id,
-        "question": rows[0]["question"],
-        "answer": rows[0]["answer"],
-        "frames": _pictures(frames),
+    shown = np.linspace(0, len(frames) - 1, min(len(frames), _MAX_FRAMES)).round().astype(int).tolist()
+    return rows[0] | {
+        "frames": [(index + 1, _data_address(frames[index])) for index in shown],
         "n_frames": len(frames),
-        "mean_reward": sum(valid) / len(valid) if valid else None,
+        "mean_reward": fmean(valid) if valid else None,
         "is_mixed": len(set(valid)) > 1,
-        "responses": [_response(row, largest) for row in rows],
+        "responses": [_response(row, largest) for row in sorted(rows, key=lambda row: row["group_index"])],
     }
 
 
-def _response(row: Mapping[str, Any], largest: float) -> dict[str, Any]:
+def _response(row: dict[str, Any], largest: float) -> dict[str, Any]:
+    """A row of the rollout table, as it is shown. `largest` is the advantage whose bar is the longest."""
     advantage = row["advantage"] if math.isfinite(row["advantage"]) else 0.0
-    text: str = row["response"]
-    return {
-        "head": text if len(text) <= _LONG_TEXT else text[: _LONG_TEXT * 2 // 3],
-        "tail": "" if len(text) <= _LONG_TEXT else text[_LONG_TEXT * 2 // 3 :],
-        "total": row["reward_total"],
+    cut = len(row["response"]) if len(row["response"]) <= _LONG_TEXT else _LONG_TEXT * 2 // 3
+    return row | {
+        "head": row["response"][:cut],
+        "tail": row["response"][cut:],
         "parts": _parts(row["reward_parts"]),
-        "invalid_reason": row["invalid_reason"],
         "advantage": advantage,
         "bar": round(50 * abs(advantage) / largest, 1) if largest else 0.0,
-        "n_tokens": row["n_tokens"],
-        "finish_reason": row["finish_reason"],
         "weights": _weights(row["weight_versions"]),
-        "logprob_mean": row["logprob_mean"],
     }
 
 
 def _parts(text: str) -> list[tuple[str, str]]:
     try:
-        parts = json.loads(text)
-    except ValueError:
+        parts = json.loads(text).items()
+    except (ValueError, AttributeError):
         return [("unreadable", text)]
-    if not isinstance(parts, dict):
-        return [("unreadable", text)]
-    return [(name, charts.number(v) if isinstance(v, int | float) else str(v)) for name, v in parts.items()]
+    return [(name, charts.number(v) if isinstance(v, int | float) else str(v)) for name, v in parts]
 
 
 def _weights(text: str) -> str:
@@ -283,14 +319,8 @@ def _weights(text: str) -> str:
     return "weights " + (", ".join(f"{version} to token {end}" for version, end in spans) or "unknown")
 
 
-def _pictures(frames: Sequence[bytes]) -> list[tuple[int, str | None]]:
-    """(frame number from 1, data URL or None if the bytes are not an image), at most `_MAX_FRAMES`."""
-    n = min(len(frames), _MAX_FRAMES)
-    indices = [round(i * (len(frames) - 1) / (n - 1)) for i in range(n)] if n > 1 else list(range(n))
-    return [(index + 1, _data_address(frames[index])) for index in indices]
-
-
 def _data_address(picture: bytes) -> str | None:
+    """The picture as an address; None if the bytes are not an image."""
     for signature, kind in ((b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png")):
         if picture.startswith(signature):
             return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
@@ -300,13 +330,8 @@ def _data_address(picture: bytes) -> str | None:
 # --- details ----------------------------------------------------------------------------------------------------------
 
 
-def _details(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _details(manifest: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Tables of `run.json`: versions, hashes, prompt templates, and other entries."""
-    tables = []
-    rest: list[tuple[str, str]] = []
-    for key, value in manifest.items():
-        if isinstance(value, dict):
-            tables.append((key.replace("_", " "), [(str(k), str(v)) for k, v in value.items()]))
-        elif not isinstance(value, list):
-            rest.append((key.replace("_", " "), str(value)))
+    rest = {key.replace("_", " "): value for key, value in manifest.items() if not isinstance(value, dict | list)}
+    tables = [(key.replace("_", " "), value) for key, value in manifest.items() if isinstance(value, dict)]
     return [("run", rest), *tables]

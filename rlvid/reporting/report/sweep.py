@@ -9,9 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlvid.files import write_atomic
 from rlvid.reporting.report import charts
-from rlvid.reporting.report.page import duration, template
+from rlvid.reporting.report.page import duration, write_page
 
 MAX_CURVES = 6  # of the best trials; there are 6 colours
 
@@ -52,38 +51,35 @@ def write_sweep(
         keys: hyperparameters, in the order of their charts.
         log_keys: those with a logarithmic axis.
     """
-    ranked = sorted(
-        (row for row in rows if row.value is not None), key=lambda row: row.value or 0.0, reverse=mode == "max"
-    )
+    measured = [row for row in rows if row.value is not None]
+    ranked = sorted(measured, key=lambda row: row.value or 0.0, reverse=mode == "max")
     curves = [charts.Series(row.trial_id, row.curve, has_dots=True, is_noisy=False) for row in ranked[:MAX_CURVES]]
     reports = {row.trial_id: f"trials/{row.trial_id}/report.html" for row in rows}
-    html = template("sweep.html.j2").render(
-        metric=metric,
-        mode=mode,
-        name=file.parent.name,
-        keys=keys,
-        rows=[*ranked, *(row for row in rows if row.value is None)],
-        best=best,
-        reports={name: path for name, path in reports.items() if (file.parent / path).exists()},
-        facts=[
-            ("trials", str(len(rows))),
-            ("stopped early", str(sum(row.is_stopped for row in rows))),
-            ("failed", str(sum(row.error is not None for row in rows))),
+    content = {
+        "metric": metric,
+        "mode": mode,
+        "name": file.parent.name,
+        "keys": keys,
+        "rows": [*ranked, *(row for row in rows if row.value is None)],
+        "best": best,
+        "reports": {name: path for name, path in reports.items() if (file.parent / path).exists()},
+        "facts": [
+            ("trials", len(rows)),
+            ("stopped early", sum(row.is_stopped for row in rows)),
+            ("failed", sum(row.error is not None for row in rows)),
             ("time of all trials", duration(sum(row.seconds for row in rows))),
         ],
-        scatters=[(key, _scatter(key, metric, ranked, best, key in log_keys)) for key in keys],
-        curves=charts.line_chart(f"{metric} over steps", curves),
-        legend=list(enumerate(curve.name for curve in curves)),
-    )
-    write_atomic(file, html.encode("utf-8", "replace"))
+        "scatters": [(key, _scatter(key, metric, ranked, best, key in log_keys)) for key in keys],
+        "curves": charts.line_chart(f"{metric} over steps", curves),
+        "legend": [curve.name for curve in curves],
+    }
+    write_page(file, "sweep.html.j2", content)
     return file
 
 
 def _scatter(key: str, metric: str, rows: Sequence[TrialRow], best: TrialRow, is_log: bool) -> Markup:
     points = [
-        charts.Point(
-            row.values.get(key), row.value or 0.0, f"{row.trial_id}: {row.values.get(key)}, {row.state}", row is best
-        )
+        charts.Point(x := row.values.get(key), row.value or 0.0, f"{row.trial_id}: {x}, {row.state}", row is best)
         for row in rows
     ]
     return charts.scatter_chart(f"{metric} over {key}", points, is_log)

@@ -11,6 +11,7 @@ import pytest
 
 from rlvid.config import GrpoJobConfig
 from rlvid.errors import BadClip, UserError
+from rlvid.reporting import rollout_tables
 from rlvid.reporting.report.charts import Series, line_chart
 from rlvid.reporting.report.page import write_report
 from rlvid.reporting.run_folder import RunFolder
@@ -142,7 +143,8 @@ def full_run(tmp_path: Path) -> RunFolder:
         {"step": 40, "time_s": 410, "eval/accuracy": 0.9375, "eval/n": 256, "eval/accuracy/count": 0.875}
     )
     folder.append_bad_clip(BadClip("clips/broken.mp4", "no video stream"), "clip-9")
-    folder.write_rollouts(
+    rollout_tables.write(
+        folder.dir,
         40,
         [
             row(),
@@ -238,7 +240,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
         weight_versions=HOSTILE,
     )
     long = hostile | {"group_index": 1, "response": HOSTILE * 40, "invalid_reason": HOSTILE, "reward_parts": HOSTILE}
-    folder.write_rollouts(1, [hostile, long], {HOSTILE: [JPEG]})
+    rollout_tables.write(folder.dir, 1, [hostile, long], {HOSTILE: [JPEG]})
     page = read(folder)
     assert page.count("img") == 1
     assert page.count("script") == 0 and page.count("b") > 0
@@ -248,7 +250,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
 
 def test_control_characters_do_not_reach_the_page(tmp_path: Path) -> None:
     folder = start(tmp_path)
-    folder.write_rollouts(1, [row(response="a\x00b\x1b[31mc\x85d\n\te")], {})
+    rollout_tables.write(folder.dir, 1, [row(response="a\x00b\x1b[31mc\x85d\n\te")], {})
     html = write_report(folder).read_text(encoding="utf-8")
     assert "a\ufffdb\ufffd[31mc\ufffdd\n\te" in html
 
@@ -303,7 +305,7 @@ def test_mixed_groups_come_first_and_the_rest_is_folded(tmp_path: Path) -> None:
         rows += [
             row(sample_id=f"clip-{index:02d}", group_index=g, reward_total=float(g and index == 30)) for g in (0, 1)
         ]
-    folder.write_rollouts(3, rows, {})
+    rollout_tables.write(folder.dir, 3, rows, {})
     page = read(folder)
     assert "24 of 40 prompts" in page.text and "18 more prompts" in page.text
     assert page.text.index("clip-30") < page.text.index("clip-00")
@@ -311,7 +313,9 @@ def test_mixed_groups_come_first_and_the_rest_is_folded(tmp_path: Path) -> None:
 
 def test_broken_json_in_a_table_is_shown(tmp_path: Path) -> None:
     folder = start(tmp_path)
-    folder.write_rollouts(1, [row(reward_parts="nonsense", weight_versions="nonsense", advantage=float("nan"))], {})
+    rollout_tables.write(
+        folder.dir, 1, [row(reward_parts="nonsense", weight_versions="nonsense", advantage=float("nan"))], {}
+    )
     text = read(folder).text
     assert "unreadable nonsense" in text and "weights nonsense" in text
 
