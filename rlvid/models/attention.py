@@ -13,15 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 TEXT_ATTENTION = "rlvid_shared_prefix"
 VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower passes block boundaries only if the name contains "flash"
@@ -61,8 +59,6 @@ class SharedPrefixLayout:
     @cached_property
     def block_mask(self) -> BlockMask:
         """FlexAttention's mask of the row, made once for all layers."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         group, response = self.membership()
 
         def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -137,8 +133,6 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, sca
 
 @cache
 def _flex_attention(is_compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=True) if is_compiled else flex_attention
 
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,6 @@ from rlvid.rollout import vllm_plugin
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
-
-if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
 
 # The smallest block of vLLM's CPU attention. Its default of 128 is longer than many prompts, which then are computed
 # once per response: 32 prompts of 44 tokens, 8 responses each, take 0.15 s instead of 0.24.
@@ -117,7 +114,7 @@ class VllmEngine:
         self.is_updating = False  # between the first and the last bucket no model is complete
         self._arrived: list[Bucket] = []  # of adapters, which are loaded all at once
         self._lora = lora
-        self._adapter: LoRARequest | None = None  # for new requests
+        self._adapter: Any = None  # vLLM's LoRARequest for new requests
 
     @property
     def is_busy(self) -> bool:

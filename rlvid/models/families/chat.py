@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from rlvid.config import TinyModelConfig
 from rlvid.errors import UserError
 from rlvid.types import Clip, Message, Prompt, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from rlvid.config import TinyModelConfig
 
 HEAD_DIM = 64  # of tiny models: vLLM on CPU refuses 16
 ZERO_WIDTH_SPACE = "\u200b"

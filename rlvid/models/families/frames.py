@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from rlvid.config import TinyModelConfig
 from rlvid.errors import UserError
 from rlvid.models.families.chat import HEAD_DIM
 from rlvid.models.families.vision import Grid, VisionFamily
@@ -23,8 +24,6 @@ from rlvid.types import Clip, Sample
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from rlvid.config import TinyModelConfig
 
 IMAGE, FAKE_AROUND_IMAGE = "<image>", "<fake_token_around_image>"
 VIDEO = "<video>"

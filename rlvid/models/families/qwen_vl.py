@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from rlvid.config import TinyModelConfig
 from rlvid.models.families.chat import HEAD_DIM
 from rlvid.models.families.vision import Grid, VisionFamily, rotary_positions
 from rlvid.types import Clip, Prompt
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
     from vllm.multimodal.inputs import PlaceholderRange
-
-    from rlvid.config import TinyModelConfig
 
 VIDEO_PLACEHOLDER = "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

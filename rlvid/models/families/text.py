@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rlvid.config import TinyModelConfig
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily, read_json
 from rlvid.types import Clip, Prompt, Sample
-
-if TYPE_CHECKING:
-    from rlvid.config import TinyModelConfig
 
 
 class TextModel(ChatFamily):
