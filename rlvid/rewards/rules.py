@@ -107,13 +107,12 @@ def check_rewards(rewards: Sequence[RewardPart]) -> None:
     """
     for index, part in enumerate(rewards):
         if isinstance(part, ModelPart):
-            where = f"rewards.{index} ({part.label})"
             try:
                 kind = Rubric.load(part.path / RUBRIC_FOLDER).kind
+                if kind != "bradley_terry":
+                    raise UserError(
+                        f"{part.path} is a {kind} model, which scores videos and not answers; give one of kind "
+                        f"bradley_terry"
+                    )
             except UserError as e:
-                raise UserError(f"{where}: {e}") from e
-            if kind != "bradley_terry":
-                raise UserError(
-                    f"{where}: {part.path} is a {kind} model, which scores videos and not answers; give one of kind "
-                    f"bradley_terry"
-                )
+                raise UserError(f"rewards.{index} ({part.label}): {e}") from e

@@ -85,9 +85,8 @@ class QwenVL(VisionFamily):
         limits = {"size": {"shortest_edge": (2 * patch) ** 2, "longest_edge": 512 * (2 * patch) ** 2}}
         processor, videos = (getattr(transformers, name) for name in cls.processors)
         video = videos(**limits)
-        image = transformers.Qwen2VLImageProcessor(
-            **limits, patch_size=patch, image_mean=video.image_mean, image_std=video.image_std
-        )
+        pixels = {"patch_size": patch, "image_mean": video.image_mean, "image_std": video.image_std}
+        image = transformers.Qwen2VLImageProcessor(**limits, **pixels)
         template = cls.default_template
         return settings, processor(image, tokenizer, video_processor=video, chat_template=template)
 
