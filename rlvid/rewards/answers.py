@@ -121,11 +121,10 @@ def _choice_by_letter(text: str, choices: Sequence[str]) -> str | None:
     match = _CHOICE.fullmatch(text)
     if match is None:
         return None
-    letters = ascii_uppercase[: len(choices)]
-    letter = (match["in_brackets"] or match["bare"]).upper()
-    if letter not in letters:
+    by_letter, letter = _by_letter(choices), (match["in_brackets"] or match["bare"]).upper()
+    if letter not in by_letter:
         return None
-    named = choices[letters.index(letter)]
+    named = by_letter[letter]
     rest = normalise(match["rest"] or "")
     if not rest or rest == normalise(named):
         return named
@@ -134,7 +133,7 @@ def _choice_by_letter(text: str, choices: Sequence[str]) -> str | None:
     letters_after = {other.upper() for other in _LONE_LETTER.findall(match["rest"])}
     others = {normalise(choice) for choice in choices} - {normalise(named)}
     explanation = rest.replace(normalise(named), " ")
-    if letters_after & set(letters) - {letter} or any(_is_in(other, explanation) for other in others):
+    if letters_after & by_letter.keys() - {letter} or any(_is_in(other, explanation) for other in others):
         return None
     return named
 
@@ -178,13 +177,12 @@ def _is_in(text: str, line: str) -> bool:
 
 def choice_lines(choices: Sequence[str]) -> str:
     """The choices as the policy reads them, one per line: "A. red" and so on."""
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+    return "\n".join(f"{letter}. {choice}" for letter, choice in _by_letter(choices).items())
 
 
 def bring_letters(choices: Sequence[str]) -> bool:
     """Whether every choice begins with its own letter already: "A. red", "(B) blue" (as Video-R1's options do)."""
-    pairs = zip(ascii_uppercase, choices, strict=False)
-    return all(re.match(rf"\s*\(?{letter}[.):]", choice) for letter, choice in pairs)
+    return all(re.match(rf"\s*\(?{letter}[.):]", choice) for letter, choice in _by_letter(choices).items())
 
 
 def choices_meant(answer: str, choices: Sequence[str]) -> frozenset[str]:
@@ -192,8 +190,10 @@ def choices_meant(answer: str, choices: Sequence[str]) -> frozenset[str]:
 
     Empty when it means none. Two when it is a letter that is also the text of another choice: then it is ambiguous.
     """
-    answer = answer.strip()
-    meant = {choice for choice in choices if choice.strip() == answer}
-    if len(answer) == 1 and answer.upper() in ascii_uppercase[: len(choices)]:
-        meant.add(choices[ascii_uppercase.index(answer.upper())])
-    return frozenset(meant)
+    answer, by_letter = answer.strip(), _by_letter(choices)
+    with_letter = [by_letter[answer.upper()]] if answer.upper() in by_letter else []
+    return frozenset([*with_letter, *(choice for choice in choices if choice.strip() == answer)])
+
+
+def _by_letter(choices: Sequence[str]) -> dict[str, str]:
+    return dict(zip(ascii_uppercase, choices, strict=False))
