@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlvid.errors import BadClip, UserError
+from rlvid.files import write_rows
 from rlvid.reporting.console import Console
 from rlvid.types import Medium
 
@@ -72,10 +72,11 @@ def main(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a", encoding="utf-8").close()  # before the model is loaded
+        out.open("a").close()  # whether it can be written, before the model is loaded
+        if not out.stat().st_size:
+            out.unlink()
         rows = score(arguments.model, arguments.videos, arguments.prompt, arguments.response, arguments.cache_dir)
-        lines = [json.dumps({"prompt": arguments.prompt, **row}) for row in rows]
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_rows(out, ({"prompt": arguments.prompt, **row} for row in rows))
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from e
     console = Console()

@@ -313,7 +313,9 @@ def test_data_convert_reports_the_numbers_of_rows_and_of_refused_items(
 
 
 def test_score_of_a_folder_without_a_reward_model_says_what_to_give(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["score", str(tmp_path), "a.mp4", "--prompt", "a dog"]) == 2
     assert "rlvid reward-model" in capsys.readouterr().err
+    assert not (tmp_path / "scores.jsonl").exists()
