@@ -229,7 +229,8 @@ class Worker:
         for _ in range(0, largest_share, size):
             groups = self._groups(itertools.islice(rows, size), examples)
             if self.sum(not groups)[0]:
-                groups = groups or next((other for other in self.gather(groups[:1]) if other), [])
+                lent = next((other for other in self.gather(groups[:1]) if other), [])  # all ranks gather
+                groups = groups or lent
             if groups:
                 yield groups
 

@@ -56,6 +56,16 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(out.splitlines()[-1]))
 
 
+def pairs_made(process: subprocess.Popen[str]) -> int:
+    """The number of pairs of a run with `--only-data`, which ends with exit code 2 where there is none (fault 30)."""
+    out, err = process.communicate(timeout=600)
+    if process.returncode == 2:
+        assert "there is no pair to train on: of 48 prompts" in err and "inconsistent" in err, out + err
+        return 0
+    assert process.returncode == 0, out + err
+    return int(json.loads(out.splitlines()[-1])["pairs"])
+
+
 def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     """kill -9 as soon as `condition` is true."""
     deadline = time.monotonic() + 480
@@ -174,26 +184,25 @@ def test_a_model_judges_itself(tmp_path: Path) -> None:
         f"isrt={{context_tokens: 16, judge: {{{judge}}}}}",
         "--only-data",
     )
-    result = finish(start(config, *arguments))
+    n_pairs = pairs_made(start(config, *arguments))  # such a small model may always choose the first response
     folder = run / "iterations" / "01"
     judged = rows_of(folder / "judgements.jsonl")
     assert judged and all(row["judge"].startswith("policy ") for row in judged)
     assert {row["state"] for row in judged} <= {"consistent", "inconsistent", "unparsed"}
-    assert result["pairs"] == sum(row["state"] == "consistent" for row in judged)
+    assert n_pairs == sum(row["state"] == "consistent" for row in judged)
     assert {row["prompt"] for row in rows_of(folder / "contexts.jsonl")} == {DESCRIBE.hash}
     for row in rows_of(folder / "responses.jsonl"):
         assert len(row["responses"]) <= 2 and len(set(row["responses"])) == len(row["responses"])
     metrics = rows_of(run / "metrics.jsonl")
     assert [row["step"] for row in metrics if "eval/n" in row] == [0]
 
-    again = finish(start(config, *arguments))  # the run is complete
+    assert pairs_made(start(config, *arguments)) == n_pairs  # the run is complete
     assert rows_of(run / "metrics.jsonl") == metrics
-    assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
     other = tmp_path / "other"
     local = f"{{backend: local, path: {run}/sft, {judge}}}"
     data = (f"model.path={run}/sft", "data.synthetic=null", f"data.train={run}/data/train.jsonl")
-    finish(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {local}}}", "--only-data"))
+    pairs_made(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {local}}}", "--only-data"))
     (name,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
     assert name == f"local {checkpoint_id(run / 'sft')}"
     assert not (other / "iterations" / "01" / "contexts.jsonl").exists()

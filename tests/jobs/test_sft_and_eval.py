@@ -101,7 +101,8 @@ placement: {{threads: 1, trainer_workers: 2}}
         environment = os.environ | {"RAY_ADDRESS": "local"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: (folder / "checkpoints" / "step_20").exists(), process)
+        # between two checkpoints, so that there are steps to repeat
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and 22 < metrics_of(folder)[-1]["step"] % 40 < 35, process)
         children = psutil.Process(process.pid).children(recursive=True)
         next(p for p in children if "RayTrainWorker" in " ".join(p.cmdline())).kill()
         killed_at = metrics_of(folder)[-1]["step"]
