@@ -229,8 +229,8 @@ class Worker:
         for _ in range(0, largest_share, size):
             groups = self._groups(itertools.islice(rows, size), examples)
             if self.sum(not groups)[0]:
-                lent = next((other for other in self.gather(groups[:1]) if other), [])  # all ranks gather
-                groups = groups or lent
+                gathered = self.gather(groups[:1])  # by all ranks, those with groups too
+                groups = groups or next((others for others in gathered if others), [])
             if groups:
                 yield groups
 
