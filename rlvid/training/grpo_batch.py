@@ -59,12 +59,10 @@ def make_minibatch(groups: Sequence[Group[Any]], cfg: GrpoConfig, keep: int = 1)
     lengths = [len(ids) for group in groups for ids in group.responses]
     weights = np.repeat(token_weights(lengths, cfg.loss_average), lengths)
     shares = np.split(weights, np.cumsum([group.n_tokens for group in groups])[:-1])
-    batch: list[Group[Any]] = []
-    left_out: list[Group[Any]] = []
-    for group, share in zip(groups, shares, strict=True):
-        has_gradient = cfg.kl_coef > 0 or group.tokens["advantages"].any()
-        (batch if has_gradient else left_out).append(group.with_tokens(weights=share))
-    return batch + left_out[: max(0, keep - len(batch))]
+    weighted = [group.with_tokens(weights=share) for group, share in zip(groups, shares, strict=True)]
+    has_gradient = [cfg.kl_coef > 0 or bool(group.tokens["advantages"].any()) for group in weighted]
+    first = np.argsort(np.logical_not(has_gradient), kind="stable")  # those with a gradient
+    return [weighted[i] for i in first[: max(keep, sum(has_gradient))]]
 
 
 def summarize(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:

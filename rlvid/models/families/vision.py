@@ -161,11 +161,7 @@ def _runs(is_video: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
 
 
 def rotary_positions(
-    n_tokens: int,
-    spans: Sequence[Span],
-    grid_thw: npt.NDArray[np.int64],
-    merge_size: int,
-    time_steps: Sequence[float] | None = None,
+    n_tokens: int, spans: Sequence[Span], grid_thw: npt.NDArray[np.int64], merge_size: int, steps: Sequence[float] = ()
 ) -> npt.NDArray[np.int32]:
     """Return the positions [3, n_tokens] of a prompt as vLLM and transformers 4 count them.
 
@@ -175,16 +171,14 @@ def rotary_positions(
     Args:
         spans: runs of placeholders, in the order of the prompt.
         grid_thw: [len(spans), 3] patches of each run.
-        time_steps: [len(spans)] positions between one temporal patch and the next; their product with the patch's
+        steps: [len(spans)] positions between one temporal patch and the next; their product with the patch's
             index is rounded down. Default 1.
     """
     positions = np.empty((3, n_tokens), dtype=np.int32)
     done, following = 0, 0
-    steps = time_steps if time_steps is not None else [1.0] * len(spans)
-    for span, (t, h, w), step in zip(spans, grid_thw, steps, strict=True):
-        n_text = span.offset - done
-        positions[:, done : span.offset] = following + np.arange(n_text)
-        following += n_text
+    for span, (t, h, w), step in zip(spans, grid_thw, steps or [1.0] * len(spans), strict=True):
+        positions[:, done : span.offset] = following + np.arange(span.offset - done)
+        following += span.offset - done
         axes = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
         if axes.shape[1] != span.length:
             raise ValueError(f"placeholder run of {span.length} tokens for a grid of {axes.shape[1]}")

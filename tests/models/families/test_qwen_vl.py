@@ -101,7 +101,7 @@ def test_time_is_written_before_each_patch(tiny_models: dict[str, Path]) -> None
 
 def test_time_steps_are_scaled_and_rounded_down() -> None:
     # a video of 4 x 1 x 1 merged patches, 1.5 positions apart, and a text token
-    positions = rotary_positions(5, [Span(0, 4)], np.array([[4, 2, 2]]), merge_size=2, time_steps=[1.5])
+    positions = rotary_positions(5, [Span(0, 4)], np.array([[4, 2, 2]]), merge_size=2, steps=[1.5])
     assert positions.tolist() == [[0, 1, 3, 4, 5], [0, 0, 0, 0, 5], [0, 0, 0, 0, 5]]
 
 
