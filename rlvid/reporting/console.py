@@ -19,15 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rlvid.files import dumps
-from rlvid.reporting.metric_names import COLUMNS, METRICS, Form
+from rlvid.reporting.metric_names import COLUMNS, Form, metric_of
 
 _LINES_PER_HEADING = 20
 _PIPE_WIDTH = 10_000  # a line in a file is never wrapped
 _MIN_COLUMN = 6
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
 
 
 def _compact(value: float) -> str:
@@ -44,7 +40,7 @@ def _tenths(value: float) -> str:
 FORMS: dict[Form, Callable[[float], str]] = {
     "number": _compact,
     "tenths": _tenths,
-    "percent": _percent,
+    "percent": "{:.1%}".format,
     "seconds": _tenths,
 }
 
@@ -67,77 +63,67 @@ class Console:
             markup=False,
             emoji=False,
         )
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,  # what others print there is not for the console (jobs/run.py)
+            disable=not self._console.is_interactive,
+        )
+        self._task = self._progress.add_task("")  # the phase
         self._total: int | None = None
         self._stages: list[str] = []
         self._columns: tuple[str, ...] = ()  # names of metrics
         self._lines_since_heading = 0
-        self._progress: Progress | None = None
 
     def phase(self, name: str, steps: int | None = None, done: int = 0) -> None:
         """Announce a phase; with `steps` a progress bar is shown, of which `done` steps are complete."""
-        self._stop_progress()
-        self._total = steps
-        self._columns, self._stages = (), []
+        self._progress.stop()
+        self._total, self._columns, self._stages = steps, (), []
         self._print(f"── {name} " + "─" * max(0, 60 - len(name)), style="bold")
-        if steps and self._is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-                redirect_stdout=False,  # what others print there is not for the console (jobs/run.py)
-            )
-            self._progress.add_task(_printable(name), total=steps, completed=done)
+        self._progress.reset(self._task, total=steps, completed=done, description=_printable(name))
+        if steps:
             self._progress.start()
 
     def working(self, stage: str, done: int | None = None) -> None:
         """On a terminal, show the current stage beside the progress bar, and the number of steps done."""
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], description=_printable(stage), completed=done)
+        self._progress.update(self._task, description=_printable(stage), completed=done)
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Print one line: step, the metrics of the phase, seconds per stage. Missing and non-finite numbers are "-"."""
         metrics = {key.removeprefix("warm_start/"): value for key, value in metrics.items()}
-        base = next(columns for marker, columns in COLUMNS if not marker or marker in metrics)
-        new_stages = [key for key in metrics if key.startswith("time/") and key not in ("time/step", *self._stages)]
-        self._stages += new_stages
+        base = next(columns for marker, columns in COLUMNS.items() if not marker or marker in metrics)
+        self._stages += [k for k in metrics if k.startswith("time/") and k not in ("time/step", *self._stages)]
         columns = (*base, *(["train/skipped"] if metrics.get("train/skipped") else []), "time/step", *self._stages)
         if columns != self._columns or self._lines_since_heading >= _LINES_PER_HEADING:
             self._columns = columns
-            self._print(self._row("step", [_heading(key) for key in columns]), style="dim")
+            self._print(self._row("step", [metric_of(key).column for key in columns]), style="dim")
             self._lines_since_heading = 0
-        numbers = [_shown(metrics.get(key), FORMS[METRICS[key].form] if key in METRICS else _tenths) for key in columns]
+        numbers = [_shown(metrics.get(key), metric_of(key).form) for key in columns]
         self._print(self._row(f"{step}/{self._total}" if self._total else str(step), numbers))
         self._lines_since_heading += 1
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step)
+        self._progress.update(self._task, completed=step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Print one line on held-out samples: accuracy by kind of question, rank correlation by dimension, or loss."""
-        n = metrics.get("eval/n")
-        # the first of these that was measured is shown
-        forms = {"spearman": _tenths, "accuracy": _percent, "loss": _compact}
-        name = next((name for name in forms if f"eval/{name}" in metrics), "accuracy")
-        form = forms[name]
-        parts = [f"evaluation after step {step}: {name} {_shown(metrics.get(f'eval/{name}'), form)}"]
-        if n is not None:
-            parts.append(f"of {n:.0f} samples")
-        kinds = [
-            f"{key.removeprefix(f'eval/{name}/')} {_shown(value, form)}"
-            for key, value in metrics.items()
-            if key.startswith(f"eval/{name}/")
-        ]
-        self._print(" ".join(parts) + (f" ({', '.join(kinds)})" if kinds else ""), style="bold")
+        measured = [name for name in ("spearman", "accuracy", "loss") if f"eval/{name}" in metrics]
+        name = next(iter(measured), "accuracy")
+        form, prefix, n = metric_of(f"eval/{name}").form, f"eval/{name}/", metrics.get("eval/n")
+        kinds = [f"{k.removeprefix(prefix)} {_shown(v, form)}" for k, v in metrics.items() if k.startswith(prefix)]
+        text = f"evaluation after step {step}: {name} {_shown(metrics.get(f'eval/{name}'), form)}"
+        text += "" if n is None else f" of {n:.0f} samples"
+        self._print(text + (f" ({', '.join(kinds)})" if kinds else ""), style="bold")
 
     def message(self, text: str) -> None:
         self._print(text)
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
         """Print rows under headings; on a terminal long cells are wrapped. A `Text` keeps its style."""
-        self._stop_progress()
+        self._progress.stop()
         table = Table(box=SIMPLE_HEAD if self._is_terminal else None, pad_edge=False)
         for heading in headings:
             table.add_column(heading, overflow="fold")
@@ -151,24 +137,21 @@ class Console:
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Print the result of the job as one line of JSON, the last line of stdout."""
-        self._stop_progress()
+        self._progress.stop()
         self._stream.write(dumps(result) + "\n")  # not through rich: it would wrap it on a terminal
         self._stream.flush()
-
-    def close(self) -> None:
-        self._stop_progress()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
 
     def _row(self, step: str, cells: list[str]) -> str:
         step_width = max(len("step"), 2 * len(str(self._total or 0)) + 1)
         line = step.rjust(step_width)
         for key, cell in zip(self._columns, cells, strict=True):
-            width = max(len(_heading(key)), _MIN_COLUMN) + 2
+            width = max(len(metric_of(key).column), _MIN_COLUMN) + 2
             if self._is_terminal and len(line) + width > self._console.width:
                 break  # in a narrow window the last columns, the stages, are left out
             line += cell.rjust(width)
@@ -178,18 +161,9 @@ class Console:
         self._console.print(Text(_printable(text), style=style or ""), soft_wrap=True)
         self._stream.flush()
 
-    def _stop_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
-
-def _heading(key: str) -> str:
-    return (METRICS[key].column if key in METRICS else "") or "s/" + key.removeprefix("time/")
-
-
-def _shown(value: float | None, form: Callable[[float], str]) -> str:
-    return "-" if value is None or not math.isfinite(value) else form(value)
+def _shown(value: float | None, form: Form) -> str:
+    return "-" if value is None or not math.isfinite(value) else FORMS[form](value)
 
 
 def _printable(text: str) -> str:

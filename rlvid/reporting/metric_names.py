@@ -61,13 +61,20 @@ METRICS: dict[str, Metric] = {
     # speed
     "samples_per_s": Metric("Samples per second", "tenths", column="samples/s"),
     "time/step": Metric("Seconds per step", "tenths", column="s/step"),
-    "time/evaluation": Metric("Outside of steps", "seconds", series="evaluation"),
-    "time/checkpoint": Metric("Outside of steps", "seconds", series="checkpoint"),
+    "time/evaluation": Metric("Outside of steps", "seconds", column="s/evaluation", series="evaluation"),
+    "time/checkpoint": Metric("Outside of steps", "seconds", column="s/checkpoint", series="checkpoint"),
     "video/decodes": Metric("Clips read", series="decoded", is_exact=True),
     "video/cache_hits": Metric("Clips read", series="from cache", is_exact=True),
     # warm start
     "warm_start/loss": Metric("Warm start: loss", unit="nats per token"),
 }
+
+
+def metric_of(key: str) -> Metric:
+    """The metric of that name. One that is not known has its name as title; the stages of a step are in seconds."""
+    stage = key.removeprefix("time/")
+    unknown = Metric(key) if stage == key else Metric(key, "seconds", column=f"s/{stage}")
+    return METRICS.get(key, unknown)
 
 
 @dataclass(frozen=True)
@@ -118,26 +125,21 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
 WARM_START_CHARTS = (Chart(("warm_start/loss", "warm_start/*")), Chart(("train/accuracy", "eval/accuracy")))
 NO_CHART = ("step", "phase", "time_s", "eval/n", "time/step", "eval/accuracy_low95", "eval/accuracy_high95")
 
-COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (  # (metric, console columns): the first whose metric is in a step
-    (
+# Console columns after the metric that selects them: the first one that a step has. "" is in every step.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "rewards/chosen": (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
         "rewards/chosen",
-        ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "train/lr"),
+        "rewards/rejected",
+        "train/lr",
     ),
-    ("rewards/margins", ("loss", "rewards/accuracies", "rewards/margins", "train/lr")),
-    ("train/error", ("loss", "train/error", "train/lr")),
-    ("loss", ("loss", "train/accuracy", "train/lr", "samples_per_s")),
-    (
-        "",
-        (
-            "reward/mean",
-            "train/accuracy",
-            "policy/kl",
-            "response/length",
-            "groups/zero_variance",
-            "samples_per_s",
-        ),
-    ),
-)
+    "rewards/margins": ("loss", "rewards/accuracies", "rewards/margins", "train/lr"),
+    "train/error": ("loss", "train/error", "train/lr"),
+    "loss": ("loss", "train/accuracy", "train/lr", "samples_per_s"),
+    "": ("reward/mean", "train/accuracy", "policy/kl", "response/length", "groups/zero_variance", "samples_per_s"),
+}
 
 HEADLINES = ("eval/accuracy", "eval/spearman")  # the headline of the report is the first of these that a run has
 HEADLINE_TITLES = {  # (job, metric): title of the headline; otherwise greedy accuracy

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from rlvid.errors import UserError
 from rlvid.files import write_atomic
 from rlvid.reporting import metric_names, rollout_tables
-from rlvid.reporting.metric_names import METRICS, Chart, Form, Metric
+from rlvid.reporting.metric_names import Chart, Form
 from rlvid.reporting.report import charts
 from rlvid.reporting.run_folder import RunFolder
 
@@ -174,7 +174,7 @@ def _evaluation(rows: Rows, job: str) -> dict[str, Any] | None:
     if not found:
         return None
     (first_step, first), (last_step, last) = found[0], found[-1]
-    is_share = METRICS[name].form == "percent"
+    is_share = metric_names.metric_of(name).form == "percent"
     scale = 100.0 if is_share else 1.0
     is_comparable = len(found) > 1 and first.get("eval/n") == last.get("eval/n")
     points = scale * (last[name] - first[name])
@@ -225,7 +225,7 @@ def _card(chart: Chart, rows: Rows, drawn: set[str]) -> dict[str, Any] | None:
     if not keys:
         return None
     drawn |= set(keys)
-    metrics = [METRICS.get(key) or Metric(key) for key in keys]
+    metrics = [metric_names.metric_of(key) for key in keys]
     title, form = chart.title or metrics[0].title, _FORMS[chart.form or metrics[0].form]
     series = [
         charts.Series(
