@@ -164,7 +164,7 @@ class Steps:
         run_folder = RunFolder(self.cfg.run.dir)
         stack.enter_context(run_folder.start(self.cfg, "grpo"))
         run_folder.rewind(None)
-        self.tracker = stack.enter_context(Tracker(run_folder, self.cfg.run, {}))
+        self.tracker = stack.enter_context(Tracker(run_folder, self.cfg.run))
         self.stage_s: dict[str, list[float]] = defaultdict(list)
         self.step = 0
         self.samples: list[Sample] = []

@@ -99,8 +99,7 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, SupportsFloat], phase: str = TRAIN) -> None:
         """Write a row of metrics. The first call opens the tracker, so the folder must have been rewound before."""
         if self._tracker is None:
-            tracker = Tracker(self.folder, self.cfg.run, self.cfg.model_dump(mode="json"))
-            self._tracker = self._stack.enter_context(tracker)
+            self._tracker = self._stack.enter_context(Tracker(self.folder, self.cfg.run))
         self._tracker.log(step, metrics, phase)
         if skipped := float(metrics.get("train/skipped", 0)):
             updates = "its update" if skipped == 1 else f"{skipped:g} of its updates"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import monotonic
 from typing import Any, Self, SupportsFloat
 
 from rlvid.config import RunConfig
@@ -27,28 +28,21 @@ _FINISH_TIMEOUT_S = 60.0
 class Tracker:
     """Writes one row per step. Make it after `RunFolder.rewind`: its clock continues from the last row of the file."""
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        run_cfg: RunConfig,
-        config_dict: Mapping[str, Any],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, folder: RunFolder, cfg: RunConfig) -> None:
         self.wandb_errors = 0
         self._folder = folder
-        self._clock = clock
         rows = folder.read_metrics()
-        self._start = clock() - (float(rows[-1].get("time_s") or 0.0) if rows else 0.0)
+        self._start = monotonic() - (rows[-1].get("time_s", 0.0) if rows else 0.0)
         self._wandb_run: Any = None
-        if run_cfg.wandb != "disabled":
-            self._start_wandb(run_cfg, config_dict)
+        if cfg.wandb != "disabled":
+            self._start_wandb(cfg)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat], phase: str = "train") -> None:
         """Write one row: `step`, `time_s` (seconds of work since the run began), `phase` unless it is "train", metrics.
 
         Values are Python, numpy or torch scalars; those that are not finite are written as null.
         """
-        row: dict[str, Any] = {"step": step, "time_s": round(self._clock() - self._start, 3)}
+        row: dict[str, Any] = {"step": step, "time_s": round(monotonic() - self._start, 3)}
         if phase != "train":
             row["phase"] = phase
         row |= {key: float(value) for key, value in metrics.items()}
@@ -63,62 +57,39 @@ class Tracker:
         else:  # steps of a phase are counted separately
             numbers = {key if key.startswith(f"{phase}/") else f"{phase}/{key}": v for key, v in numbers.items()}
             numbers[f"{phase}/step"] = step
-        try:
+        with self._counting_errors("log"):
             self._wandb_run.log(numbers)
-        except Exception as error:
-            self._count_wandb_error("log", error)
-
-    def close(self, exit_code: int = 0) -> None:
-        """Flush Weights & Biases. A second call does nothing."""
-        run, self._wandb_run = self._wandb_run, None
-        if run is None:
-            return
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._count_wandb_error("finish", error)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close(exit_code=0 if error is None else 1)
+        """Flush Weights & Biases."""
+        if self._wandb_run is not None:
+            with self._counting_errors("finish"):
+                self._wandb_run.finish(exit_code=0 if error is None else 1)
 
-    def _start_wandb(self, run_cfg: RunConfig, config_dict: Mapping[str, Any]) -> None:
-        run_id = self._folder.manifest().get("wandb_id")
-        if run_id is None:
-            run_id = uuid.uuid4().hex[:8]
-            self._folder.record(wandb_id=run_id)
-        (self._folder.dir / "wandb").mkdir(exist_ok=True)
+    def _start_wandb(self, cfg: RunConfig) -> None:
+        folder = self._folder.dir / "wandb"
+        folder.mkdir(exist_ok=True)
         # wandb keeps a debug log in its cache folder, and there is no setting for that folder
-        os.environ.setdefault("WANDB_CACHE_DIR", str((self._folder.dir / "wandb" / "cache").resolve()))
-        if run_cfg.wandb == "online":
-            try:
-                self._wandb_run = self._init_wandb("online", run_cfg, run_id, config_dict)
+        os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "cache").resolve()))
+        if "wandb_id" not in self._folder.manifest():
+            self._folder.record(wandb_id=uuid.uuid4().hex[:8])
+        if cfg.wandb == "online":
+            with self._counting_errors("login"):
+                self._wandb_run = self._init_wandb("online", cfg)
                 return
-            except Exception as error:
-                self._count_wandb_error("login", error)
-                logger.error(
-                    "Weights & Biases logs offline instead; upload it later with `wandb sync %s`",
-                    self._folder.dir / "wandb" / "offline-run-*",
-                )
-                self._reset_wandb()
-        try:
-            self._wandb_run = self._init_wandb("offline", run_cfg, run_id, config_dict)
-        except Exception as error:
-            self._count_wandb_error("start", error)
+            offline_runs = folder / "offline-run-*"
+            logger.error("Weights & Biases logs offline instead; upload it later with `wandb sync %s`", offline_runs)
+        with self._counting_errors("start"):
+            self._wandb_run = self._init_wandb("offline", cfg)
 
-    def _reset_wandb(self) -> None:
-        import wandb
-
-        try:
-            wandb.teardown()  # otherwise its service says that the run id "is in use" (wandb 0.31)
-        except Exception as error:
-            self._count_wandb_error("teardown", error)
-
-    def _init_wandb(self, mode: str, run_cfg: RunConfig, run_id: str, config_dict: Mapping[str, Any]) -> Any:
+    def _init_wandb(self, mode: str, cfg: RunConfig) -> Any:
         import wandb  # slow (most of a second), and not needed when disabled
 
+        if self.wandb_errors:
+            wandb.teardown()  # otherwise its service says that the run id "is in use" (wandb 0.31)
         settings = wandb.Settings(
             silent=True,
             console="off",  # it would wrap stdout, where the run prints its progress
@@ -138,12 +109,12 @@ class Tracker:
             raise RuntimeError("no API key: run `wandb login` or set WANDB_API_KEY")
         run = wandb.init(
             dir=str(self._folder.dir),
-            project=run_cfg.project,
+            project=cfg.project,
             name=self._folder.name,
-            id=run_id,
+            id=self._folder.manifest()["wandb_id"],
             resume="allow",
             mode=mode,
-            config=dict(config_dict),
+            config=self._folder.config(),
             settings=settings,
         )
         # Steps are logged as a metric: wandb's own counter must not decrease, and a resumed run repeats steps.
@@ -153,8 +124,12 @@ class Tracker:
         run.define_metric("warm_start/*", step_metric="warm_start/step")
         return run
 
-    def _count_wandb_error(self, action: str, error: Exception) -> None:
-        self.wandb_errors += 1
-        if self.wandb_errors == 1:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            logger.error("Weights & Biases %s failed, the run continues without it: %s", action, first_line)
+    @contextmanager
+    def _counting_errors(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.wandb_errors += 1
+            if self.wandb_errors == 1:
+                first_line = (str(error) or type(error).__name__).splitlines()[0]
+                logger.error("Weights & Biases %s failed, the run continues without it: %s", action, first_line)

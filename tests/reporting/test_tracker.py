@@ -27,6 +27,13 @@ class Clock:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("rlvid.reporting.tracker.monotonic", clock)
+    return clock
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     cfg = GrpoJobConfig.model_validate({"model": {"tiny": {}}, "data": {"synthetic": {}}})
@@ -85,9 +92,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return fake
 
 
-def test_row_has_step_time_and_plain_numbers(folder: RunFolder) -> None:
-    clock = Clock()
-    tracker = Tracker(folder, DISABLED, {}, clock)
+def test_row_has_step_time_and_plain_numbers(folder: RunFolder, clock: Clock) -> None:
+    tracker = Tracker(folder, DISABLED)
     clock.now += 1.5
     tracker.log(1, {"reward/mean": np.float32(0.5), "policy/kl": torch.tensor(2.0), "eval/n": 3, "x": float("nan")})
     assert folder.read_metrics() == [
@@ -97,27 +103,26 @@ def test_row_has_step_time_and_plain_numbers(folder: RunFolder) -> None:
 
 def test_disabled_never_imports_wandb(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
-    with Tracker(folder, DISABLED, {}) as tracker:
+    with Tracker(folder, DISABLED) as tracker:
         tracker.log(1, {})
     assert "wandb_id" not in folder.manifest()
 
 
-def test_time_continues_after_resume(folder: RunFolder) -> None:
-    clock = Clock()
-    first = Tracker(folder, DISABLED, {}, clock)
+def test_time_continues_after_resume(folder: RunFolder, clock: Clock) -> None:
+    first = Tracker(folder, DISABLED)
     for step in (1, 2, 3):
         clock.now += 10
         first.log(step, {})
     folder.rewind(2)
     clock.now = 5000.0
-    second = Tracker(folder, DISABLED, {}, clock)
+    second = Tracker(folder, DISABLED)
     clock.now += 7
     second.log(3, {})
     assert [(row["step"], row["time_s"]) for row in folder.read_metrics()] == [(1, 10.0), (2, 20.0), (3, 27.0)]
 
 
-def test_warm_start_rows_have_their_phase_and_their_own_step(folder: RunFolder, fake: FakeWandb) -> None:
-    tracker = Tracker(folder, RunConfig(), {}, Clock())
+def test_warm_start_rows_have_their_phase_and_their_own_step(folder: RunFolder, fake: FakeWandb, clock: Clock) -> None:
+    tracker = Tracker(folder, RunConfig())
     tracker.log(4, {"warm_start/loss": 2.0, "train/lr": 0.1}, phase="warm_start")
     tracker.log(1, {"reward/mean": 0.5})
     assert [row.get("phase") for row in folder.read_metrics()] == ["warm_start", None]
@@ -129,12 +134,13 @@ def test_warm_start_rows_have_their_phase_and_their_own_step(folder: RunFolder, 
 
 def test_wandb_gets_config_name_and_the_same_id_after_resume(folder: RunFolder, fake: FakeWandb) -> None:
     for _ in range(2):
-        with Tracker(folder, RunConfig(project="p"), {"seed": 3}):
+        with Tracker(folder, RunConfig(project="p")):
             pass
     assert fake.is_finished
     first, second = fake.inits
     assert first["id"] == second["id"] == folder.manifest()["wandb_id"]
-    assert (first["mode"], first["project"], first["name"], first["config"]) == ("offline", "p", "run", {"seed": 3})
+    assert (first["mode"], first["project"], first["name"]) == ("offline", "p", "run")
+    assert first["config"] == folder.config() and first["config"]["data"]["synthetic"]
     assert first["dir"] == str(folder.dir)
 
 
@@ -142,7 +148,7 @@ def test_failing_login_falls_back_to_offline_with_one_message(
     folder: RunFolder, fake: FakeWandb, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.broken = ("init online",)
-    with caplog.at_level(logging.ERROR), Tracker(folder, RunConfig(wandb="online"), {}) as tracker:
+    with caplog.at_level(logging.ERROR), Tracker(folder, RunConfig(wandb="online")) as tracker:
         tracker.log(1, {"a": 1.0})
     assert [arguments["mode"] for arguments in fake.inits] == ["online", "offline"]
     assert [record.getMessage() for record in caplog.records] == [
@@ -154,7 +160,7 @@ def test_failing_login_falls_back_to_offline_with_one_message(
 
 def test_missing_api_key_does_not_prompt(folder: RunFolder, fake: FakeWandb, caplog: pytest.LogCaptureFixture) -> None:
     fake.api_key = None
-    with Tracker(folder, RunConfig(wandb="online"), {}):
+    with Tracker(folder, RunConfig(wandb="online")):
         pass
     assert [arguments["mode"] for arguments in fake.inits] == ["offline"]
     assert "run `wandb login` or set WANDB_API_KEY" in caplog.text
@@ -164,7 +170,7 @@ def test_failures_while_logging_are_counted_and_logged_once(
     folder: RunFolder, fake: FakeWandb, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.broken = ("log",)
-    with Tracker(folder, RunConfig(), {}) as tracker:
+    with Tracker(folder, RunConfig()) as tracker:
         for step in range(3):
             tracker.log(step, {"a": 1.0})
     assert tracker.wandb_errors == 3
@@ -179,7 +185,7 @@ def test_real_offline_run_is_silent_and_stays_in_the_run_folder(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # vLLM imports it, and wandb has a word about it
-    with Tracker(folder, RunConfig(), {"model": {"path": None}}) as tracker:
+    with Tracker(folder, RunConfig()) as tracker:
         tracker.log(1, {"a": float("nan")})
     monkeypatch.setenv(
         "WANDB_CACHE_DIR", os.environ["WANDB_CACHE_DIR"]
