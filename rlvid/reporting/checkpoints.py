@@ -31,12 +31,8 @@ class Checkpoints:
         self.dir = directory
 
     def complete(self) -> list[Checkpoint]:
-        found = []
-        for path in self.dir.glob("step_*"):
-            match = _COMPLETE.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append(Checkpoint(int(match[1]), path))
-        return sorted(found)
+        matches = {path: _COMPLETE.fullmatch(path.name) for path in self.dir.glob("step_*") if path.is_dir()}
+        return sorted(Checkpoint(int(match[1]), path) for path, match in matches.items() if match)
 
     def newest(self) -> Checkpoint | None:
         complete = self.complete()
@@ -52,40 +48,24 @@ class Checkpoints:
         Raises:
             UserError: writing failed, for example because the disk is full.
         """
-        naming = naming_write_errors(
-            f"the checkpoint of step {step} in {self.dir}",
-            "free some space; earlier checkpoints are complete, and the same command resumes from the newest",
-        )
-        with naming:
-            yield from self._writing(step, keep)
-
-    def _writing(self, step: int, keep: int) -> Iterator[Path]:
-        final = self.dir / f"step_{step}"
-        unfinished = self.dir / f"step_{step}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
-            yield unfinished
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        if final.exists():  # a folder cannot be renamed over one with files in it
-            replaced = self.dir / f"step_{step}.replaced.tmp"
+        final, unfinished, replaced = (self.dir / f"step_{step}{end}" for end in ("", ".tmp", ".replaced.tmp"))
+        fix = "free some space; earlier checkpoints are complete, and the same command resumes from the newest"
+        with naming_write_errors(f"the checkpoint of step {step} in {self.dir}", fix):
+            for leftover in (unfinished, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            try:
+                yield unfinished
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            if final.exists():  # a folder cannot be renamed over one with files in it
+                final.rename(replaced)
+            unfinished.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-            unfinished.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            unfinished.rename(final)
-        self.prune(keep)
-
-    def prune(self, keep: int) -> None:
-        """Remove all complete checkpoints but the newest `keep`."""
-        for checkpoint in self.complete()[:-keep]:
-            # Renamed first: if the process is killed here, no incomplete `step_N` is left.
-            removed = checkpoint.path.with_name(checkpoint.path.name + ".tmp")
-            checkpoint.path.rename(removed)
-            shutil.rmtree(removed)
+            for old in self.complete()[:-keep]:
+                # Renamed first: if the process is killed here, no incomplete `step_N` is left.
+                shutil.rmtree(old.path.rename(f"{old.path}.tmp"))
 
     def remove_unfinished(self) -> None:
         """Remove what a killed process left incomplete. Call it only while holding the run folder's lock."""
