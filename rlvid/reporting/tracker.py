@@ -79,11 +79,12 @@ class Tracker:
         if cfg.wandb == "online":
             with self._counting_errors("login"):
                 self._wandb_run = self._init_wandb("online", cfg)
-                return
-            offline_runs = folder / "offline-run-*"
-            logger.error("Weights & Biases logs offline instead; upload it later with `wandb sync %s`", offline_runs)
-        with self._counting_errors("start"):
-            self._wandb_run = self._init_wandb("offline", cfg)
+            if self.wandb_errors:
+                later = folder / "offline-run-*"
+                logger.error("Weights & Biases logs offline instead; upload it later with `wandb sync %s`", later)
+        if self._wandb_run is None:
+            with self._counting_errors("start"):
+                self._wandb_run = self._init_wandb("offline", cfg)
 
     def _init_wandb(self, mode: str, cfg: RunConfig) -> Any:
         import wandb  # slow (most of a second), and not needed when disabled

@@ -57,7 +57,8 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[JobConfig]]:
 
 def started(config_path: Path) -> RunFolder:
     folder = RunFolder(config_path.parent / "runs" / "run")
-    folder.start(load_config(GrpoJobConfig, config_path, []), "grpo").close()
+    with folder.start(load_config(GrpoJobConfig, config_path, []), "grpo"):
+        pass
     return folder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlvid.config import GrpoJobConfig, SftJobConfig
+from rlvid.config import GrpoJobConfig, JobConfig, SftJobConfig
 from rlvid.config.load import load_config
 from rlvid.errors import BadClip, UserError
 from rlvid.reporting import rollout_tables
@@ -48,6 +48,12 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "runs" / "demo")
 
 
+def start(folder: RunFolder, cfg: JobConfig | None = None, job: str = "grpo") -> None:
+    """Start a run, and end it at once."""
+    with folder.start(cfg or config(), job):
+        pass
+
+
 def with_results(folder: RunFolder, cfg: GrpoJobConfig | None = None) -> RunFolder:
     with folder.start(cfg or config(), "grpo"):
         folder.append_metrics({"step": 1})
@@ -80,7 +86,7 @@ def test_another_config_is_refused_and_names_the_keys(folder: RunFolder) -> None
     with_results(folder)
     before = folder.config_file.read_bytes()
     with pytest.raises(UserError) as caught:
-        folder.start(config(seed=8, train={"batch_size": 16}), "grpo")
+        start(folder, config(seed=8, train={"batch_size": 16}))
     message = str(caught.value)
     assert "seed: was 7, now 8" in message
     assert "train.batch_size: was 32, now 16" in message
@@ -94,11 +100,11 @@ def test_long_list_of_differing_keys_is_shortened(folder: RunFolder) -> None:
         model={"path": "m"}, video={"frames": 4, "reader": "decord"}, train={"betas": [0, 0], "batch_size": 1}
     )
     with pytest.raises(UserError, match=r"model\.tiny\.layers: was 4, now nothing"):
-        folder.start(other, "grpo")
+        start(folder, other)
     many = config(model={"path": "m"}, seed=1, grpo={"clip_low": 0.1, "clip_high": 0.1, "kl_coef": 1, "group_size": 2})
     many = GrpoJobConfig.model_validate(many.model_dump() | {"video": other.video, "train": other.train})
     with pytest.raises(UserError, match=r"and \d+ more"):
-        folder.start(many, "grpo")
+        start(folder, many)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +139,16 @@ def test_config_saved_before_a_key_existed_is_the_same_config(folder: RunFolder)
     text = folder.config_file.read_text()
     folder.config_file.write_text(text.replace("  loss_average: token\n", ""))
     assert folder.config_file.read_text() != text
-    folder.start(config(), "grpo").close()
+    start(folder)
     folder.config_file.write_text(text.replace("  loss_average: token\n", ""))
     with pytest.raises(UserError, match=r'grpo\.loss_average: was "token", now "sequence"'):
-        folder.start(config(grpo={"loss_average": "sequence"}), "grpo")
+        start(folder, config(grpo={"loss_average": "sequence"}))
 
 
 def test_another_job_is_refused(folder: RunFolder) -> None:
     with_results(folder)
     with pytest.raises(UserError, match="has a run of rlvid grpo, not of sft"):
-        folder.start(SftJobConfig.model_validate(config().model_dump(exclude={"grpo", "warm_start"})), "sft")
+        start(folder, SftJobConfig.model_validate(config().model_dump(exclude={"grpo", "warm_start"})), "sft")
 
 
 def test_config_may_change_after_a_start_that_failed(folder: RunFolder) -> None:
@@ -194,7 +200,7 @@ def test_folder_with_foreign_files_is_refused_and_untouched(folder: RunFolder) -
     folder.dir.mkdir(parents=True)
     (folder.dir / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"not a run folder: it has thesis\.tex"):
-        folder.start(config(), "grpo")
+        start(folder)
     assert [path.name for path in folder.dir.iterdir()] == ["thesis.tex"]
 
 
@@ -202,19 +208,18 @@ def test_file_in_place_of_the_folder_is_refused(folder: RunFolder) -> None:
     folder.dir.parent.mkdir(parents=True)
     folder.dir.write_text("x")
     with pytest.raises(UserError, match="is a file; give another run"):
-        folder.start(config(), "grpo")
+        start(folder)
     with pytest.raises(UserError, match="Not a directory; give another run"):
-        RunFolder(folder.dir / "below").start(config(), "grpo")
+        start(RunFolder(folder.dir / "below"))
 
 
 # --- lock -------------------------------------------------------------------------------------------------------------
 
 
 def hold_lock(directory: Path, ready: Connection) -> None:
-    folder = RunFolder(directory).start(config(), "grpo")
-    ready.send(os.getpid())
-    signal.pause()
-    folder.close()
+    with RunFolder(directory).start(config(), "grpo"):
+        ready.send(os.getpid())
+        signal.pause()
 
 
 def test_folder_is_locked_while_a_job_runs_and_free_after_it_was_killed(folder: RunFolder) -> None:
@@ -228,20 +233,18 @@ def test_folder_is_locked_while_a_job_runs_and_free_after_it_was_killed(folder: 
         with pytest.raises(
             UserError, match=f"is in use by process {pid} on .*; wait until it ends, or give another run"
         ):
-            RunFolder(folder.dir).start(config(), "grpo")
+            start(RunFolder(folder.dir))
         assert folder.is_run
     finally:
         process.kill()
         process.join()
-    RunFolder(folder.dir).start(config(), "grpo").close()
+    start(RunFolder(folder.dir))
 
 
-def test_close_releases_the_lock(folder: RunFolder) -> None:
-    first = RunFolder(folder.dir).start(config(), "grpo")
-    with pytest.raises(UserError, match="in use"):
-        folder.start(config(), "grpo")
-    first.close()
-    folder.start(config(), "grpo").close()
+def test_lock_is_released_at_the_end(folder: RunFolder) -> None:
+    with RunFolder(folder.dir).start(config(), "grpo"), pytest.raises(UserError, match="in use"):
+        start(folder)
+    start(folder)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -345,4 +348,4 @@ def test_run_starts_in_the_folder_of_a_start_that_failed(folder: RunFolder) -> N
         folder.report_file.write_text("page")
         raise UserError("no room")
     assert not folder.config_file.exists() and not folder.report_file.exists()
-    folder.start(config(seed=8), "grpo").close()
+    start(folder, config(seed=8))

@@ -90,7 +90,8 @@ def assert_loads_nothing(page: Page) -> None:
 def start(tmp_path: Path, name: str = "demo", **sections: Any) -> RunFolder:
     base: dict[str, Any] = {"model": {"tiny": {}}, "data": {"synthetic": {}}, "seed": 7}
     folder = RunFolder(tmp_path / name)
-    folder.start(GrpoJobConfig.model_validate(base | sections), "grpo").close()
+    with folder.start(GrpoJobConfig.model_validate(base | sections), "grpo"):
+        pass
     return folder
 
 
