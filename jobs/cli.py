@@ -145,11 +145,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("videos", type=Path, nargs="+", metavar="VIDEO")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="what the videos were generated from")
     command.add_argument(
-        "--response",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="to score (Bradley-Terry models); repeatable",
+        "--response", action="append", default=[], metavar="TEXT", help="to score (Bradley-Terry models); repeatable"
     )
     command.add_argument("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
     cache = Path("~/.cache/rlvid/frames")

@@ -257,10 +257,7 @@ def rollout_engines() -> list[Finding]:
 
     backends = sorted(WeightTransferEngineFactory._registry)
     shown = ", ".join(f"{name} (rlvid's own)" if name == vllm_plugin.WEIGHT_BACKEND else name for name in backends)
-    return [
-        Finding("rollout: vllm", "ok", f"{LLMEngine.__module__} imports"),
-        Finding("weight transfer", "ok", shown),
-    ]
+    return [Finding("rollout: vllm", "ok", f"{LLMEngine.__module__} imports"), Finding("weight transfer", "ok", shown)]
 
 
 def model_families() -> list[Finding]:

@@ -199,8 +199,7 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
     best = (max if cfg.mode == "max" else min)(finished, key=lambda row: row.value or 0.0)
     best_file = folder / "best.yaml"
     _write_best(best_file, plan, best, base)
-    log_keys = [key for key, space in cfg.space.items() if space.loguniform is not None]
-    page = write_sweep(folder / "sweep.html", cfg.metric, cfg.mode, rows, best, tuple(cfg.space), log_keys)
+    page = write_sweep(folder / "sweep.html", cfg, rows, best)
     return {
         "best": best.values,
         "value": best.value,

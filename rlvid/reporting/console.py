@@ -37,12 +37,7 @@ def _tenths(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2f}"
 
 
-FORMS: dict[Form, Callable[[float], str]] = {
-    "number": _compact,
-    "tenths": _tenths,
-    "percent": "{:.1%}".format,
-    "seconds": _tenths,
-}
+_FORMS: dict[str, Callable[[float], str]] = {"number": _compact, "percent": "{:.1%}".format}  # others: tenths
 
 
 class Console:
@@ -163,7 +158,7 @@ class Console:
 
 
 def _shown(value: float | None, form: Form) -> str:
-    return "-" if value is None or not math.isfinite(value) else FORMS[form](value)
+    return "-" if value is None or not math.isfinite(value) else _FORMS.get(form, _tenths)(value)
 
 
 def _printable(text: str) -> str:

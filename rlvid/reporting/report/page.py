@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ from markupsafe import Markup
 from rlvid.errors import UserError
 from rlvid.files import write_atomic
 from rlvid.reporting import metric_names, rollout_tables
-from rlvid.reporting.metric_names import Chart, Form
+from rlvid.reporting.metric_names import Chart
 from rlvid.reporting.report import charts
 from rlvid.reporting.run_folder import RunFolder
 
@@ -43,12 +43,7 @@ _JOB_NAMES = {
     "eval": "Evaluation",
 }
 _PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}  # (label, section and key of the number); others count steps
-_FORMS: dict[Form, Callable[[float], str]] = {
-    "number": charts.number,
-    "tenths": charts.number,
-    "percent": charts.percent,
-    "seconds": charts.seconds,
-}
+_FORMS = {"percent": charts.percent, "seconds": charts.seconds}  # of curves; the other forms are plain numbers
 Rows = Mapping[int, Mapping[str, float]]  # step -> metrics
 
 
@@ -226,7 +221,7 @@ def _card(chart: Chart, rows: Rows, drawn: set[str]) -> dict[str, Any] | None:
         return None
     drawn |= set(keys)
     metrics = [metric_names.metric_of(key) for key in keys]
-    title, form = chart.title or metrics[0].title, _FORMS[chart.form or metrics[0].form]
+    title, form = chart.title or metrics[0].title, _FORMS.get(chart.form or metrics[0].form, charts.number)
     series = [
         charts.Series(
             metric.series or _series_name(chart, key),

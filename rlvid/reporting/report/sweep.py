@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from rlvid.config import TuneJobConfig
 from rlvid.reporting.report import charts
 from rlvid.reporting.report.page import duration, write_page
 
@@ -35,31 +36,17 @@ class TrialRow:
         return f"stopped at step {self.step}" if self.is_stopped else "done"
 
 
-def write_sweep(
-    file: Path,
-    metric: str,
-    mode: str,
-    rows: Sequence[TrialRow],
-    best: TrialRow,
-    keys: Sequence[str],
-    log_keys: Collection[str] = (),
-) -> Path:
-    """Write the page atomically and return `file`. Trials link to their own reports, if these exist.
-
-    Args:
-        mode: "max" or "min".
-        keys: hyperparameters, in the order of their charts.
-        log_keys: those with a logarithmic axis.
-    """
+def write_sweep(file: Path, cfg: TuneJobConfig, rows: Sequence[TrialRow], best: TrialRow) -> Path:
+    """Write the page atomically and return `file`. Trials link to their own reports, if these exist."""
     measured = [row for row in rows if row.value is not None]
-    ranked = sorted(measured, key=lambda row: row.value or 0.0, reverse=mode == "max")
+    ranked = sorted(measured, key=lambda row: row.value or 0.0, reverse=cfg.mode == "max")
     curves = [charts.Series(row.trial_id, row.curve, has_dots=True, is_noisy=False) for row in ranked[:MAX_CURVES]]
     reports = {row.trial_id: f"trials/{row.trial_id}/report.html" for row in rows}
     content = {
-        "metric": metric,
-        "mode": mode,
+        "metric": cfg.metric,
+        "mode": cfg.mode,
         "name": file.parent.name,
-        "keys": keys,
+        "keys": list(cfg.space),
         "rows": [*ranked, *(row for row in rows if row.value is None)],
         "best": best,
         "reports": {name: path for name, path in reports.items() if (file.parent / path).exists()},
@@ -69,17 +56,17 @@ def write_sweep(
             ("failed", sum(row.error is not None for row in rows)),
             ("time of all trials", duration(sum(row.seconds for row in rows))),
         ],
-        "scatters": [(key, _scatter(key, metric, ranked, best, key in log_keys)) for key in keys],
-        "curves": charts.line_chart(f"{metric} over steps", curves),
+        "scatters": [(key, _scatter(key, cfg, ranked, best)) for key in cfg.space],
+        "curves": charts.line_chart(f"{cfg.metric} over steps", curves),
         "legend": [curve.name for curve in curves],
     }
     write_page(file, "sweep.html.j2", content)
     return file
 
 
-def _scatter(key: str, metric: str, rows: Sequence[TrialRow], best: TrialRow, is_log: bool) -> Markup:
+def _scatter(key: str, cfg: TuneJobConfig, rows: Sequence[TrialRow], best: TrialRow) -> Markup:
     points = [
         charts.Point(x := row.values.get(key), row.value or 0.0, f"{row.trial_id}: {x}, {row.state}", row is best)
         for row in rows
     ]
-    return charts.scatter_chart(f"{metric} over {key}", points, is_log)
+    return charts.scatter_chart(f"{cfg.metric} over {key}", points, cfg.space[key].loguniform is not None)

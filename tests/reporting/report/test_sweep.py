@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rlvid.config import TuneJobConfig
 from rlvid.reporting.report.charts import Point, scatter_chart
 from rlvid.reporting.report.sweep import TrialRow, write_sweep
 
@@ -33,6 +34,10 @@ def test_one_value_is_drawn() -> None:
     assert len(places(scatter_chart("beta", [Point(0.1, 0.5, "a"), Point(0.1, 0.6, "b")]))) == 2
 
 
+SPACE = {"dpo.beta": {"loguniform": [1e-4, 1]}, "dpo.loss": {"grid": ["kto", "ipo", "simpo"]}}
+SWEEP = TuneJobConfig.model_validate({"job": "dpo", "config": "dpo.yaml", "space": SPACE})
+
+
 def trial(name: str, value: float | None, **more: object) -> TrialRow:
     curve = () if value is None else ((0, 0.5), (10, value))
     fields = {"is_stopped": False, "error": None, "seconds": 3.0, "values": {"dpo.beta": 0.1, "dpo.loss": name}}
@@ -44,9 +49,7 @@ def test_the_page_has_every_trial_best_first_and_escapes_text(tmp_path: Path) ->
     (tmp_path / "trials" / "kto").mkdir(parents=True)
     (tmp_path / "trials" / "kto" / "report.html").touch()
     failed = trial("simpo", None, error="<script>alert(1)</script>")
-    file = write_sweep(
-        tmp_path / "sweep.html", "eval/accuracy", "max", [worse, failed, best], best, ["dpo.beta", "dpo.loss"]
-    )
+    file = write_sweep(tmp_path / "sweep.html", SWEEP, [worse, failed, best], best)
     page = file.read_text()
     rows = page[page.index("<tbody>") : page.index("</tbody>")]
     assert rows.index("kto") < rows.index("ipo") < rows.index("simpo")
