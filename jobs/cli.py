@@ -18,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -40,90 +41,76 @@ A job that is started again with the same run folder resumes from the newest che
 _FLAGS = {"only_data": "build the preference pairs of the first iteration and train on none"}
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: `sys.argv`) and return the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a locale without the letters of a config or a path must not end a job
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv), prog)
-    run_dir: list[Path] = []  # filled as soon as the config is known, for the traceback of an unexpected error
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        if arguments.command in JOBS:
-            _run_job(arguments, run_dir)
-        elif arguments.command == "synth":
-            data.synth(arguments)
-        elif arguments.command == "data":
-            data.convert(arguments)
-        elif arguments.command == "score":
-            from jobs.score import main as score
-
-            score(arguments)
-        elif arguments.command == "doctor":
-            from jobs.doctor import doctor
-
-            doctor(arguments.json)
-        else:
-            _write_report(arguments)
+        arguments.run(arguments)
     except UserError as error:
         print(f"rlvid: error: {_original(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"rlvid: interrupted{_next_time(interruption, run_dir)}", file=sys.stderr)
+        print(f"rlvid: interrupted{_next_time(interruption, arguments.folder)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `rlvid ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            _report_fault(error, run_dir)
-            return 1
-        print(f"rlvid: error: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        return 2
     except Exception as error:
-        _report_fault(error, run_dir)
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            print(f"rlvid: error: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            return 2
+        _report_fault(error, arguments.folder)
         return 1
     return 0
 
 
 def job_main(job: str) -> NoReturn:
     """What `python -m jobs.<job> --config CONFIG.yaml key.sub=value ...` does: the same as `rlvid <job>`."""
-    sys.exit(main([job, *sys.argv[1:]], prog="rlvid"))
+    sys.exit(main([job, *sys.argv[1:]]))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; `run` is the function of the command, `folder` the run folder, once it is known."""
     parser = argparse.ArgumentParser(
-        prog=prog or "rlvid", description="Align video-language models by reinforcement learning, on Ray."
+        "rlvid", description="Align video-language models by reinforcement learning, on Ray."
     )
-    parser.add_argument("--version", action="version", version=f"rlvid {_version()}")
+    parser.set_defaults(folder=None)
+    version = next((found.version for found in importlib.metadata.distributions(name="rlvid")), "(not installed)")
+    parser.add_argument("--version", action="version", version=f"rlvid {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, job in JOBS.items():
-        flags = [f"[--{flag.replace('_', '-')}]" for flag in job.flags]
+        flags = {flag: f"--{flag.replace('_', '-')}" for flag in job.flags}
         command = commands.add_parser(
             name,
             help=job.help,
             description=f"{job.help[0].upper()}{job.help[1:]}.",
-            usage=" ".join([f"rlvid {name} CONFIG.yaml [key.sub=value ...]", *flags, "[--dry-run]"]),
+            usage=" ".join(
+                [f"rlvid {name} CONFIG.yaml [key.sub=value ...]", *map("[{}]".format, flags.values()), "[--dry-run]"]
+            ),
             epilog=_OVERRIDES_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.set_defaults(run=_run_job)
         command.add_argument("words", nargs="*", metavar="CONFIG.yaml key.sub=value", help=argparse.SUPPRESS)
         command.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same as the first argument")
-        for flag in job.flags:
-            command.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=_FLAGS[flag])
-        command.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="check everything, print the resolved config and the placement, start nothing",
-        )
+        for flag, option in flags.items():
+            command.add_argument(option, action="store_true", help=_FLAGS[flag])
+        dry_run = "check everything, print the resolved config and the placement, start nothing"
+        command.add_argument("--dry-run", action="store_true", help=dry_run)
     data.add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     data.add_data(commands.add_parser("data", help="make a manifest of a published set"))
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.set_defaults(run=_write_report)
     doctor = commands.add_parser("doctor", help="say what is installed, what works, and how to fix what does not")
     doctor.add_argument("--json", action="store_true", help="print one JSON list of findings")
+    doctor.set_defaults(run=_doctor)
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting words at the first option; those behind it are words too
@@ -141,28 +128,21 @@ def _parse(argv: list[str], prog: str | None) -> argparse.Namespace:
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=Path, metavar="MODEL", help="folder `policy` of a run of rlvid reward-model")
-    command.add_argument("videos", type=Path, nargs="+", metavar="VIDEO")
-    command.add_argument("--prompt", required=True, metavar="TEXT", help="what the videos were generated from")
-    command.add_argument(
-        "--response", action="append", default=[], metavar="TEXT", help="to score (Bradley-Terry models); repeatable"
-    )
-    command.add_argument("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
-    cache = Path("~/.cache/rlvid/frames")
-    command.add_argument("--cache-dir", type=Path, default=cache, metavar="DIR", help=f"decoded frames ({cache})")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("rlvid")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+    add, cache = command.add_argument, Path("~/.cache/rlvid/frames")
+    add("model", type=Path, metavar="MODEL", help="folder `policy` of a run of rlvid reward-model")
+    add("videos", type=Path, nargs="+", metavar="VIDEO")
+    add("--prompt", required=True, metavar="TEXT", help="what the videos were generated from")
+    responses = "to score (Bradley-Terry models); repeatable"
+    add("--response", action="append", default=[], metavar="TEXT", help=responses)
+    add("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
+    add("--cache-dir", type=Path, default=cache, metavar="DIR", help=f"decoded frames ({cache})")
+    command.set_defaults(run=_score)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
+def _run_job(arguments: argparse.Namespace) -> None:
     from rlvid.config.keys import check_paths
     from rlvid.config.load import dump_config, load_config
 
@@ -176,12 +156,24 @@ def _run_job(arguments: argparse.Namespace, run_dir: list[Path]) -> None:
         about = job.describe(cfg, job)
         print(dump_config(cfg), *(f"# {line}" for line in about), sep="\n")
         return
-    run_dir.append(job.folder(cfg))
+    arguments.folder = job.folder(cfg)
     result = job.run(cfg, **{flag: getattr(arguments, flag) for flag in job.flags})
 
     from rlvid.reporting.console import Console
 
     Console().result(result)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from jobs.score import main
+
+    main(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from jobs.doctor import doctor
+
+    doctor(arguments.json)
 
 
 def _write_report(arguments: argparse.Namespace) -> None:
@@ -200,28 +192,26 @@ def _original(error: BaseException) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
-def _next_time(interruption: KeyboardInterrupt, run_dir: list[Path]) -> str:
+def _next_time(interruption: KeyboardInterrupt, folder: Path | None) -> str:
     """What the same command would do, for the message of an interruption."""
-    if not run_dir:
+    if folder is None:
         return ""
     from jobs.run import how_to_resume
 
-    return f"; the same command {str(interruption) or how_to_resume(run_dir[0])}"
+    return f"; the same command {str(interruption) or how_to_resume(folder)}"
 
 
-def _report_fault(error: Exception, run_dir: list[Path]) -> None:
+def _report_fault(error: Exception, folder: Path | None) -> None:
     """Traceback to the run's log file, or to stderr where there is none yet; one line on stderr in any case."""
     place = ""
-    if run_dir and (run_dir[0] / "config.yaml").is_file():
-        log = run_dir[0] / "logs" / "error.log"
-        try:
+    if folder is not None and (folder / "config.yaml").is_file():
+        log = folder / "logs" / "error.log"
+        with suppress(OSError):  # the disk is full, for example: the traceback goes to stderr
             log.parent.mkdir(exist_ok=True)
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')}\n")
                 traceback.print_exception(error, file=file)
             place = f" (traceback in {log})"
-        except OSError:  # the disk is full, say: the traceback goes to stderr
-            place = ""
     if not place:
         traceback.print_exception(error)
     original = _original(error)

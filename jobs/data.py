@@ -22,22 +22,18 @@ def add_data(command: argparse.ArgumentParser) -> None:
         epilog="dialects:\n" + "\n".join(f"  {name:<14} {dialect.about}" for name, dialect in DIALECTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.add_argument(
-        "source", type=Path, metavar="IN", help="file of items (JSON lines, JSON array, parquet), or folder"
-    )
-    one.add_argument("out", type=Path, metavar="OUT", help="gets manifest.jsonl, refused.jsonl, and clips/ of pictures")
-    one.add_argument("--from", dest="dialect", choices=DIALECTS, required=True, metavar="DIALECT", help="see below")
-    one.add_argument(
-        "--videos", type=Path, metavar="DIR", help="where relative paths start; default: the file's folder"
-    )
-    one.add_argument(
-        "--map", action="append", default=[], metavar="OLD=NEW", help="paths that begin with OLD begin with NEW instead"
-    )
-    one.add_argument("--source", dest="only", metavar="NAME", help="annotated or real items of videofeedback alone")
-    one.add_argument(
-        "--mismatched", type=float, default=0.0, metavar="SHARE", help="add this share of rows with a wrong prompt (0)"
-    )
-    one.add_argument("--seed", type=int, default=0, metavar="N", help="of the mismatched rows (0)")
+    one.set_defaults(run=convert)
+    add = one.add_argument
+    add("source", type=Path, metavar="IN", help="file of items (JSON lines, JSON array, parquet), or folder")
+    add("out", type=Path, metavar="OUT", help="gets manifest.jsonl, refused.jsonl, and clips/ of pictures")
+    add("--from", dest="dialect", choices=DIALECTS, required=True, metavar="DIALECT", help="see below")
+    add("--videos", type=Path, metavar="DIR", help="where relative paths start; default: the file's folder")
+    moved = "paths that begin with OLD begin with NEW instead"
+    add("--map", action="append", default=[], metavar="OLD=NEW", help=moved)
+    add("--source", dest="only", metavar="NAME", help="annotated or real items of videofeedback alone")
+    mismatched = "add this share of rows with a wrong prompt (0)"
+    add("--mismatched", type=float, default=0.0, metavar="SHARE", help=mismatched)
+    add("--seed", type=int, default=0, metavar="N", help="of the mismatched rows (0)")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -50,15 +46,9 @@ def convert(arguments: argparse.Namespace) -> None:
     mapped = [text.partition("=") for text in a.map]
     if wrong := ["".join(parts) for parts in mapped if not all(parts)]:
         raise UserError(f"--map {wrong[0]}: expected OLD=NEW")
-    made = convert(
-        a.source,
-        a.out,
-        DIALECTS[a.dialect],
-        Roots(a.videos, tuple((old, new) for old, _, new in mapped)),
-        only=None if a.only == "both" else a.only,
-        mismatched=a.mismatched,
-        seed=_seed(a),
-    )
+    roots = Roots(a.videos, tuple((old, new) for old, _, new in mapped))
+    only = None if a.only == "both" else a.only
+    made = convert(a.source, a.out, DIALECTS[a.dialect], roots, only, a.mismatched, _seed(a))
     n = made.n_refused
     note = f"; {n} item{'s' * (n > 1)} refused, see {a.out / 'refused.jsonl'}" if n else ""
     print(f"{made.manifest}: {made.n_rows} rows{note}")
@@ -68,13 +58,15 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def add_synth(command: argparse.ArgumentParser) -> None:
     """Arguments of `rlvid synth`."""
-    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    command.add_argument("--train", metavar="N", help="training clips")
-    command.add_argument("--eval", metavar="N", help="held-out clips")
-    command.add_argument("--size", metavar="PIXELS", help="width and height, a multiple of 2")
-    command.add_argument("--frames", metavar="N", help="frames in a clip, 8 a second")
-    command.add_argument("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
+    command.set_defaults(run=synth)
+    add = command.add_argument
+    add("out_dir", type=Path, metavar="OUT_DIR")
+    add("--train", metavar="N", help="training clips")
+    add("--eval", metavar="N", help="held-out clips")
+    add("--size", metavar="PIXELS", help="width and height, a multiple of 2")
+    add("--frames", metavar="N", help="frames in a clip, 8 a second")
+    add("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
 
 
 def synth(arguments: argparse.Namespace) -> None:

@@ -68,9 +68,8 @@ def run(cfg: EvalJobConfig) -> dict[str, Any]:
     with open_job(cfg, "eval") as (run, inputs):
         if not inputs.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
-        with Roles(
-            inputs.model, cfg, JOBS["eval"].roles(cfg), run.folder.logs_dir, cfg.seed, run.console.message
-        ) as roles:
+        names = JOBS["eval"].roles(cfg)
+        with Roles(inputs.model, cfg, names, run.folder.logs_dir, cfg.seed, run.console.message) as roles:
             roles.wait_ready()
             roles.fleet.serve_checkpoint()
             metrics = evaluate(run, inputs, roles, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlvid.errors import BadClip, UserError
-from rlvid.files import write_rows
+from rlvid.files import naming_write_errors, write_rows
 from rlvid.reporting.console import Console
 from rlvid.types import Medium
 
@@ -52,12 +52,12 @@ def score(
         for one, response in zip(scored, responses or (None,), strict=True):
             row: dict[str, Any] = {"video": str(video)} | ({} if response is None else {"response": response})
             if one.scores is None:
-                rows.append({**row, "reason": one.reason})
-                continue
-            ranked_by = one.soft or one.scores
-            mean = sum(ranked_by.values()) / len(ranked_by)  # over dimensions, as upstream ranks
-            row |= {"mean": mean, "scores": one.scores}
-            rows.append(row | ({"soft": one.soft} if one.soft else {}))
+                row["reason"] = one.reason
+            else:
+                ranked_by = one.soft or one.scores
+                mean = sum(ranked_by.values()) / len(ranked_by)  # over dimensions, as upstream ranks
+                row |= {"mean": mean, "scores": one.scores} | ({"soft": one.soft} if one.soft else {})
+            rows.append(row)
     rows.sort(key=lambda row: -row.get("mean", float("-inf")))
     return [{"rank": i if "mean" in row else None, **row} for i, row in enumerate(rows, start=1)]
 
@@ -70,36 +70,29 @@ def main(arguments: argparse.Namespace) -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # otherwise its log hides the table
     out: Path = arguments.out
-    try:
+    with naming_write_errors(f"--out {out}", "name another file"):  # before the model is loaded
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()  # whether it can be written, before the model is loaded
-        if not out.stat().st_size:
+        out.open("a").close()
+        if not out.stat().st_size:  # a score that fails leaves no file behind
             out.unlink()
-        rows = score(arguments.model, arguments.videos, arguments.prompt, arguments.response, arguments.cache_dir)
+    rows = score(arguments.model, arguments.videos, arguments.prompt, arguments.response, arguments.cache_dir)
+    with naming_write_errors(f"--out {out}", "name another file"):
         write_rows(out, ({"prompt": arguments.prompt, **row} for row in rows))
-    except OSError as e:
-        raise UserError(f"--out {out}: {e.strerror}") from e
+    shown = ("video", "response") if arguments.response else ("video",)
+    dims = list(next((row["scores"] for row in rows if "scores" in row), {}))
     console = Console()
-    names = list(next((row["scores"] for row in rows if "scores" in row), {}))
-    has_responses = bool(arguments.response)
-    console.table(
-        ["rank", "video", *(["response"] if has_responses else []), "mean", *names],
-        [_cells(row, names, has_responses) for row in rows],
-    )
+    console.table(["rank", *shown, "mean", *dims], [_cells(row, shown) for row in rows])
     scored = [row for row in rows if "mean" in row]
     if scored:
-        best = {"best": scored[0]["video"]} | ({"response": scored[0]["response"]} if has_responses else {})
+        best = {"best": scored[0]["video"]} | {key: scored[0][key] for key in shown[1:]}
         console.result({**best, "mean": scored[0]["mean"], "n": len(scored), "scores": str(out)})
-    if len(scored) < len(rows):
-        missing = next(row for row in rows if "mean" not in row)
-        raise UserError(
-            f"{len(rows) - len(scored)} of {len(rows)} rows have no score, see {out}; the first: {missing['video']}: "
-            f"{missing['reason']}"
-        )
+    if missing := [row for row in rows if "mean" not in row]:
+        first = f"{missing[0]['video']}: {missing[0]['reason']}"
+        raise UserError(f"{len(missing)} of {len(rows)} rows have no score, see {out}; the first: {first}")
 
 
-def _cells(row: dict[str, Any], names: Sequence[str], has_responses: bool) -> list[str]:
-    response = [row.get("response", "")] if has_responses else []
+def _cells(row: dict[str, Any], shown: Sequence[str]) -> list[str]:
+    named = [row.get(key, "") for key in shown]
     if "scores" not in row:
-        return ["-", row["video"], *response, row["reason"], *[""] * len(names)]
-    return [str(row["rank"]), row["video"], *response, *(f"{x:.3f}" for x in (row["mean"], *row["scores"].values()))]
+        return ["-", *named, row["reason"]]
+    return [str(row["rank"]), *named, *(f"{x:.3f}" for x in (row["mean"], *row["scores"].values()))]
