@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from rlvid.config import DpoConfig
 from rlvid.errors import UserError
-from rlvid.evaluation.metrics import accuracy_report
-from rlvid.evaluation.ranking import correlate
+from rlvid.evaluation.metrics import accuracy_metrics, rank_metrics
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
 from rlvid.types import Preference, Prompt, Sample
 
@@ -278,7 +277,7 @@ class RewardModel(Supervised):
 
     def summarize(self, examples: Sequence[Example], scored: Sequence[Any]) -> Metrics:
         kept = [(s, e.sample.extra["labels"]) for e, s in zip(examples, scored, strict=True) if s is not None]
-        metrics = correlate([s for s, _ in kept], [labels for _, labels in kept], self.rubric.dims).as_metrics()
+        metrics = rank_metrics([s for s, _ in kept], [labels for _, labels in kept], self.rubric.dims)
         return metrics | {"unparsed": float(len(scored) - len(kept))}
 
     def save(self, folder: Path) -> None:
@@ -320,7 +319,7 @@ class BradleyTerry(RewardModel):
         return [bool(chosen > rejected) for chosen, rejected in self.worker.learner.outputs(groups)]
 
     def summarize(self, examples: Sequence[Example], scored: Sequence[Any]) -> Metrics:
-        return accuracy_report(scored, [e.sample.problem_type for e in examples]).as_metrics()
+        return accuracy_metrics(scored, [e.sample.problem_type for e in examples])
 
 
 class ScoreText(RewardModel):

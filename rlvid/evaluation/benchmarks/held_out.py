@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlvid.errors import UserError
-from rlvid.evaluation.metrics import accuracy_report
+from rlvid.evaluation.metrics import accuracy_metrics
 from rlvid.evaluation.predictions import Prediction
 from rlvid.rewards.part import Group, Part, Response, combine, score_rules
 from rlvid.types import Sample
@@ -43,4 +43,4 @@ class HeldOut:
             raise UserError(
                 f"none of the {len(verdicts)} held-out samples could be scored; see bad_clips.jsonl and rewards"
             )
-        return accuracy_report(verdicts, [sample.problem_type for sample in self.samples]).as_metrics()
+        return accuracy_metrics(verdicts, [sample.problem_type for sample in self.samples])
