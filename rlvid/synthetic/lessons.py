@@ -12,14 +12,13 @@ it they compare two words after some hundred steps, without it not after a thous
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlvid.files import write_rows
+from rlvid.files import read_rows, write_rows
 from rlvid.rewards.judge_prompts import describe_prompt, pair_prompts, with_context
 from rlvid.synthetic.moving_shapes import possible_answers, wrong_answer
 from rlvid.types import Medium, Message, Sample
@@ -33,7 +32,7 @@ CHOICES_WITHOUT = 1
 def make_lessons(manifest: Path) -> Path:
     """Write the lessons of a synthetic manifest beside it, as a manifest; a function of the manifest alone."""
     path = manifest.with_name(f"{manifest.stem}_lessons.jsonl")
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = read_rows(manifest)
     rng = np.random.default_rng(len(rows))
     lessons = [lesson for i, row in enumerate(rows) for lesson in _lessons_on(row, rows, i % ANSWERED == 0, rng)]
     write_rows(path, lessons)
@@ -49,16 +48,16 @@ def _lessons_on(
     for name, prompt in (("describe", describe_prompt(sample, "")), ("correct", describe_prompt(sample, other))):
         yield _lesson(row, name, prompt.question, row["description"])
     if is_answered:
-        answer = possible_answers(row)[0] if rng.random() < CARELESS else row["answer"]
+        answer = possible_answers(row["problem_type"], row["answer"])[0] if rng.random() < CARELESS else row["answer"]
         yield _lesson(row, "answer", row["question"], answer)
         yield _lesson(row, "answer-told", with_context(sample, row["description"]).question, row["answer"])
     for i in range(CHOICES_WITH_CONTEXT + CHOICES_WITHOUT):
         right = int(rng.integers(2))
         wrong = wrong_answer(row, rng)
-        one, two = (row["answer"], wrong) if right == 0 else (wrong, row["answer"])
+        both = [(row["answer"], "right"), (wrong, "wrong")]
+        (one, first), (two, second) = both[::-1] if right else both
         context = row["description"] if i < CHOICES_WITH_CONTEXT else None
         _, (prompt, _) = pair_prompts(sample, (one, two), context)
-        first, second = ("right", "wrong") if right == 0 else ("wrong", "right")
         choice = f"It is {row['answer']}. 1: {one}, {first}. 2: {two}, {second}. <choice>{right + 1}</choice>"
         yield _lesson(row, f"choose-{i}", prompt.question, choice)
 

@@ -7,9 +7,11 @@ shapes there are. Everything follows from the seed, the bytes of the files too (
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -30,10 +32,12 @@ COLOURS = {
 SHAPES = ("square", "circle", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 NUMBERS = ("one", "two", "three", "four")
+AXES = (("left", "right"), ("up", "down"))
+ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "order": tuple(COLOURS), "count": NUMBERS}
 QUESTIONS = {
     "colour": "What colour is the moving shape?",
     "shape": "Which shape is moving?",
-    "direction": "Does the shape move {} or {}?",  # left or right, up or down
+    "direction": "Does the shape move {} or {}?",  # one of AXES
     "order": "Which colour comes first?",
     "count": "How many shapes are there?",
 }
@@ -71,10 +75,10 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
     if stamp.exists():
         if json.loads(stamp.read_text()) == spec and all(pairs_of(m).exists() for m in manifests):
             return manifests
-        raise UserError(
-            f"{out_dir} holds a synthetic set made with other settings ({stamp}): remove it or name another folder"
-        )
-    with naming_write_errors(f"the synthetic set {out_dir}", "make room or name another folder, and start it again"):
+        raise UserError(f"{out_dir} has a synthetic set of other settings ({stamp}): remove it or give another folder")
+    with naming_write_errors(
+        f"the synthetic set {out_dir}", "free some space or give another folder, and start it again"
+    ):
         (out_dir / "clips").mkdir(parents=True, exist_ok=True)
         for split, (path, n) in enumerate(zip(manifests, (cfg.train, cfg.eval), strict=True)):
             # Independent streams: the train set does not change when the eval set grows.
@@ -88,7 +92,7 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
     return manifests
 
 
-def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.random.Generator) -> dict[str, object]:
+def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.random.Generator) -> dict[str, Any]:
     kind = cfg.kinds[i % len(cfg.kinds)]
     figures, answer = _draw_scene(kind, cfg, rng)
     background = int(rng.integers(8, 40))
@@ -98,7 +102,7 @@ def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.
     return {
         "id": name,
         "video": str(video),
-        "question": _question(kind, answer),
+        "question": QUESTIONS[kind].format(*possible_answers(kind, answer)),
         "answer": answer,
         "problem_type": kind,
         "description": _describe(kind, figures),
@@ -108,9 +112,8 @@ def _make_clip(out_dir: Path, split: str, i: int, cfg: SyntheticConfig, rng: np.
 def _describe(kind: str, figures: list[Figure]) -> str:
     """What is seen, as far as a question could ask about it."""
     if kind == "count":
-        return (
-            f"There {'are' if len(figures) > 1 else 'is'} {NUMBERS[len(figures) - 1]} shape{'s' * (len(figures) > 1)}."
-        )
+        verb, plural = ("is", "") if len(figures) == 1 else ("are", "s")
+        return f"There {verb} {NUMBERS[len(figures) - 1]} shape{plural}."
     first = figures[0]
     if kind == "order":
         return f"First a {first.colour} {first.shape}, then a {figures[1].colour} {figures[1].shape}."
@@ -123,74 +126,46 @@ def pairs_of(manifest: Path) -> Path:
     return manifest.with_name(f"{manifest.stem}_pairs.jsonl")
 
 
-def possible_answers(row: dict[str, object]) -> tuple[str, ...]:
-    """All answers that a row's question allows."""
-    return {
-        "colour": tuple(COLOURS),
-        "order": tuple(COLOURS),
-        "shape": SHAPES,
-        "direction": ("left", "right") if row["answer"] in ("left", "right") else ("up", "down"),
-        "count": NUMBERS,
-    }[str(row["problem_type"])]
+def possible_answers(kind: str, answer: str) -> tuple[str, ...]:
+    """All answers that a question allows, given the right one."""
+    return ANSWERS.get(kind) or next(axis for axis in AXES if answer in axis)
 
 
-def wrong_answer(row: dict[str, object], rng: np.random.Generator) -> str:
+def wrong_answer(row: Mapping[str, Any], rng: np.random.Generator) -> str:
     """Another answer that the row's question allows."""
-    return str(rng.choice([answer for answer in possible_answers(row) if answer != row["answer"]]))
-
-
-def _question(kind: str, answer: str) -> str:
-    if kind != "direction":
-        return QUESTIONS[kind]
-    return QUESTIONS[kind].format(*(("left", "right") if answer in ("left", "right") else ("up", "down")))
+    right = row["answer"]
+    return str(rng.choice([answer for answer in possible_answers(row["problem_type"], right) if answer != right]))
 
 
 def _draw_scene(kind: str, cfg: SyntheticConfig, rng: np.random.Generator) -> tuple[list[Figure], str]:
     """Draw the figures of one clip at random, and the answer to its question."""
     size, middle = cfg.size, cfg.frames // 2
     colours = [str(c) for c in rng.permutation(list(COLOURS))]
+    figures = []
     if kind == "count":
         answer = NUMBERS[int(rng.integers(len(NUMBERS)))]
         cells = rng.permutation(4)[: NUMBERS.index(answer) + 1]
-        drift = rng.uniform(-0.08, 0.08, size=2) * size
-        figures = [
-            Figure(
-                shape=str(rng.choice(SHAPES)),
-                colour=str(rng.choice(list(COLOURS))),
-                radius=rng.uniform(0.13, 0.16) * size,
-                start=((cell % 2 + 0.5) * size / 2, (cell // 2 + 0.5) * size / 2),
-                travel=(float(drift[0]), float(drift[1])),
-            )
-            for cell in cells
-        ]
+        dx, dy = rng.uniform(-0.08, 0.08, size=2) * size
+        for cell in cells:
+            shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
+            start = (cell % 2 + 0.5) * size / 2, (cell // 2 + 0.5) * size / 2
+            figures.append(Figure(shape, colour, rng.uniform(0.13, 0.16) * size, start, (dx, dy)))
         return figures, answer
     if kind == "order":
-        figures = [
-            Figure(
-                shape=str(rng.choice(SHAPES)),
-                colour=colour,
-                radius=rng.uniform(0.2, 0.26) * size,
-                start=(rng.uniform(0.35, 0.65) * size, rng.uniform(0.35, 0.65) * size),
-                travel=(rng.uniform(-0.1, 0.1) * size, rng.uniform(-0.1, 0.1) * size),
-                first=first,
-                last=last,
-            )
-            for colour, first, last in ((colours[0], 0, middle), (colours[1], middle, cfg.frames))
-        ]
+        for colour, first, last in ((colours[0], 0, middle), (colours[1], middle, None)):
+            shape, radius = str(rng.choice(SHAPES)), rng.uniform(0.2, 0.26) * size
+            start = rng.uniform(0.35, 0.65) * size, rng.uniform(0.35, 0.65) * size
+            travel = rng.uniform(-0.1, 0.1) * size, rng.uniform(-0.1, 0.1) * size
+            figures.append(Figure(shape, colour, radius, start, travel, first, last))
         return figures, colours[0]
     shape, direction = str(rng.choice(SHAPES)), str(rng.choice(list(DIRECTIONS)))
     dx, dy = DIRECTIONS[direction]
     # A shape is recognised by its outline, so it is large and moves little; a direction needs a long way.
-    radius, reach = ((0.28, 0.36), (0.1, 0.2)) if kind == "shape" else ((0.15, 0.2), (0.6, 0.7))
+    radii, reach = ((0.28, 0.36), (0.1, 0.2)) if kind == "shape" else ((0.15, 0.2), (0.6, 0.7))
     way = rng.uniform(*reach) * size
     off_axis = rng.uniform(0.42, 0.58) * size
-    figure = Figure(
-        shape=shape,
-        colour=colours[0],
-        radius=rng.uniform(*radius) * size,
-        start=(size / 2 - dx * way / 2 if dx else off_axis, size / 2 - dy * way / 2 if dy else off_axis),
-        travel=(dx * way, dy * way),
-    )
+    start = size / 2 - dx * way / 2 if dx else off_axis, size / 2 - dy * way / 2 if dy else off_axis
+    figure = Figure(shape, colours[0], rng.uniform(*radii) * size, start, (dx * way, dy * way))
     return [figure], {"colour": colours[0], "shape": shape, "direction": direction}[kind]
 
 
@@ -199,7 +174,7 @@ def render(figures: list[Figure], size: int, n_frames: int, background: int) -> 
     frames = np.full((n_frames, size, size, 3), background, dtype=np.uint8)
     y, x = np.mgrid[0:size, 0:size] + 0.5
     for figure in figures:
-        for t in range(figure.first, n_frames if figure.last is None else figure.last):
+        for t in range(n_frames)[figure.first : figure.last]:
             part = t / (n_frames - 1)
             u = (x - figure.start[0] - part * figure.travel[0]) / figure.radius
             v = (y - figure.start[1] - part * figure.travel[1]) / figure.radius
