@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.stream import VideoStream
 
 from rlvid.config import SyntheticConfig
 from rlvid.errors import UserError
@@ -42,6 +43,7 @@ QUESTIONS = {
     "count": "How many shapes are there?",
 }
 FPS = 8
+H264 = {"preset": "veryfast", "crf": "16"}  # options of libx264
 
 Frames = npt.NDArray[np.uint8]
 
@@ -191,14 +193,16 @@ def _covers(shape: str, u: npt.NDArray[np.float64], v: npt.NDArray[np.float64]) 
     return (v < 0.8) & (v > 2 * abs(u) - 1)  # triangle, point up
 
 
-def write_mp4(path: Path, frames: Frames, fps: int) -> None:
-    """Write [T, H, W, 3] uint8 RGB frames as H.264 (yuv420p, one keyframe a second), whole or not at all."""
+def write_mp4(
+    path: Path, frames: Frames, fps: int, encoder: str = "libx264", options: Mapping[str, str] = H264
+) -> None:
+    """Write [T, H, W, 3] uint8 RGB frames as yuv420p with a keyframe a second, whole or not at all."""
     part = path.with_suffix(".part")
     with av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream = cast(VideoStream, container.add_stream(encoder, rate=Fraction(fps)))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"preset": "veryfast", "crf": "16", "threads": "1", "g": str(fps)}
+        stream.options = {"threads": "1", "g": str(fps), **options}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -68,8 +68,6 @@ class FrameCache:
                 return clip, True
             with self._recorded(clip_id):
                 clip = make()
-            if clip.clip_id != clip_id:
-                raise ValueError(f"asked for clip {clip_id}, made {clip.clip_id}")
             clip.frames.flags.writeable = False  # as when it is read from disk
             with self._writing():
                 self._put(clip)
@@ -148,40 +146,33 @@ class FrameCache:
         return clip
 
     def _account(self, added: int) -> None:
-        """Add to the total size, and evict when it exceeds the limit."""
+        """Add to the total size; when it exceeds the limit, remove entries, least recently used first."""
         total_path = self.dir / "total_bytes"
         with self._locked("total_bytes"):
             try:
                 total = int(total_path.read_text()) + added
-            except (OSError, ValueError):
-                total = None
-            if total is None or total > self.limit_bytes:
-                total = self._evict(added)
+            except (OSError, ValueError):  # lost or garbled
+                total = self.limit_bytes + 1
+            if total > self.limit_bytes:
+                entries = sorted(self._scan(), reverse=True)
+                total = added + sum(size for _, size, _ in entries)
+                goal = self.limit_bytes * (KEEP_FRACTION if total > self.limit_bytes else 1)
+                while entries and total > goal:
+                    _, size, path = entries.pop()
+                    Path(path).unlink(missing_ok=True)  # its data remain while somebody has it mapped
+                    total -= size
             write_atomic(total_path, str(total))
-
-    def _evict(self, added: int) -> int:
-        """Make room for `added` bytes by removing entries, least recently used first; return the new total."""
-        entries = sorted(self._scan())
-        total = added + sum(size for _, size, _ in entries)
-        goal = self.limit_bytes if total <= self.limit_bytes else self.limit_bytes * KEEP_FRACTION
-        for _, size, path in entries:
-            if total <= goal:
-                break
-            Path(path).unlink(missing_ok=True)  # whoever has it mapped keeps it: the data remains while it is mapped
-            total -= size
-        return total
 
     def _scan(self) -> list[tuple[int, int, str]]:
         """(time of last use in ns, bytes, path) of every entry and of incomplete files that a crashed process left."""
         found = []
-        with os.scandir(self.dir) as files:
-            for file in files:
-                with suppress(FileNotFoundError):
-                    stat = file.stat()
-                    is_stale = time.time() - stat.st_mtime > STALE_PART_S
-                    # Earlier versions wrote a .json beside each entry.
-                    if file.name.endswith((".npy", ".json")) or (file.name.endswith(".part") and is_stale):
-                        found.append((stat.st_mtime_ns, stat.st_size, file.path))
+        for file in os.scandir(self.dir):
+            with suppress(FileNotFoundError):
+                stat = file.stat()
+                is_stale = time.time() - stat.st_mtime > STALE_PART_S
+                # Earlier versions wrote a .json beside each entry.
+                if file.name.endswith((".npy", ".json")) or (file.name.endswith(".part") and is_stale):
+                    found.append((stat.st_mtime_ns, stat.st_size, file.path))
         return found
 
     def _writing(self) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ import numpy as np
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip
 from rlvid.types import Medium
-from rlvid.video.pyav_reader import DecodedFrames, average_fps, inspect
+from rlvid.video.pyav_reader import DecodedFrames, inspect, seconds
 from rlvid.video.sampling import sample_indices
 from rlvid.video.sizes import target_size
 
@@ -47,12 +47,10 @@ def read_frames(medium: Medium, video: VideoConfig, multiple: int) -> DecodedFra
         n_frames = len(probe)
         if n_frames != n_shown:  # an edit list hides some
             raise BadClip(path, f"shows {n_shown} frames and decord finds {n_frames}: set video.reader=pyav")
-        starts_s = probe.get_frame_timestamp(np.arange(n_frames))[:, 0].astype(np.float64)
         declared = float(probe.get_avg_fps())
+        # Those of AVI and MPEG-PS are like 1e17, or all zero.
+        pts_s = seconds(probe.get_frame_timestamp(np.arange(n_frames))[:, 0], 1.0, declared)
         del probe
-        # AVI and MPEG-PS give times like 1e17 or all zero.
-        is_timed = np.isfinite(starts_s).all() and bool((np.diff(starts_s) > 0).all())
-        pts_s = starts_s - starts_s[0] if is_timed else np.arange(n_frames) / (declared or 1.0)
         indices = sample_indices(video, pts_s, medium.start_s, medium.end_s)
         # Resized at decode time: full-size frames of a 1080p clip took 442 MB instead of 68.
         frames = decord.VideoReader(path, num_threads=1, width=width, height=height).get_batch(indices).asnumpy()
@@ -61,4 +59,4 @@ def read_frames(medium: Medium, video: VideoConfig, multiple: int) -> DecodedFra
         raise BadClip(path, f"cannot be decoded: {reason}") from error
     except ValueError as error:  # a part that is not inside the file
         raise BadClip(path, str(error)) from error
-    return DecodedFrames(frames, pts_s[indices], indices, n_frames, average_fps(pts_s, declared))
+    return DecodedFrames.of(frames, indices, pts_s, declared)

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import av
 import av.codec
 import numpy as np
 from av.codec.codec import UnknownCodecError
-from av.video.stream import VideoStream
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
+from rlvid.synthetic.moving_shapes import write_mp4
 from rlvid.types import Medium
 from rlvid.video.clip_reader import load_reader
 
@@ -31,7 +30,7 @@ ENCODERS = {  # codec -> encoders that run on any CPU, the first one found is ta
     "mpeg4": ("mpeg4",),
 }
 
-_N_FRAMES, _SIZE, _FPS = 16, 64, 8
+_N_FRAMES = 16
 _TOLERANCE = 6.0  # grey levels; the steps between frames are twice that and more
 
 
@@ -68,10 +67,10 @@ def try_codec(codec: str) -> tuple[bool, str]:
 def _round_trip(encoder: str, reader_name: str) -> int:
     """Number of frames that were compared."""
     video = VideoConfig.model_validate({"reader": reader_name, "frames": 8, "height": 56, "width": 56})
-    levels = np.linspace(20, 230, _N_FRAMES).round()
+    levels = np.linspace(20, 230, _N_FRAMES).astype(np.uint8)  # frame t is grey of level t
     with tempfile.TemporaryDirectory(prefix="rlvid-") as folder:
         path = Path(folder) / "clip.mp4"
-        _write(path, encoder, levels)
+        write_mp4(path, levels[:, None, None, None] * np.ones((64, 64, 3), dtype=np.uint8), 8, encoder, {})
         decoded = load_reader(video.reader).read_frames(Medium(str(path)), video, 28)
     seen = decoded.frames.reshape(len(decoded.frames), -1).mean(axis=1)
     if decoded.n_frames != _N_FRAMES or len(seen) != video.frames:
@@ -79,18 +78,6 @@ def _round_trip(encoder: str, reader_name: str) -> int:
     if (worst := float(np.abs(seen - levels[decoded.indices]).max())) > _TOLERANCE:
         raise BadClip(encoder, f"the frames are not those that were written (off by {worst:.0f} of 255)")
     return len(seen)
-
-
-def _write(path: Path, encoder: str, levels: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
-    """A clip whose frame t is grey of level t."""
-    with av.open(str(path), "w") as container:
-        stream = cast(VideoStream, container.add_stream(encoder, rate=Fraction(_FPS)))
-        stream.width = stream.height = _SIZE
-        stream.pix_fmt = "yuv420p"
-        for level in levels:
-            picture = np.full((_SIZE, _SIZE, 3), level, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _encoder(codec: str) -> str | None:

@@ -33,10 +33,8 @@ def sample_indices(
         [T] indices into `pts_s`, rising; T is even and at least 2.
 
     Raises:
-        ValueError: `pts_s` is empty, or the part is not inside the file.
+        ValueError: The part is not inside the file.
     """
-    if len(pts_s) == 0:
-        raise ValueError("a file without frames cannot be sampled")
     part = _part(pts_s, start_s, end_s)
     pts_s = pts_s[part]
     match video.sampling:

@@ -119,7 +119,9 @@ def hlg(nits: float) -> float:
 def write_hdr(path: Path, signals: list[float], transfer: ColorTrc) -> Path:
     """Columns of grey, each 56 pixels wide, 10 bits."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx265", rate=10, options={"x265-params": "log-level=none:bframes=0", "crf": "4"})
+        stream = container.add_stream(
+            "libx265", rate=10, options={"x265-params": "log-level=none:bframes=0", "crf": "4"}
+        )
         stream.width, stream.height, stream.pix_fmt = 56 * len(signals), 56, "yuv420p10le"
         context = stream.codec_context
         context.color_trc, context.color_primaries, context.colorspace = transfer, ColorPrimaries.BT2020, 9

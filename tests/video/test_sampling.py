@@ -71,8 +71,3 @@ def test_every_rule_gives_an_even_number_of_rising_indices_inside(sampling: str,
 def test_short_files_repeat_frames() -> None:
     assert sample_indices(VideoConfig(frames=4), regular(1, 1.0)).tolist() == [0, 0, 0, 0]
     assert sample_indices(VideoConfig(frames=4, sampling="mid_segment"), regular(2, 1.0)).tolist() == [0, 0, 1, 1]
-
-
-def test_no_frames_is_an_error() -> None:
-    with pytest.raises(ValueError, match="without frames"):
-        sample_indices(VideoConfig(), np.zeros(0))
