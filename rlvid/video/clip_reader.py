@@ -10,14 +10,13 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol, cast
+from typing import Any
 
 from rlvid.config import VideoConfig
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Clip, Medium
 from rlvid.video.cache import FrameCache, MakerCrashed
 from rlvid.video.container_check import missing_bytes
-from rlvid.video.pyav_reader import DecodedFrames
 from rlvid.video.sizes import target_size
 
 SLOWEST_DISK = 2**20  # bytes a second
@@ -44,14 +43,6 @@ def ends_hung_process(media: Sequence[Medium], timeout_s: float) -> Iterator[Non
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-class Reader(Protocol):
-    """A reader module: `pyav_reader`, `decord_reader`."""
-
-    NAME: str
-
-    def read_frames(self, medium: Medium, video: VideoConfig, multiple: int) -> DecodedFrames: ...
 
 
 class ClipReader:
@@ -141,13 +132,15 @@ class ClipReader:
             raise BadClip(path, f"cannot be opened: {getattr(error, 'strerror', error)}") from error
 
 
-def load_reader(name: Literal["pyav", "decord"]) -> Reader:
-    """Imported when used: a run with one reader does not load the other's native library.
+def load_reader(name: str) -> Any:
+    """The module of a reader, with `NAME` and `read_frames` as in rlvid/video/pyav_reader.py.
+
+    Imported when used: a run with one reader does not load the other's native library.
 
     Raises:
         UserError: It is not installed.
     """
     try:
-        return cast(Reader, importlib.import_module(f"rlvid.video.{name}_reader"))
+        return importlib.import_module(f"rlvid.video.{name}_reader")
     except ImportError as error:
         raise UserError(f"video.reader={name} cannot be loaded ({error}): install {name}, or set the other") from error

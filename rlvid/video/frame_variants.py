@@ -22,35 +22,31 @@ def probe(clip: Clip, variant: Variant, multiple: int) -> Clip:
     "tall": cut to so few patches that merged T > max(H, W), where position rules differ. "altered": the frames in
     another order, or inverted where all frames are the same; a model that sees the video answers differently.
     """
+    if variant == "as_is":
+        return clip
+    clip = _tall(clip, multiple) if variant.startswith("tall") else clip
     frames = clip.frames
-    if variant.startswith("tall"):
-        clip = _long_enough(clip)
-        frames = _tall(clip.frames, multiple)
     if variant.endswith("altered"):
-        order = np.random.default_rng(0).permutation(len(frames))
-        shuffled = frames[order]
+        shuffled = frames[np.random.default_rng(0).permutation(len(frames))]
         frames = 255 - frames if np.array_equal(shuffled, frames) else shuffled
-    return clip if variant == "as_is" else replace(clip, frames=frames, clip_id=f"{clip.clip_id}-{variant}")
+    return replace(clip, frames=frames, clip_id=f"{clip.clip_id}-{variant}")
 
 
-def _tall(frames: npt.NDArray[np.uint8], multiple: int) -> npt.NDArray[np.uint8]:
-    """Crop the middle to k x k patches with k < T / 2; two frames make one step in time."""
+def _tall(clip: Clip, multiple: int) -> Clip:
+    """The middle k x k patches, with k < T / 2; two frames make one step in time.
+
+    Two or three frames are too few for that: the inverted ones follow, at the times that come next.
+    """
+    frames, indices, pts_s = clip.frames, clip.indices, clip.pts_s
+    if len(frames) < 4:
+        after = 1 + np.arange(len(frames))
+        frames = np.concatenate([frames, 255 - frames])
+        indices = np.concatenate([indices, indices[-1] + after])
+        pts_s = np.concatenate([pts_s, pts_s[-1] + after / clip.fps])
     side = multiple * max(1, min(len(frames) // 2 - 1, frames.shape[1] // multiple, frames.shape[2] // multiple))
     top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
-    return frames[:, top : top + side, left : left + side]
-
-
-def _long_enough(clip: Clip) -> Clip:
-    """Two or three frames are too few to be tall: the inverted ones follow, at the times that come next."""
-    n = len(clip.frames)
-    if n >= 4:
-        return clip
-    return replace(
-        clip,
-        frames=np.concatenate([clip.frames, 255 - clip.frames]),
-        indices=np.concatenate([clip.indices, clip.indices[-1] + 1 + np.arange(n)]),
-        pts_s=np.concatenate([clip.pts_s, clip.pts_s[-1] + (1 + np.arange(n)) / clip.fps]),
-    )
+    frames = frames[:, top : top + side, left : left + side]
+    return replace(clip, frames=frames, indices=indices, pts_s=pts_s)
 
 
 def thumbnails(frames: npt.NDArray[np.uint8]) -> list[bytes]:
