@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import importlib.metadata
 import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,8 +38,10 @@ overrides:
 Paths, in the file too, are relative to the current directory. Every key and its default: docs/configuration.md.
 A job that is started again with the same run folder resumes from the newest checkpoint."""
 
-
-_FLAGS = {"only_data": "build the preference pairs of the first iteration and train on none"}
+_FLAGS = {
+    "only_data": "build the preference pairs of the first iteration and train on none",
+    "dry_run": "check everything, print the resolved config and the placement, start nothing",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,22 +79,19 @@ def job_main(job: str) -> NoReturn:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; `run` is the function of the command, `folder` the run folder, once it is known."""
-    parser = argparse.ArgumentParser(
-        "rlvid", description="Align video-language models by reinforcement learning, on Ray."
-    )
+    about = "Align video-language models by reinforcement learning, on Ray."
+    parser = argparse.ArgumentParser("rlvid", description=about)
     parser.set_defaults(folder=None)
     version = next((found.version for found in importlib.metadata.distributions(name="rlvid")), "(not installed)")
     parser.add_argument("--version", action="version", version=f"rlvid {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, job in JOBS.items():
-        flags = {flag: f"--{flag.replace('_', '-')}" for flag in job.flags}
+        flags = {flag: f"--{flag.replace('_', '-')}" for flag in (*job.flags, "dry_run")}
         command = commands.add_parser(
             name,
             help=job.help,
             description=f"{job.help[0].upper()}{job.help[1:]}.",
-            usage=" ".join(
-                [f"rlvid {name} CONFIG.yaml [key.sub=value ...]", *map("[{}]".format, flags.values()), "[--dry-run]"]
-            ),
+            usage=" ".join([f"rlvid {name} CONFIG.yaml [key.sub=value ...]", *map("[{}]".format, flags.values())]),
             epilog=_OVERRIDES_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -100,8 +100,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same as the first argument")
         for flag, option in flags.items():
             command.add_argument(option, action="store_true", help=_FLAGS[flag])
-        dry_run = "check everything, print the resolved config and the placement, start nothing"
-        command.add_argument("--dry-run", action="store_true", help=dry_run)
     data.add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     data.add_data(commands.add_parser("data", help="make a manifest of a published set"))
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
@@ -110,7 +108,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     report.set_defaults(run=_write_report)
     doctor = commands.add_parser("doctor", help="say what is installed, what works, and how to fix what does not")
     doctor.add_argument("--json", action="store_true", help="print one JSON list of findings")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_main_of("jobs.doctor"))
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting words at the first option; those behind it are words too
@@ -136,7 +134,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     add("--response", action="append", default=[], metavar="TEXT", help=responses)
     add("--out", type=Path, default=Path("scores.jsonl"), metavar="FILE", help="scores.jsonl")
     add("--cache-dir", type=Path, default=cache, metavar="DIR", help=f"decoded frames ({cache})")
-    command.set_defaults(run=_score)
+    command.set_defaults(run=_main_of("jobs.score"))
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -164,16 +162,11 @@ def _run_job(arguments: argparse.Namespace) -> None:
     Console().result(result)
 
 
-def _score(arguments: argparse.Namespace) -> None:
-    from jobs.score import main
+def _main_of(module: str) -> Callable[[argparse.Namespace], None]:
+    def run(arguments: argparse.Namespace) -> None:
+        importlib.import_module(module).main(arguments)
 
-    main(arguments)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from jobs.doctor import doctor
-
-    doctor(arguments.json)
+    return run
 
 
 def _write_report(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ limit.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -85,17 +86,17 @@ class Check:
         return [Finding(name, "fail", reason, self.fix, self.needed)]
 
 
-def doctor(as_json: bool) -> None:
-    """Run all checks; print a table, or with `as_json` one JSON list of findings.
+def main(arguments: argparse.Namespace) -> None:
+    """Run all checks; print a table, or with `--json` one JSON list of findings.
 
     Raises:
         UserError: something that rlvid needs does not work.
     """
     with Console() as console:
-        if not as_json:
+        if not arguments.json:
             console.phase("rlvid doctor", steps=len(CHECKS))
         findings = run_checks(CHECKS, console.working)
-        if as_json:
+        if arguments.json:
             print(json.dumps([asdict(finding) for finding in findings], indent=1))
         else:
             console.table(("", "check", "what was found, and how to fix it"), map(_row, findings))

@@ -88,6 +88,11 @@ class Chart:
     allow_log: bool = False
 
 
+def _each(*keys: str) -> list[Chart]:
+    """A chart for each metric."""
+    return [Chart((key,)) for key in keys]
+
+
 CHARTS: dict[str, tuple[Chart, ...]] = {
     "Learning": (
         Chart(("reward/mean", "reward/*")),
@@ -101,19 +106,12 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(("judge/consistency", "judge/accuracy", "judge/longer_wins")),
         Chart(("pairs/kept", "response/truncated")),
         Chart(("response/length", "response/length_chosen", "response/length_rejected")),
-        Chart(("groups/zero_variance",)),
-        Chart(("train/skipped",)),
+        *_each("groups/zero_variance", "train/skipped"),
     ),
     "Policy": (
-        Chart(("policy/kl",)),
-        Chart(("policy/entropy",)),
+        *_each("policy/kl", "policy/entropy"),
         Chart(("policy/logprob_gap",), allow_log=True),
-        Chart(("policy/clip_fraction",)),
-        Chart(("policy/kl_to_old",)),
-        Chart(("policy/ratio",)),
-        Chart(("train/loss",)),
-        Chart(("train/grad_norm",)),
-        Chart(("train/lr",)),
+        *_each("policy/clip_fraction", "policy/kl_to_old", "policy/ratio", "train/loss", "train/grad_norm", "train/lr"),
     ),
     "Speed": (
         Chart(("samples_per_s",)),

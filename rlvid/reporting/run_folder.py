@@ -62,6 +62,7 @@ class RunFolder:
 
     def __init__(self, dir: Path) -> None:
         self.dir = Path(dir)
+        self.name = self.dir.resolve().name
         self.config_file = self.dir / "config.yaml"
         self.manifest_file = self.dir / "run.json"
         self.metrics_file = self.dir / "metrics.jsonl"
@@ -71,10 +72,6 @@ class RunFolder:
         self.report_file = self.dir / "report.html"
         self.logs_dir = self.dir / "logs"
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
-
-    @property
-    def name(self) -> str:
-        return self.dir.resolve().name
 
     def predictions_file(self, step: int) -> Path:
         return self.dir / "predictions" / f"step_{step:06d}.jsonl"
@@ -190,22 +187,18 @@ class RunFolder:
     # --- parts of the start -------------------------------------------------------------------------------------------
 
     def _refuse_another_run(self, cfg: BaseModel, job: str) -> None:
-        old_job = self.manifest().get("job", job)
-        if old_job != job:
+        if (old_job := self.manifest().get("job", job)) != job:
             raise UserError(
                 f"{self.dir} has a run of rlvid {old_job}, not of {job}: give another run.dir, or delete it"
             )
         saved = self.config()
         with suppress(ValidationError):  # keys added since the file was saved get their defaults
             saved = type(cfg).model_validate(saved).model_dump(mode="json")
-        differences = _differences(type(cfg), saved, cfg.model_dump(mode="json"))
-        if not differences:
-            return
-        more = [f"and {len(differences) - 12} more"] if len(differences) > 12 else []
-        raise UserError(
-            "\n  ".join([f"{self.dir} has a run with another config:", *differences[:12], *more])
-            + f"\nGive another run.dir, restore these values to resume that run, or delete {self.dir}."
-        )
+        if differences := _differences(type(cfg), saved, cfg.model_dump(mode="json")):
+            more = [f"and {len(differences) - 12} more"] if len(differences) > 12 else []
+            listed = "\n  ".join([f"{self.dir} has a run with another config:", *differences[:12], *more])
+            fix = f"Give another run.dir, restore these values to resume that run, or delete {self.dir}."
+            raise UserError(f"{listed}\n{fix}")
 
     def _write_start(self, cfg: BaseModel, job: str, is_new_run: bool) -> None:
         """Write `run.json` and, last, `config.yaml`: from then on this is a run folder."""
@@ -240,13 +233,12 @@ class RunFolder:
 
 def _make_dir(folder: Path) -> bool:
     """Make the folder. False if it exists."""
-    try:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give another run.dir")
+    with suppress(FileExistsError):
         folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is a file; give another run.dir") from None
-        return False
-    return True
+        return True
+    return False
 
 
 def _refuse_foreign_files(folder: Path) -> None:

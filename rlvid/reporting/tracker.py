@@ -51,12 +51,8 @@ class Tracker:
         self._folder.append_metrics(row)
         if self._wandb_run is None:
             return
-        numbers = {key: value for key, value in row.items() if key not in ("step", "phase")}
-        if phase == "train":
-            numbers["step"] = step
-        else:  # steps of a phase are counted separately
-            numbers = {key if key.startswith(f"{phase}/") else f"{phase}/{key}": v for key, v in numbers.items()}
-            numbers[f"{phase}/step"] = step
+        prefix = "" if phase == "train" else f"{phase}/"  # steps of a phase are counted separately
+        numbers = {prefix + key.removeprefix(prefix): value for key, value in row.items() if key != "phase"}
         with self._counting_errors("log"):
             self._wandb_run.log(numbers)
 
