@@ -79,7 +79,7 @@ def make_synthetic(out_dir: Path, cfg: SyntheticConfig, seed: int) -> tuple[Path
             return manifests
         raise UserError(f"{out_dir} has a synthetic set of other settings ({stamp}): remove it or give another folder")
     with naming_write_errors(
-        f"the synthetic set {out_dir}", "free some space or give another folder, and start it again"
+        f"the synthetic set {out_dir}", "free some space or name another folder, and start it again"
     ):
         (out_dir / "clips").mkdir(parents=True, exist_ok=True)
         for split, (path, n) in enumerate(zip(manifests, (cfg.train, cfg.eval), strict=True)):
