@@ -72,7 +72,7 @@ class DpoConfig(Section):
     """Log-prob of a response: the sum over its tokens or their mean. auto: mean for ipo, simpo and orpo, otherwise
     sum."""
     reference: Literal["frozen", "precomputed"] = "frozen"
-    """frozen: a second copy of the model in each worker; with `model.lora` the same model with its adapters off.
+    """frozen: a second copy of the model in each worker; with `model.lora` the same model with its first adapters.
     precomputed: the log-probs of all pairs are computed once before the first step and kept in the run folder."""
     reference_path: Checkpoint | None = None
     """Checkpoint folder of the reference. Empty: the model that training starts from."""

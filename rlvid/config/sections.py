@@ -139,7 +139,7 @@ class TinyModelConfig(Section):
 
 class LoraConfig(Section):
     """Low-rank adapters on the language model (LoRA, arXiv 2106.09685). Only the adapters are trained and sent to the
-    engines; the reference is the model with the adapters off."""
+    engines; the reference is the model with the adapters it began with."""
 
     rank: int = Field(16, ge=1, le=512)
     """Rank of the adapters."""
