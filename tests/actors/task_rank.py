@@ -24,7 +24,7 @@ TEXTS = {
 }
 
 
-def main(rank: int, world: int, model: Path, folder: Path) -> None:
+def main(rank: int, world: int, folder: Path, model: Path) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)

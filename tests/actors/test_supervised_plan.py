@@ -63,7 +63,7 @@ def test_the_error_that_is_raised_is_the_one_that_caused_the_others() -> None:
     assert root_error({}, reported=[0]) is None
 
 
-def test_every_failure_of_a_worker_is_told() -> None:
+def test_every_failure_of_a_worker_is_reported() -> None:
     run = TrainingRun()
     run.fail(1, "ValueError: out of memory")
     run.fail(0, "RuntimeError: connection closed by peer")

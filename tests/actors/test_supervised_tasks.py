@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +11,7 @@ from actors.supervised_tasks import Example, Preferred, Supervised, other_respon
 from rlvid.config import DpoConfig
 from rlvid.errors import UserError
 from rlvid.types import Medium, Message, Preference, Sample
+from tests.ranks import run_ranks
 
 
 def sample(name: str, question: str, video: str = "") -> Sample:
@@ -61,34 +58,16 @@ def test_preferences_are_summarised_by_means_over_pairs(tmp_path: Path) -> None:
     assert metrics == pytest.approx({"accuracy": 0.75, "margin": 0.25, "loss": (0.25 + math.log(2)) / 2, "n": 2.0})
 
 
-def run_ranks(world: int, model: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.actors.task_rank"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(model), str(folder)],
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=(folder / f"{world}-{rank}.log").open("w"),
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    out = [rank.communicate(timeout=280)[0] for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), (folder / f"{world}-0.log").read_text()[-2000:]
-    return dict(json.loads(out[0].splitlines()[-1]))
-
-
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_every_task_measures_the_same_on_one_worker_and_two(tiny_model: Path, tmp_path: Path) -> None:
-    one, two = (run_ranks(world, tiny_model, tmp_path) for world in (1, 2))
+    one, two = (run_ranks("tests.actors.task_rank", world, tmp_path, str(tiny_model)) for world in (1, 2))
     for task, expected in one.items():
         for step, (a, b) in enumerate(zip(expected, two[task], strict=True)):
             assert b == pytest.approx(a, rel=1e-4, abs=1e-4, nan_ok=True), (task, step)
-    for kind in ("kto", "kto_adapters"):  # the reference is a frozen copy, or the policy with its adapters off
+    for kind in ("kto", "kto_adapters"):  # the reference is a frozen copy, or the policy with its first adapters
         first, _, last, held_out = one[kind]
         assert first["preference/kl"] == pytest.approx(0.0, abs=1e-5) and first["loss"] == pytest.approx(0.5, abs=1e-6)
-        assert last["preference/kl"] != first["preference/kl"] and held_out["n"] == 5
+        assert last["preference/kl"] > 1e-4 and held_out["n"] == 5
     assert one["bradley_terry"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert one["generation"][-1]["unparsed"] == 5  # what a random model says is no score

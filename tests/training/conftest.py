@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
+
 FAMILY = {"mixed_rank": "qwen3_vl", "nonfinite_rank": "qwen2"}  # of the model of a program; else qwen2_vl
 
 
@@ -25,20 +23,8 @@ class Results(dict[tuple[str, int], dict[str, Any]]):
         environment |= {"PATH": str(folder / "bin"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
         runs = [(name, stage) for name, stages in programs.items() for stage in stages]
         words = [str(w) for name, stage in runs for w in (name, stage, models[FAMILY.get(name, "qwen2_vl")])]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.training.rank", str(rank), str(world_size), str(folder), *words],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=(folder / f"rank-{rank}.log").open("w"),
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
-        assert all(rank.returncode == 0 for rank in ranks), (folder / "rank-0.log").read_text()[-2000:]
-        super().__init__(zip(runs, json.loads(outputs[0].splitlines()[-1]), strict=True))
+        found = run_ranks("tests.training.rank", world_size, folder, *words, environment=environment)
+        super().__init__(zip(runs, found, strict=True))
 
 
 @pytest.fixture(scope="session")
