@@ -56,11 +56,13 @@ class Kind:
         score: maps the part's config and a group to its values. None: a model in an actor of its own.
         range: lowest and highest value. A value outside is no value.
         measures_accuracy: the highest value means that the answer is right.
+        check: finds before a run starts what is wrong with a config, for example its paths. Raises UserError.
     """
 
     score: Callable[[Any, Group], Values] | None
     range: tuple[float, float] = (0.0, 1.0)
     measures_accuracy: bool = False
+    check: Callable[[Any], None] = lambda cfg: None
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,25 @@ def length(part: LengthPart, group: Group) -> Values:
     return [float(part.min_tokens <= response.n_tokens <= most) for response in group.responses]
 
 
+def check_reward_model(part: ModelPart) -> None:
+    """
+    Raises:
+        UserError: no reward model that scores answers is in the part's folder.
+    """
+    kind = Rubric.load(part.path / RUBRIC_FOLDER).kind
+    if kind != "bradley_terry":
+        raise UserError(
+            f"{part.path} is a {kind} model, which scores videos and not answers; give one of kind bradley_terry"
+        )
+
+
 KINDS: dict[str, Kind] = {
     "exact": Kind(exact, measures_accuracy=True),
     "choice": Kind(choice, measures_accuracy=True),
     "number": Kind(number, measures_accuracy=True),
     "format": Kind(tag_format),
     "length": Kind(length),
-    "model": Kind(None, range=(float("-inf"), float("inf"))),
+    "model": Kind(None, range=(float("-inf"), float("inf")), check=check_reward_model),
 }
 
 
@@ -103,16 +115,10 @@ def make_parts(rewards: Sequence[RewardPart]) -> list[Part]:
 def check_rewards(rewards: Sequence[RewardPart]) -> None:
     """
     Raises:
-        UserError: the folder of a part of kind `model` holds no reward model that scores answers.
+        UserError: a part cannot be used.
     """
-    for index, part in enumerate(rewards):
-        if isinstance(part, ModelPart):
-            try:
-                kind = Rubric.load(part.path / RUBRIC_FOLDER).kind
-                if kind != "bradley_terry":
-                    raise UserError(
-                        f"{part.path} is a {kind} model, which scores videos and not answers; give one of kind "
-                        f"bradley_terry"
-                    )
-            except UserError as e:
-                raise UserError(f"rewards.{index} ({part.label}): {e}") from e
+    for index, cfg in enumerate(rewards):
+        try:
+            KINDS[cfg.kind].check(cfg)
+        except UserError as e:
+            raise UserError(f"rewards.{index} ({cfg.label}): {e}") from e
