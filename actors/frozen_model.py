@@ -92,7 +92,7 @@ class RewardModel:
                 values.append([NoReward(": ".join(outcome.bad or ()))] * len(group.responses))
                 continue
             (scored,) = self._model([prompt], [[r.text for r in group.responses]])
-            values.append([s.scores["reward"] for s in scored if s.scores])
+            values.append([s.scores["reward"] if s.scores else NoReward(s.reason) for s in scored])
         return values
 
 

@@ -72,6 +72,7 @@ class RunFolder:
         self.report_file = self.dir / "report.html"
         self.logs_dir = self.dir / "logs"
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
+        self._bad_paths: set[str] | None = None
 
     def predictions_file(self, step: int) -> Path:
         return self.dir / "predictions" / f"step_{step:06d}.jsonl"
@@ -101,6 +102,7 @@ class RunFolder:
                 written.
         """
         is_created = is_new_run = False
+        self._bad_paths = None  # another process may have written since
         try:
             with ExitStack() as stack:
                 with naming_write_errors(f"to {self.dir}", "give another run.dir"):
@@ -155,8 +157,11 @@ class RunFolder:
 
     def append_bad_clip(self, clip: BadClip, sample_id: str | None = None) -> None:
         """Record a clip that cannot be read, unless it was recorded before, by this or an earlier process."""
-        if all(row["path"] != clip.path for row in self.read_bad_clips()):
+        if self._bad_paths is None:  # a manifest may have very many
+            self._bad_paths = {row["path"] for row in self.read_bad_clips()}
+        if clip.path not in self._bad_paths:
             append_row(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
+            self._bad_paths.add(clip.path)
 
     def append_refused(self, sample_id: str, reason: str) -> None:
         """Record a manifest row that cannot train a reward model, unless it was recorded before the run was resumed."""

@@ -68,6 +68,8 @@ class FrameCache:
                 return clip, True
             with self._recorded(clip_id):
                 clip = make()
+            if clip.clip_id != clip_id:
+                raise ValueError(f"asked for clip {clip_id}, made {clip.clip_id}")
             clip.frames.flags.writeable = False  # as when it is read from disk
             with self._writing():
                 self._put(clip)

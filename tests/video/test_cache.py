@@ -270,3 +270,8 @@ def test_processes_that_ask_for_the_same_clips_make_each_once(cache: FrameCache)
 def slow_clip(clip_id: str) -> Clip:
     time.sleep(0.05)
     return make_clip(clip_id)
+
+
+def test_a_clip_of_another_id_is_refused(cache: FrameCache) -> None:
+    with pytest.raises(ValueError, match="asked for clip a, made b"):
+        cache.get_or_make("a", partial(make_clip, "b"))
