@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.text import Text
 
 from rlvid.config import DataConfig, RunConfig
@@ -181,11 +182,14 @@ def _ok_if(is_fine: bool, check: str, value: str, fix: str) -> Finding:
 
 
 def python_and_platform() -> list[Finding]:
-    system, machine = platform.system(), platform.machine()
+    system, machine, version = platform.system(), platform.machine(), platform.python_version()
+    required = SpecifierSet(importlib.metadata.metadata("rlvid")["Requires-Python"])
     where = f"{system} {platform.release()}, {machine}, {os.cpu_count()} CPUs"
     is_tested = (system, machine) == ("Linux", "x86_64")
     return [
-        Finding("Python", "ok", platform.python_version()),
+        Finding("Python", "ok", version)
+        if required.contains(version, prereleases=True)
+        else Finding("Python", "fail", f"{version}, rlvid needs {required}", "install one of these, then make .venv"),
         _ok_if(is_tested, "platform", where, "rlvid is tested on Linux x86-64 only"),
     ]
 
@@ -377,7 +381,14 @@ def _reader(name: str) -> list[Finding]:
 
 def _codec(codec: str) -> list[Finding]:
     is_read, value = try_codec(codec)
-    return [Finding(f"codec {codec}", "ok" if is_read else "warn", value, "" if is_read else "install a PyAV with one")]
+    return [
+        Finding(
+            f"codec {codec}",
+            "ok" if is_read else "warn",
+            value,
+            "" if is_read else "none needed, unless clips of this codec fail",
+        )
+    ]
 
 
 CHECKS: dict[str, Check] = {
@@ -386,7 +397,7 @@ CHECKS: dict[str, Check] = {
     "GPU": Check(gpus, timeout_s=IMPORT_S),
     "shared memory": Check(shared_memory, "Ray keeps objects in /tmp, which is slower", needed=False),
     "disk": Check(disk, fix="set data.cache_dir and run.dir to other places"),
-    "DeepSpeed": Check(training_libraries, timeout_s=IMPORT_S),
+    "training libraries": Check(training_libraries, timeout_s=IMPORT_S),
     "Ray": Check(ray_starts, fix=_ray_fix(), timeout_s=RAY_S),
     **{
         f"reader {n}": Check(partial(_reader, n), f"do not use video.reader={n}", DECODE_S, n in NEEDED)

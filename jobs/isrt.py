@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actors.judge import Comparison, Judge, Judged, open_judge
 from actors.judge_endpoint import probe_endpoint
 from actors.roles import Roles
@@ -30,6 +28,7 @@ from rlvid.config import IsrtJobConfig
 from rlvid.data.order import batch_indices
 from rlvid.data.preferences import pair_row
 from rlvid.errors import UserError
+from rlvid.evaluation.metrics import mean
 from rlvid.files import RowFile, write_rows
 from rlvid.rewards.answers import normalise
 from rlvid.rewards.judge_prompts import DESCRIBE, REFINE, TIMED_OUT, describe_prompt, with_context
@@ -269,6 +268,7 @@ def judgement_row(name: str, judged: Judged) -> Row:
 
 
 def why_no_pair(iteration: Iteration) -> str:
+    """The error of an iteration without a pair: at which stage its prompts were lost."""
     metrics = metrics_of(iteration)
     counts = ", ".join(f"{metrics[f'judge/{state}']:.0f} {state}" for state in ("inconsistent", "unparsed", "failed"))
     return (
@@ -323,10 +323,6 @@ def judge_accuracy(iteration: Iteration, decided: Sequence[Row]) -> dict[str, fl
         if set(is_right) == {True, False}:
             hits.append(is_right[row["winner"]] is True)
     return {"judge/accuracy": mean(hits), "judge/accuracy_n": float(len(hits))}
-
-
-def mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def renamed(stats: Mapping[str, float]) -> dict[str, float]:

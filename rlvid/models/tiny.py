@@ -1,6 +1,6 @@
 """Makes random models of about one million parameters, with a real architecture, processor and tokenizer.
 
-Nothing is downloaded. What differs between families is in their own files (`make_tiny`).
+Nothing is downloaded. What differs between families is in their own files (`tiny`).
 """
 
 from __future__ import annotations

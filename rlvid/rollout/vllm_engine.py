@@ -67,7 +67,7 @@ class VllmEngine:
         weight_backend: str = vllm_plugin.WEIGHT_BACKEND,
     ):
         if family.vllm_module is None:
-            raise UserError(f"model.path: vLLM does not serve {family.architecture} ({folder})")
+            raise UserError(f"model.path: vLLM does not serve {family.architecture} ({folder}): give a model it serves")
         set_environment(on_gpu, cfg.kv_cache_gib)
         vllm_plugin.register()  # torchvision has to be importable before vLLM is
         vllm_plugin.keep_pixels()
