@@ -26,7 +26,7 @@ ORDER = [3, 0, 4, 1, 5, 2, 0]
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    ray.init(num_cpus=2, object_store_memory=300_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, object_store_memory=300_000_000, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
