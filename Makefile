@@ -10,6 +10,7 @@ SHELL := bash
 # cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
 LOCK := requirements/$(EXTRA).lock
+WORKERS ?= 3  # test files that run side by side: a whole run mostly waits for processes to start, so more than CPUs
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_HTTP_TIMEOUT ?= 300
@@ -52,7 +53,7 @@ bench: .venv  ## run the benchmarks, write their table into docs/performance.md 
 	python -m benchmarks $(NAMES)
 
 test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
-	@pytest $(ARGS)
+	@pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv  ## check style, types, imports between rooms and docs/configuration.md
 	@ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def pytest_timeout_set_timer(item: Any, settings: Any) -> bool:
 
     def stop(*_: object) -> None:
         with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n{item.nodeid} ran longer than {settings.timeout:g} s", flush=True)
+            print(f"\n{item.nodeid} ran longer than {settings.timeout:g} s", file=sys.stderr, flush=True)
         raise KeyboardInterrupt
 
     def cancel() -> None:
@@ -42,6 +43,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if ENGINES & set(item.fixturenames):
             item.add_marker("engine")
+    items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)  # first what takes minutes, where files run side by side
 
 
 @pytest.fixture(scope="session")

@@ -123,9 +123,8 @@ def test_workers_follow_the_cluster(config: Path) -> None:
         cluster.shutdown()
     assert process.returncode == 130, out.read_text() + err
     started = [line for line in out.read_text().splitlines() if re.match(r"\d workers?", line)]
-    assert started[0] == "1 worker" and re.match(
-        r"2 workers, from step \d+: steps \d+ to \d+ are done again", started[1]
-    )
+    assert started[0] == "1 worker"  # nothing is done again where the second node came right after a checkpoint
+    assert re.fullmatch(r"2 workers(, from step \d+: steps \d+ to \d+ are done again)?", started[1])
     steps = [row["step"] for row in steps_of(run)]
     assert steps == list(range(1, len(steps) + 1))  # repeated steps are counted once
 
