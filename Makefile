@@ -58,7 +58,7 @@ test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
 lint: .venv  ## check style, types, imports between rooms and docs/configuration.md
 	@ruff check .
 	ruff format --check .
-	mypy rlvid actors jobs
+	mypy rlvid actors jobs benchmarks
 	lint-imports
 	python -m rlvid.config.docs --check
 

@@ -44,7 +44,7 @@ from rlvid.training.batch import Group
 from rlvid.training.micro_batches import score
 from rlvid.training.objectives import Preferred
 from rlvid.training.packing import PackedPolicy, pack
-from rlvid.types import Clip, Medium, Message, Preference, Sample
+from rlvid.types import Clip, Medium, Message, Preference, Prompt, Sample
 
 N_PAIRS, LR, BETA, WARMUP = 4, 1e-5, 0.1, 1
 SETTINGS = ("text", "short", "long")  # frames of the last two: benchmarks.grpo_vs_trl.SETTINGS
@@ -61,7 +61,7 @@ def pair_of(setting: str, index: int) -> Preference:
     return Preference(sample, chosen, rejected)
 
 
-def encode(family: ChatFamily, setting: str, index: int) -> Group:
+def encode(family: ChatFamily, setting: str, index: int) -> Group[Prompt]:
     """The pair with each frame as a clip of its own."""
     pair = pair_of(setting, index)
     clips = [
@@ -83,7 +83,7 @@ class RlvidSide:
         self.reference = PackedPolicy(load_model(reference, "float32"), self.family).eval()
         self.steps = 0
 
-    def groups(self, first: int) -> list[Group]:
+    def groups(self, first: int) -> list[Group[Prompt]]:
         groups = [encode(self.family, self.setting, first + i) for i in range(N_PAIRS)]
         scores = score(self.reference, groups, 65536)
         return [
@@ -117,7 +117,7 @@ def trl_trainer(model: Path, reference: Path, out: Path, setting: str, rounds: i
         frames = frames_of(setting, i) if setting != "text" else ()
         question = [{"type": "video"} for _ in frames] + [{"type": "text", "text": QUESTION}]
         prompt = family.render([{"role": "user", "content": question}]).replace("<|video_pad|>", "<|image_pad|>")
-        end = family.tokenizer.id_to_token(family.end_of_turn)
+        end = str(family.tokenizer.id_to_token(family.end_of_turn))
         row = {"prompt": prompt, "chosen": pair.chosen + end, "rejected": pair.rejected + end}
         rows.append(row | ({"images": [Image.fromarray(f) for f in frames]} if len(frames) else {}))
     config = DPOConfig(
@@ -164,7 +164,7 @@ def compare(model: Path, reference: Path, tmp: Path, setting: str, rounds: int) 
     first: dict[str, Any] = {}
     collating: list[float] = []
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
+    class Turns(TrainerCallback):
         begin = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -230,7 +230,7 @@ def check_prompts(rlvid: RlvidSide, batch: dict[str, Any]) -> None:
 
 
 def _norm(module: torch.nn.Module) -> float:
-    return float(torch.sqrt(sum(p.grad.square().sum() for p in module.parameters() if p.grad is not None)))
+    return float(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None) ** 0.5)
 
 
 def make_models(tmp: Path, family: str) -> tuple[Path, Path]:

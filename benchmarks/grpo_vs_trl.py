@@ -27,7 +27,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,11 @@ import torch
 from actors.actor_process import start_ray
 from actors.roles import Roles
 from benchmarks.harness import finish, median_ratio, medians, require_trl
-from benchmarks.tiny import QUESTION, tiny_model
+from benchmarks.tiny import QUESTION, family_of, tiny_model
 from jobs.grpo import optimize
 from jobs.specs import JOBS
 from rlvid.config import GrpoJobConfig
 from rlvid.models import torchvision_ops
-from rlvid.models.families import load_family
 from rlvid.models.families.chat import CHAT_TEMPLATE
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
@@ -65,7 +64,7 @@ def frames_of(setting: str, index: int) -> np.ndarray:
     return rng.integers(0, 256, (*SETTINGS[setting], 3), dtype=np.uint8)
 
 
-def reward_of(token_ids: Sequence[int]) -> float:
+def reward_of(token_ids: Iterable[int]) -> float:
     """Share of even token ids. It differs within every group, so all groups have a gradient on both sides."""
     return float(np.mean([i % 2 == 0 for i in token_ids]))
 
@@ -96,7 +95,7 @@ class RlvidSide:
                 "grpo": {"group_size": GROUP},
             }
         )
-        self.family = load_family(model)
+        self.family = family_of(model)
         self.roles = Roles(model, self.cfg, JOBS["grpo"].roles(self.cfg), logs, seed=0)
         self.roles.wait_ready()
         self.steps = 0
@@ -187,7 +186,7 @@ def compare(model: Path, tmp: Path, setting: str, rounds: int) -> tuple[dict[str
     initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     first: dict[str, Any] = {}
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
+    class Turns(TrainerCallback):
         begin = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -282,7 +281,7 @@ def first_loss(model: Path, family: QwenVL, setting: str, batch: dict[str, Any])
 
 
 def _norm(module: torch.nn.Module) -> float:
-    return float(torch.sqrt(sum(p.grad.square().sum() for p in module.parameters() if p.grad is not None)))
+    return float(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None) ** 0.5)
 
 
 def main() -> None:

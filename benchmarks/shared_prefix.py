@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import finish, in_turns, median_ratio, medians
-from benchmarks.tiny import tiny_model, video_prompt
+from benchmarks.tiny import family_of, tiny_model, video_prompt
 from rlvid.models import torchvision_ops
-from rlvid.models.families import load_family
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
@@ -81,7 +80,7 @@ def group_of(family: QwenVL, n_tokens: int) -> Group[Prompt]:
 class Contestants:
     def __init__(self, folder: Path, names: tuple[str, ...] = ("naive", "packed 1", "shared")):
         torchvision_ops.ensure()
-        self.family = load_family(folder)
+        self.family = family_of(folder)
         self.naive = Naive(folder, self.family) if "naive" in names else None
         self.packed = PackedPolicy(load_model(folder, "float32"), self.family)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlvid.config import TinyModelConfig
+from rlvid.models.families import load_family
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.tiny import make_tiny
 from rlvid.types import Clip, Medium, Message, Prompt, Sample
@@ -54,3 +55,10 @@ def tiny_model(folder: Path, **settings: Any) -> Path:
     """A random Qwen2-VL of about a million parameters in `folder`; `settings` are keys of `model.tiny`."""
     make_tiny(folder, TinyModelConfig(**settings), TEXTS, seed=0)
     return folder
+
+
+def family_of(folder: Path) -> QwenVL:
+    """The family of a model that `tiny_model` made."""
+    family = load_family(folder)
+    assert isinstance(family, QwenVL)
+    return family

@@ -53,7 +53,8 @@ def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
     """Frames, the prompt, and the scores of a clip that matches it."""
     level = rng.integers(0, 4, size=4)  # score - 1 of all but the alignment
     colour = str(rng.choice(COLOURS))
-    noise, flicker, way, jumps = (table[i] for table, i in zip((NOISE, FLICKER, WAY, JUMPS), level, strict=True))
+    noise, flicker, way = (table[i] for table, i in zip((NOISE, FLICKER, WAY), level[:3], strict=True))
+    jumps = list(JUMPS[level[3]])
     side = int(rng.choice([-1, 1]))
     x, y = SIZE / 2 - side * way * SIZE / 2, SIZE * (0.28 if rng.random() < 0.5 else 0.72)
     here, there = (
@@ -61,7 +62,7 @@ def make_clip(rng: np.random.Generator) -> tuple[Frames, str, dict[str, float]]:
         for h in (y, SIZE - y)
     )
     frames = here.astype(np.float64)
-    frames[list(jumps)] = there[list(jumps)]
+    frames[jumps] = there[jumps]
     grain = rng.normal(0, noise, size=(FRAMES, SIZE // GRAIN, SIZE // GRAIN, 1))
     frames += grain.repeat(GRAIN, axis=1).repeat(GRAIN, axis=2)
     frames += flicker * np.where(np.arange(FRAMES) % 2, 1, -1)[:, None, None, None]
@@ -112,8 +113,8 @@ def run(job: str, folder: Path, name: str, model: Path, steps: int, *overrides: 
 def train(folder: Path, kind: str, model: Path, steps: int, seed: str) -> dict[str, Any]:
     """Train a reward model of this kind and return its result on the held-out clips."""
     data = (f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}")
-    how = (f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=32", "train.schedule=cosine")
-    how += ("train.warmup_steps=150",)  # with 30, some seeds forget what they see while they learn to write scores
+    how = [f"reward_model={{kind: {kind}, template: question}}", "train.batch_size=32", "train.schedule=cosine"]
+    how += ["train.warmup_steps=150"]  # with 30, some seeds forget what they see while they learn to write scores
     return run("reward-model", folder, kind, model, steps, seed, *data, *how)
 
 
@@ -130,7 +131,7 @@ def swapped_share(folder: Path, model: Path, rows: list[dict[str, Any]]) -> floa
     for row in rows:
         clip, _ = reader.read(Medium(str(folder / row["video"])))
         prompts.append(judge.family.encode(ask(judge.rubric, row["id"], [row["video"]], row["prompt"]), [clip]))
-    scores = {r["id"]: own[0].scores for r, own in zip(rows, judge(prompts), strict=True)}
+    scores = {r["id"]: own[0].scores or {} for r, own in zip(rows, judge(prompts), strict=True)}
     own = [name for name in scores if not name.endswith("-mismatched")]
     return float(np.mean([scores[f"{n}-mismatched"][ALIGNMENT] < scores[n][ALIGNMENT] for n in own]))
 

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if ENGINES & set(item.fixturenames):
             item.add_marker("engine")
-    items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)  # first what takes minutes, where files run side by side
+    items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)  # what takes minutes begins first
 
 
 @pytest.fixture(scope="session")
