@@ -28,6 +28,7 @@ train: {{steps: {steps}, batch_size: 4, lr: 1.0e-4}}
 grpo: {{group_size: 2}}
 evaluate: {{every: 100}}
 video: {video}
+placement: {{threads: 1}}
 """
 
 

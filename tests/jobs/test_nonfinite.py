@@ -23,6 +23,7 @@ data: {{synthetic: {{train: 8, eval: 1}}, cache_dir: {tmp_path}/cache}}
 video: {{height: 56, width: 56}}
 run: {{dir: {tmp_path}/run, wandb: disabled, checkpoint_every: 100}}
 train: {{steps: 20, batch_size: 4, lr: 1.0e+30, max_skipped: 2}}
+placement: {{threads: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """
     )

@@ -40,6 +40,7 @@ data: {{synthetic: {{train: 24, eval: 10}}, cache_dir: {tmp_path}/cache}}
 video: {{height: 56, width: 56}}
 run: {{wandb: disabled}}
 train: {{steps: 12, batch_size: 10, lr: 3.0e-3}}
+placement: {{threads: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """
     )
@@ -73,6 +74,7 @@ data: {{train: {tmp_path}/data/some.jsonl, cache_dir: {tmp_path}/cache, max_bad_
 video: {{height: 56, width: 56}}
 run: {{dir: {tmp_path}/run, wandb: disabled, checkpoint_every: 1, keep_checkpoints: 3}}
 train: {{steps: 3, batch_size: 1}}
+placement: {{threads: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """
     )
