@@ -90,6 +90,8 @@ class Learner:
         # torch's own: nothing to compile, and the same numbers on CPU and GPU
         adam = torch.optim.AdamW([p for _, p in self._trained], cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
+        if self._is_sharded and isinstance(self.policy, PackedPolicy):
+            self.policy.prediction.shard()
         self.device = self.engine.device
         # Adapters of the reference, by parameter name. New ones change nothing: it is the base model at first.
         self._reference = self._adapters() if self.lora else {}

@@ -139,27 +139,52 @@ class PackedPolicy(nn.Module):
         super().__init__()
         self.network = network
         self.family = family
+        self.prediction = Prediction(network.lm_head, family.banned_tokens)
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution. The entropy carries no
         gradient, and is empty ([0]) where gradients are off."""
         # Logits only where a token is predicted: those of a long prompt would be the largest.
         hidden = hidden_states(self.network, self.family, row)[row.source]
-        size = max(1, LOGITS_AT_A_TIME // self.network.config.get_text_config().vocab_size)
+        return self.prediction(hidden, row.target, row.temperature)
+
+
+class Prediction(nn.Module):
+    """Log-probs of tokens from hidden states, through the network's `lm_head`, a chunk of logits at a time.
+
+    Ranks need different numbers of chunks. Under ZeRO-3 every call of a module is a collective, so `lm_head` itself is
+    never called: its weight is a parameter of this module too, gathered once in a forward and once in a backward. It
+    keeps its one name in the state of the model.
+    """
+
+    def __init__(self, head: nn.Linear, banned: Sequence[int]):
+        super().__init__()
+        self._head, self._banned = (head,), list(banned)  # in a tuple: not a child module
+
+    def shard(self) -> None:
+        """Called after DeepSpeed has sharded the network."""
+        from deepspeed.runtime.zero import register_external_parameter
+
+        for parameter in self._head[0].parameters():
+            register_external_parameter(self, parameter)
+
+    def forward(self, hidden: Tensor, target: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
+        """Log-probs [M] of `target` [M] and entropy [M] from hidden states [M, D]."""
+        size = max(1, LOGITS_AT_A_TIME // self._head[0].out_features)
         if len(hidden) <= size:
-            return self._predict(hidden, row.target, row.temperature)
-        # Each part's logits are computed again in the backward, so never more than one part's are kept.
+            return self._predict(hidden, target, temperature)
+        # Each chunk's logits are computed again in the backward, so never more than one chunk's are kept.
         parts = [
-            checkpoint(self._predict, h, t, row.temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(size), row.target.split(size), strict=True)
+            checkpoint(self._predict, h, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(size), target.split(size), strict=True)
         ]
         return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
     def _predict(self, hidden: Tensor, target: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
-        """Log-probs [M] of `target` [M] and entropy [M] from hidden states [M, D]."""
-        logits = self.network.lm_head(hidden).float()
+        (head,) = self._head
+        logits = F.linear(hidden, head.weight, head.bias).float()
         if temperature is not None:
-            logits[:, list(self.family.banned_tokens)] = float("-inf")
+            logits[:, self._banned] = float("-inf")
             logits = logits / temperature
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, target[:, None])[:, 0]
