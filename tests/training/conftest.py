@@ -10,7 +10,13 @@ import pytest
 
 from tests.ranks import run_ranks
 
-FAMILY = {"mixed_rank": "qwen3_vl", "nonfinite_rank": "qwen2"}  # of the model of a program; else qwen2_vl
+ZERO3_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2", "qwen3")
+FAMILY = {"mixed_rank": "qwen3_vl", "nonfinite_rank": "qwen2"}  # else qwen2_vl
+
+
+def family_of(program: str) -> str:
+    """Of the model of a program; one that runs with several families has the family behind a dot."""
+    return program.partition(".")[2] or FAMILY.get(program, "qwen2_vl")
 
 
 class Results(dict[tuple[str, int], dict[str, Any]]):
@@ -22,7 +28,7 @@ class Results(dict[tuple[str, int], dict[str, Any]]):
         environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
         environment |= {"PATH": str(folder / "bin"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
         runs = [(name, stage) for name, stages in programs.items() for stage in stages]
-        words = [str(w) for name, stage in runs for w in (name, stage, models[FAMILY.get(name, "qwen2_vl")])]
+        words = [str(w) for name, stage in runs for w in (name, stage, models[family_of(name)])]
         found = run_ranks("tests.training.rank", world_size, folder, *words, environment=environment)
         super().__init__(zip(runs, found, strict=True))
 
@@ -30,6 +36,7 @@ class Results(dict[tuple[str, int], dict[str, Any]]):
 @pytest.fixture(scope="session")
 def one_rank(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
     programs = dict.fromkeys(("learner_rank", "mixed_rank", "lora_rank", "scorer_rank"), (0,))
+    programs |= dict.fromkeys((f"zero3_rank.{family}" for family in ZERO3_FAMILIES), (0,))
     return Results(1, tmp_path_factory.mktemp("one_rank"), tiny_models, programs)
 
 
@@ -37,4 +44,5 @@ def one_rank(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 def two_ranks(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
     programs = dict.fromkeys(("learner_rank", "mixed_rank", "nonfinite_rank"), (0, 1, 2, 3))
     programs |= dict.fromkeys(("lora_rank", "scorer_rank"), (3,))
+    programs |= dict.fromkeys((f"zero3_rank.{family}" for family in ZERO3_FAMILIES), (3,))
     return Results(2, tmp_path_factory.mktemp("two_ranks"), tiny_models, programs)

@@ -23,7 +23,7 @@ def main(rank: int, world_size: int, folder: Path, *programs: str) -> None:
     results = []
     for name, stage, model in zip(programs[::3], programs[1::3], programs[2::3], strict=True):
         print(f"{name} under ZeRO {stage}", file=sys.stderr, flush=True)
-        program = importlib.import_module(f"tests.training.{name}")
+        program = importlib.import_module(f"tests.training.{name.partition('.')[0]}")
         (folder / name).mkdir(exist_ok=True)
         results.append(program.run(rank, world_size, int(stage), Path(model), folder / name))
         dist.barrier()

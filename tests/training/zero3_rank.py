@@ -1,0 +1,76 @@
+"""A rank of `test_zero3.py`: every objective on work that differs from rank to rank as much as it can.
+
+One rank has text and long responses, the other one and two clips and short responses. Rows are small, so the ranks have
+different numbers of them; chunks of logits too. Every parameter is sharded: DeepSpeed would keep those of a tiny model
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+CLIPS = (0, 1, 0, 2)  # of the four prompts; a rank has every second one
+LOGITS = 2000  # at a time: those of a few tokens
+OUTPUTS = ("a", "b")
+
+
+def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> dict[str, Any]:
+    from rlvid.config import DpoConfig, GrpoConfig, ModelConfig, TrainConfig
+    from rlvid.models.families import load_family
+    from rlvid.models.families.vision import VisionFamily
+    from rlvid.models.heads import Head
+    from rlvid.training import learner, objectives, packing
+    from rlvid.training.batch import Group
+    from tests.prompts import prompt_of
+
+    family = load_family(model)
+    cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, micro_batch_tokens=120)
+    settings = learner.deepspeed_config(cfg, "float32", world_size)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    groups, side = [], -(-56 // family.frame_multiple) * family.frame_multiple
+    for i, n in enumerate(CLIPS):
+        shapes = [(4, side, side)] * n if isinstance(family, VisionFamily) else []
+        prompt = prompt_of(family, *shapes, seed=i, question="Which shape is moving? " * (1 + 2 * i))
+        ids = np.random.default_rng(i).integers(20, 60, size=(12 if i % 2 == 0 else 3) + 5).astype(np.int32)
+        groups.append(Group(prompt, prompt.cost, (ids[:-5], ids[-5:]), unit_size=2))
+    total = sum(g.n_tokens for g in groups)
+
+    def with_arrays(group: Group[Any], temperature: float | None = None) -> Group[Any]:
+        values = np.random.default_rng(group.n_tokens).normal(size=(4, group.n_tokens)).astype(np.float32)
+        tokens = dict(zip(("advantages", "old_logprobs", "ref_logprobs"), values, strict=False))
+        weights = np.full(group.n_tokens, 1 / total, np.float32)
+        own = Group(group.prompt, group.prompt_cost, group.responses, temperature=temperature, unit_size=2)
+        return own.with_tokens(weights=weights, **{name: x / 10 - 4 for name, x in tokens.items()})
+
+    labels = [np.array([1 + i, 4 - i], dtype=np.float32) for i in range(len(groups))]
+    graded = [Group(g.prompt, g.prompt_cost, targets={"labels": x}) for g, x in zip(groups, labels, strict=True)]
+    works: list[tuple[Head | None, list[tuple[str, Any, Sequence[Group[Any]]]]]] = [
+        (
+            None,
+            [
+                ("supervised", objectives.Supervised(), [with_arrays(g) for g in groups]),
+                ("grpo", objectives.Grpo(GrpoConfig(kl_coef=0.1)), [with_arrays(g, 0.7) for g in groups]),
+                ("dpo", objectives.Preferred(DpoConfig(), len(groups)), [with_arrays(g) for g in groups]),
+            ],
+        ),
+        (Head(OUTPUTS, 2.5), [("regression", objectives.Regression(len(groups)), graded)]),
+        (Head(OUTPUTS[:1]), [("bradley_terry", objectives.BradleyTerry(len(groups)), groups)]),
+    ]
+    found: dict[str, Any] = {}
+    for head, steps in works:
+        with (
+            mock.patch.object(learner, "deepspeed_config", return_value=settings),
+            mock.patch.object(packing, "LOGITS_AT_A_TIME", LOGITS),
+        ):
+            trained = learner.Learner(model, family, ModelConfig(path=model), cfg, head)
+            n = 2 if head else 1  # a new head is 0, and so is what the network's gradient is at first
+            for name, objective, everything in steps:
+                stats = [trained.step(everything[rank::world_size], objective, lr=1e-3) for _ in range(n)]
+                found[name] = [s[key] for s in stats for key in ("loss", "grad_norm")]
+            found[f"outputs {len(found)}"] = np.concatenate(trained.outputs(everything)).flatten().tolist()
+    return found
