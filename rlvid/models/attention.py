@@ -16,12 +16,14 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 TEXT_ATTENTION = "rlvid_shared_prefix"
+BLOCK = 128  # FlexAttention's block of tokens
 VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower passes block boundaries only if the name contains "flash"
 
 
@@ -58,26 +60,69 @@ class SharedPrefixLayout:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """FlexAttention's mask of the row, made once for all layers."""
-        group, response = self.membership()
+        """FlexAttention's mask of the row, made once for all layers. Which of its blocks attend follows from where the
+        groups and responses begin: torch's own `create_block_mask` asks the rule for all N x N pairs (10 GiB at 32,000
+        tokens)."""
+        of_group, of_response = self.membership()
+        some, every = attending_blocks(of_group, of_response)
+        device, n = self.prompt_index.device, len(of_group)
+        group, response = (torch.from_numpy(x).to(device) for x in (of_group, of_response))
 
         def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             is_own = (group[q] == group[k]) & ((response[k] < 0) | (response[q] == response[k]))
             return is_own & (k <= q)
 
-        n = len(group)
-        return create_block_mask(attends, None, None, n, n, device=str(group.device))
+        def listed(blocks: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+            """How many blocks of keys each block of queries has, and which: these first."""
+            order = np.argsort(~blocks, axis=1, kind="stable")
+            counts, indices = (torch.from_numpy(x.astype(np.int32)) for x in (blocks.sum(1), order))
+            return counts[None, None].to(device), indices[None, None].to(device)
 
-    def membership(self) -> tuple[Tensor, Tensor]:
+        return BlockMask.from_kv_blocks(
+            *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(n, n)
+        )
+
+    def membership(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Index of each token's group [N] and of its response within the group [N]; -1 for the tokens of a prompt."""
         lengths = [[prompt, *responses] for prompt, responses in self.groups]
         group = np.repeat(np.arange(len(lengths)), [sum(own) for own in lengths])
         response = np.repeat([i - 1 for own in lengths for i in range(len(own))], [n for own in lengths for n in own])
-        device = self.prompt_index.device
-        return torch.from_numpy(group).to(device), torch.from_numpy(response).to(device)
+        return group, response
 
     def to(self, device: torch.device) -> SharedPrefixLayout:
         return replace(self, prompt_index=self.prompt_index.to(device), response_index=self.response_index.to(device))
+
+
+def attending_blocks(
+    group: npt.NDArray[np.int64], response: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Of each block of queries and block of keys of a row: whether some pairs of tokens attend, and whether all do.
+
+    Args:
+        group, response: of each token [N]; see `SharedPrefixLayout.membership`.
+
+    Returns:
+        Two arrays [blocks, blocks].
+    """
+    n = len(group)
+    group, response = (np.pad(x, (0, -n % BLOCK), mode="edge").reshape(-1, BLOCK) for x in (group, response))
+    first, last = group[:, 0], group[:, -1]
+    largest = response.max(1)
+    is_prompt = response < 0
+    before = np.tri(len(group), k=-1, dtype=bool)  # [queries, keys]
+    # A group is contiguous, so of the groups in a block of keys only the last can continue in a later block.
+    continues = before & (first[:, None] == last)
+    has_its_prompt = (is_prompt & (group == last[:, None])).any(1)
+    some = continues & (has_its_prompt | (response[:, :1] == response[:, -1]))
+    np.fill_diagonal(some, True)
+    is_one_group = first == last
+    is_one_response = is_one_group & (response == largest[:, None]).all(1)
+    has_one_response = (is_prompt | (response == largest[:, None])).all(1)  # beside the prompt, if any
+    is_same = is_one_response[:, None] & has_one_response & (largest[:, None] == largest)
+    every = continues & is_one_group[:, None] & is_one_group & (is_same | (largest < 0))
+    if n % BLOCK:
+        every[-1] = False  # its last queries do not exist
+    return some, every
 
 
 def shared_prefix_attention(

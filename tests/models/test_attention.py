@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from rlvid.models.attention import SharedPrefixLayout, flex_attend, shared_prefix_attention
 
@@ -85,6 +87,26 @@ def test_membership_gives_group_and_response_of_each_token() -> None:
     group, response = SharedPrefixLayout.of([(2, [1, 2]), (1, [2])]).membership()
     assert group.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
     assert response.tolist() == [-1, -1, 0, 1, 1, -1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_are_those_of_the_rule_asked_for_every_pair(seed: int) -> None:
+    """Against torch's `create_block_mask`: the same empty, partial and full blocks."""
+    rng = np.random.default_rng(seed)
+    longest = int(rng.choice([3, 100, 300, 900]))
+    sizes = [(int(rng.integers(1, longest)), rng.integers(1, longest, rng.integers(0, 5)).tolist()) for _ in range(4)]
+    if seed % 3 == 0:
+        sizes = [(128 * (1 + i), [128, 256, 128][:i]) for i in range(4)]  # boundaries of blocks and groups coincide
+    mask = SharedPrefixLayout.of(sizes).block_mask
+    n = mask.seq_lengths[0]
+    expected = create_block_mask(mask.mask_mod, None, None, n, n, device="cpu")
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, own = (getattr(m, f"{name}_num_blocks")[0, 0].tolist() for m in (expected, mask))
+        assert own == counts, name
+        listed, own_listed = (getattr(m, f"{name}_indices")[0, 0].tolist() for m in (expected, mask))
+        assert [row[:k] for row, k in zip(own_listed, counts, strict=True)] == [
+            row[:k] for row, k in zip(listed, counts, strict=True)
+        ], name
 
 
 def test_dropout_is_refused(inputs: list[Tensor]) -> None:
