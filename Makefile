@@ -5,12 +5,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: .venv demo bench test lint format docs size lock clean help
+.PHONY: .venv demo bench test test-slow lint format docs size lock clean help
 
 # cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
 LOCK := requirements/$(EXTRA).lock
-WORKERS ?= 3  # test files that run side by side: a whole run mostly waits for processes to start, so more than CPUs
+# Test files run side by side, more of them than CPUs: a whole run mostly waits for processes to start.
+WORKERS ?= 3
+PYTEST = pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_HTTP_TIMEOUT ?= 300
@@ -52,8 +54,11 @@ bench: .venv  ## run the benchmarks, write their table into docs/performance.md 
 	@python -c 'import trl' 2>/dev/null || uv pip install --quiet --python .venv/bin/python trl  # for comparison; rlvid does not depend on it
 	python -m benchmarks $(NAMES)
 
-test: .venv  ## run the tests (ARGS="-k fleet" for some of them)
-	@pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+test: .venv  ## run the tests without the slow ones (ARGS="-k fleet" for some of them)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: .venv  ## run the slow tests: whole runs that are killed, interrupted, resized and resumed
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: .venv  ## check style, types, imports between rooms and docs/configuration.md
 	@ruff check .
@@ -84,4 +89,4 @@ clean:  ## remove caches and build leftovers (not .venv, not runs/)
 
 help:  ## show this
 	@echo 'make .venv     install into .venv (EXTRA=gpu for machines with CUDA)'
-	sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 15
+	sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 15

@@ -101,6 +101,7 @@ def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
     assert bad["path"].endswith("missing.mp4")
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_workers_follow_the_cluster(config: Path) -> None:
     """On a head with room for one worker; then a second node joins."""

@@ -118,6 +118,7 @@ def endpoint() -> Iterator[SimpleNamespace]:
     thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(1500)
 def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:

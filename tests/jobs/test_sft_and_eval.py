@@ -84,6 +84,7 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_restarts_all_from_the_last_checkpoint_and_the_run_says_so(tmp_path: Path) -> None:
     config, folder, out = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "out"
     config.write_text(

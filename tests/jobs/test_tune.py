@@ -53,6 +53,7 @@ def start(sweep: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_an_interrupted_and_a_killed_sweep_resume_and_report_the_best_trial(sweep: Path) -> None:
     folder = sweep.parent / "sweep"
