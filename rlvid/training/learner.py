@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,6 +78,9 @@ class Learner:
             add_adapters(self.policy.network, self.lora, family.no_lora)
         if model.freeze_vision:
             freeze_towers(network, family)
+        on_gpu = get_accelerator().device_name() == "cuda"
+        if on_gpu if cfg.activation_checkpointing is None else cfg.activation_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
         self._head = head
         if head:
             self.policy = PackedScorer(network, family, head)
@@ -92,6 +96,7 @@ class Learner:
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         if self._is_sharded and isinstance(self.policy, PackedPolicy):
             self.policy.prediction.shard()
+        self.engine.train()  # transformers loads a network for inference, without activation checkpointing
         self.device = self.engine.device
         # Adapters of the reference, by parameter name. New ones change nothing: it is the base model at first.
         self._reference = self._adapters() if self.lora else {}

@@ -2,17 +2,20 @@
 
 One rank has text and long responses, the other one and two clips and short responses. Rows are small, so the ranks have
 different numbers of them; chunks of logits too. Every parameter is sharded: DeepSpeed would keep those of a tiny model
-whole.
+whole. Two ranks compute their activations again, one rank keeps them: the numbers are the same.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 CLIPS = (0, 1, 0, 2)  # of the four prompts; a rank has every second one
 LOGITS = 2000  # at a time: those of a few tokens
@@ -29,7 +32,8 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     from tests.prompts import prompt_of
 
     family = load_family(model)
-    cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, micro_batch_tokens=120)
+    memory = {"micro_batch_tokens": 120, "activation_checkpointing": world_size > 1}
+    cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, **memory)
     settings = learner.deepspeed_config(cfg, "float32", world_size)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     groups, side = [], -(-56 // family.frame_multiple) * family.frame_multiple
@@ -62,15 +66,23 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         (Head(OUTPUTS[:1]), [("bradley_terry", objectives.BradleyTerry(len(groups)), groups)]),
     ]
     found: dict[str, Any] = {}
+    again: Counter[str] = Counter()  # calls in a backward
+
+    def note(name: str, *_: Any) -> None:
+        again[name] += torch._C._current_graph_task_id() >= 0
+
     for head, steps in works:
         with (
             mock.patch.object(learner, "deepspeed_config", return_value=settings),
             mock.patch.object(packing, "LOGITS_AT_A_TIME", LOGITS),
         ):
             trained = learner.Learner(model, family, ModelConfig(path=model), cfg, head)
+            for name, module in trained.policy.named_modules():
+                if name.endswith(".0.mlp"):  # of the first layers of text and tower
+                    module.register_forward_pre_hook(partial(note, name))
             n = 2 if head else 1  # a new head is 0, and so is what the network's gradient is at first
             for name, objective, everything in steps:
                 stats = [trained.step(everything[rank::world_size], objective, lr=1e-3) for _ in range(n)]
                 found[name] = [s[key] for s in stats for key in ("loss", "grad_norm")]
             found[f"outputs {len(found)}"] = np.concatenate(trained.outputs(everything)).flatten().tolist()
-    return found
+    return {"numbers": found, "again": +again}
