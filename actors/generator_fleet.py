@@ -243,7 +243,7 @@ class GeneratorFleet:
     # --- in the pump's thread -----------------------------------------------------------------------------------------
 
     def _act(self) -> None:
-        """After events: whatever the state of the fleet asks for."""
+        """After events: does what the state of the fleet requires."""
         now = time.monotonic()
         if now - self._checked_s >= CHECK_EVERY_S:
             self._checked_s = now

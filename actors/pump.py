@@ -17,7 +17,7 @@ class Pump(threading.Thread):
     """Runs the posted events one after another, and `act` after them, at least every `TURN_S`.
 
     An error in an event or in `act` ends the thread. Every future that is open then, and every one asked for later,
-    raises that error: no caller waits for ever.
+    raises that error: no caller waits forever.
 
     Args:
         is_idle: whether to wait for an event before the next `act`.

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Roles:
-    """Trainer, generators, rewards and reference model, as far as the job asks for them. Use as a context manager.
+    """Trainer, generators, rewards and reference model: those that the job needs. Use as a context manager.
 
     `wait_ready` raises what any of their processes raised while it started.
 

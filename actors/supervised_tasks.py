@@ -148,7 +148,7 @@ class Preferred(Supervised):
         if self.cfg.needs_reference and self.cfg.reference == "precomputed":
             from safetensors.numpy import load_file
 
-            worker.tell("stage", "scoring all pairs with the reference")
+            worker.report("stage", "scoring all pairs with the reference")
             file = worker.plan.folder / REFERENCE_FILE
             if not file.exists():
                 self._precompute(file)

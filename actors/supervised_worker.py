@@ -121,7 +121,7 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.plan, self.cfg, self.task, self._run = plan, plan.cfg, plan.task, run
-        self.tell("stage", "loading the model")
+        self.report("stage", "loading the model")
         enter_process(plan.folder / "logs" / f"trainer-{self.rank}.log", self.cfg.placement.threads)
         if not self.cfg.placement.gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -138,16 +138,16 @@ class Worker:
             self.learner.load(newest.path)
         start = done = newest.step if newest else 0
         self.task.start(self)
-        if self._agree(self.tell("started", {"world": self.world, "step": start})):
+        if self._agree(self.report("started", {"world": self.world, "step": start})):
             return
         self._evaluate(start)  # if the run was stopped between the checkpoint and it
-        self.tell("stage", "training")
+        self.report("stage", "training")
         rows = self._rows("train")
         shares = self.plan.shares(self.rank, self.world, start)
         for step, share in itertools.groupby(shares, key=lambda item: item[0]):
             metrics = self._train(step, itertools.islice(rows, len(list(share))))
             done = step + 1
-            is_stopping = self._agree(self.tell("step", {"step": done, **metrics}))
+            is_stopping = self._agree(self.report("step", {"step": done, **metrics}))
             if done % self.cfg.run.checkpoint_every == 0 or done == self.cfg.train.steps or is_stopping:
                 self._checkpoint(done)
             if is_stopping and done < self.cfg.train.steps:
@@ -173,7 +173,7 @@ class Worker:
         if not self.plan.is_evaluated_after(step):
             return
         begin_s = time.monotonic()
-        self.tell("stage", "evaluating")
+        self.report("stage", "evaluating")
         own: dict[str, Any] = {}
         for groups in self._held_out():
             own |= {g.prompt.sample_id: x for g, x in zip(groups, self.task.score(groups), strict=True)}
@@ -182,10 +182,10 @@ class Worker:
         if examples:
             metrics = self.task.summarize(examples, [scored[e.sample.id] for e in examples])
             named = {f"eval/{name}": value for name, value in metrics.items()}
-            self.tell("evaluation", {"step": step, **named, "time/evaluation": time.monotonic() - begin_s})
+            self.report("evaluation", {"step": step, **named, "time/evaluation": time.monotonic() - begin_s})
         else:
-            self.tell("note", "no evaluation: no held-out sample has readable clips")
-        self.tell("stage", "training")
+            self.report("note", "no evaluation: no held-out sample has readable clips")
+        self.report("stage", "training")
 
     # --- data
 
@@ -265,7 +265,7 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
-    def tell(self, kind: str, content: Any) -> bool:
+    def report(self, kind: str, content: Any) -> bool:
         """Rank 0 reports to the driver; returns whether the driver wants to stop (on rank 0)."""
         return self.rank == 0 and bool(ray.get(self._run.put.remote((kind, content))))
 
@@ -290,7 +290,7 @@ class Worker:
             if self.rank == 0:
                 (Path(folder[0]) / STATE_FILE).write_text(json.dumps({**state, "trainer_workers": self.world}))
         dist.barrier()
-        self.tell("checkpoint", step)
+        self.report("checkpoint", step)
 
     def _settled_state(self) -> Mapping[str, Any]:
         """The job's state once the driver has handled the events so far: a run that is killed after the checkpoint

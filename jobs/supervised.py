@@ -1,4 +1,4 @@
-"""The driver's side of a supervised training: logs and shows what the workers tell. Shared by sft, dpo, reward-model
+"""The driver's side of a supervised training: logs and shows what the workers report. Shared by sft, dpo, reward-model
 and the preference steps of isrt."""
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def batch_indices(n: int, seed: int, start: int, count: int, strata: Strata | No
 @lru_cache(maxsize=4)  # drawn from batch by batch: that of a million samples takes 0.2 s
 def _permutation(n: int, seed: int, epoch: int, strata: Strata | None) -> npt.NDArray[np.int64]:
     """[n], the order of one epoch."""
-    # Not Generator.permutation: numpy keeps the stream of a bit generator for ever, that of Generator's methods not
+    # Not Generator.permutation: numpy may change the streams of Generator's methods, but not that of a bit generator
     # (NEP 19), and a run may be resumed under another numpy.
     keys = np.random.PCG64([seed, epoch]).random_raw(n)
     order = np.argsort(keys, kind="stable")

@@ -6,7 +6,7 @@ of them decode a clip while the others wait, and the total size is kept in one l
 not search the folder. `<key>.sha256` holds the hash of a video file that has been read before.
 
 Native decoders crash, and what runs a worker may start it again without end (Ray Data 2.60 retries a task whose worker
-crashed for ever). So `<clip_id>.crashes` remains when a process ends while it makes the clip, and a clip that has
+crashed forever). So `<clip_id>.crashes` remains when a process ends while it makes the clip, and a clip that has
 crashed two processes is refused.
 """
 
