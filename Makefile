@@ -10,9 +10,9 @@ SHELL := bash
 # cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
 LOCK := requirements/$(EXTRA).lock
-# Test files run side by side, more of them than CPUs: a whole run mostly waits for processes to start.
+# Groups of tests (tests/conftest.py) run side by side, more of them than CPUs: a whole run mostly waits for processes to start.
 WORKERS ?= 3
-PYTEST = pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_HTTP_TIMEOUT ?= 300

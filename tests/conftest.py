@@ -38,12 +38,15 @@ def pytest_timeout_set_timer(item: Any, settings: Any) -> bool:
 
 
 ENGINES = {"local_ray", "one_rank", "two_ranks", "both"}  # fixtures that start one
+RANKS = {"one_rank", "two_ranks"}  # of the whole session: made once where all that use them run in one process
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if ENGINES & set(item.fixturenames):
             item.add_marker("engine")
+        # make test runs groups side by side: a file each
+        item.add_marker(pytest.mark.xdist_group("ranks" if RANKS & set(item.fixturenames) else item.path.stem))
     items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)  # what takes minutes begins first
 
 
