@@ -10,7 +10,7 @@ SHELL := bash
 # cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
 LOCK := requirements/$(EXTRA).lock
-# Groups of tests (tests/conftest.py) run side by side, more of them than CPUs: a whole run mostly waits for processes to start.
+# Groups of tests (tests/conftest.py) run in parallel, more than there are CPUs: a whole run often waits for processes to start.
 WORKERS ?= 3
 PYTEST = pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 

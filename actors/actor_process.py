@@ -36,7 +36,7 @@ def start_ray() -> None:
     if address == "local":  # the workers inherit what is set here
         os.environ.setdefault("GLIBC_TUNABLES", STREAMING_COPIES)
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less; there is no other machine
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # its 2 s pass twice before a run has ended
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # with its 2 s a run ends 3 s later
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # its 60 s are short under load
     for is_last in (address != "local", True):
         try:

@@ -13,7 +13,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the CPUs of other runs
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would slow the other runs
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,14 +38,14 @@ def pytest_timeout_set_timer(item: Any, settings: Any) -> bool:
 
 
 ENGINES = {"local_ray", "one_rank", "two_ranks", "both"}  # fixtures that start one
-RANKS = {"one_rank", "two_ranks"}  # of the whole session: made once where all that use them run in one process
+RANKS = {"one_rank", "two_ranks"}  # for the whole session; made once if all tests that use them run in one process
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if ENGINES & set(item.fixturenames):
             item.add_marker("engine")
-        # make test runs groups side by side: a file each
+        # what `make test` runs in one process: a file, or all that need the ranks
         item.add_marker(pytest.mark.xdist_group("ranks" if RANKS & set(item.fixturenames) else item.path.stem))
     items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)  # what takes minutes begins first
 

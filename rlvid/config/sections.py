@@ -295,8 +295,8 @@ class TrainConfig(ScheduleConfig):
     activation_checkpointing: bool | None = changeable(
         None, "memory and speed; the gradient is the same up to rounding"
     )
-    """Keep the input of each layer alone, of tower and language model, and compute the rest again in the backward: a
-    fraction of the memory, about a third more time. Empty: on a GPU."""
+    """Keep only the input of each layer of vision tower and language model, and compute its activations again in the
+    backward: less memory, for the time of one more forward. Empty: on a GPU yes, on CPU no."""
     max_skipped: int = changeable(3, "when to give up", ge=1)
     """A step whose loss or gradient is not finite is skipped. After this many in a row the run stops, without a
     checkpoint."""

@@ -78,8 +78,8 @@ class Learner:
             add_adapters(self.policy.network, self.lora, family.no_lora)
         if model.freeze_vision:
             freeze_towers(network, family)
-        on_gpu = get_accelerator().device_name() == "cuda"
-        if on_gpu if cfg.activation_checkpointing is None else cfg.activation_checkpointing:
+        checkpointing = cfg.activation_checkpointing
+        if checkpointing or (checkpointing is None and get_accelerator().device_name() == "cuda"):
             network.gradient_checkpointing_enable({"use_reentrant": False})
         self._head = head
         if head:

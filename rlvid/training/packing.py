@@ -152,9 +152,9 @@ class PackedPolicy(nn.Module):
 class Prediction(nn.Module):
     """Log-probs of tokens from hidden states, through the network's `lm_head`, a chunk of logits at a time.
 
-    Ranks need different numbers of chunks. Under ZeRO-3 every call of a module is a collective, so `lm_head` itself is
-    never called: its weight is a parameter of this module too, gathered once in a forward and once in a backward. It
-    keeps its one name in the state of the model.
+    Ranks need different numbers of chunks, and under ZeRO-3 every call of a module is a collective. So `lm_head` itself
+    is never called: this module reads its weight, which is gathered once per forward and once per backward. The weight
+    has only its own name in the model's state.
     """
 
     def __init__(self, head: nn.Linear, banned: Sequence[int]):
@@ -162,7 +162,7 @@ class Prediction(nn.Module):
         self._head, self._banned = (head,), list(banned)  # in a tuple: not a child module
 
     def shard(self) -> None:
-        """Called after DeepSpeed has sharded the network."""
+        """Gather the head's parameters for this module too; after DeepSpeed has sharded them (ZeRO-3)."""
         from deepspeed.runtime.zero import register_external_parameter
 
         for parameter in self._head[0].parameters():

@@ -1,14 +1,15 @@
 """A rank of `test_zero3.py`: every objective on work that differs from rank to rank as much as it can.
 
-One rank has text and long responses, the other one and two clips and short responses. Rows are small, so the ranks have
-different numbers of them; chunks of logits too. Every parameter is sharded: DeepSpeed would keep those of a tiny model
-whole. Two ranks compute their activations again, one rank keeps them: the numbers are the same.
+One rank has prompts without a clip and long responses; the other has prompts with one and two clips and short ones.
+Rows and chunks of logits are small, so each rank has another number of them. Every parameter is sharded: DeepSpeed
+would keep those of a tiny model whole. Two ranks compute their activations again, one rank keeps them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,10 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     total = sum(g.n_tokens for g in groups)
 
     def with_arrays(group: Group[Any], temperature: float | None = None) -> Group[Any]:
-        values = np.random.default_rng(group.n_tokens).normal(size=(4, group.n_tokens)).astype(np.float32)
-        tokens = dict(zip(("advantages", "old_logprobs", "ref_logprobs"), values, strict=False))
+        values = np.random.default_rng(group.n_tokens).normal(-4, 0.1, (3, group.n_tokens)).astype(np.float32)
+        tokens = dict(zip(("advantages", "old_logprobs", "ref_logprobs"), values, strict=True))
         weights = np.full(group.n_tokens, 1 / total, np.float32)
-        own = Group(group.prompt, group.prompt_cost, group.responses, temperature=temperature, unit_size=2)
-        return own.with_tokens(weights=weights, **{name: x / 10 - 4 for name, x in tokens.items()})
+        return replace(group, temperature=temperature).with_tokens(weights=weights, **tokens)
 
     labels = [np.array([1 + i, 4 - i], dtype=np.float32) for i in range(len(groups))]
     graded = [Group(g.prompt, g.prompt_cost, targets={"labels": x}) for g, x in zip(groups, labels, strict=True)]
