@@ -131,7 +131,7 @@ class InstantTrainer:
         pass
 
     def step(self, groups: Sequence[Any], objective: object, lr: float) -> dict[str, float]:
-        names = "loss grad_norm entropy ratio kl_to_old clip_low clip_high logprob_gap"
+        names = "loss grad_norm entropy ratio kl_to_old clip_low clip_high logprob_gap skipped"
         return dict.fromkeys(names.split(), float(len(groups))) | {"lr": lr}
 
     def put_weights(self, is_checked: bool, nodes: object) -> Iterator[tuple[ray.ObjectRef[Any], str | None]]:
@@ -146,7 +146,7 @@ class Steps:
             {
                 "run": {"dir": folder / "run", "wandb": "disabled"},
                 "model": {"path": model},
-                "data": {"eval": "unused.jsonl", "cache_dir": folder / "cache"},
+                "data": {"train": "unused.jsonl", "cache_dir": folder / "cache"},
                 "rollout": {"replicas": replicas},
                 "grpo": {"group_size": GROUP},
                 "placement": {
@@ -200,7 +200,8 @@ class Steps:
             prompts = self.clips.collect(pending)
         with self.stage("rollout"):
             # the module of the real Sampling imports torch, which 64 processes should not load
-            groups = roles.fleet.generate(prompts, SimpleNamespace(n=GROUP, temperature=1.0, max_tokens=128))
+            sampling = SimpleNamespace(n=GROUP, temperature=1.0, max_tokens=128)
+            prompts, groups = self.clips.answered(prompts, roles.fleet.generate(prompts, sampling))
         with self.stage("reward"):
             rewards = roles.rewards([p.sample for p in prompts], groups)
             advantages = advantages_of(rewards, self.cfg.grpo)

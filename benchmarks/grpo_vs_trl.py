@@ -46,7 +46,7 @@ from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import CHAT_TEMPLATE
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
-from rlvid.rollout.engine import Sampling
+from rlvid.rollout.engine import Refused, Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import advantages_of
 from rlvid.training.objectives import Grpo
@@ -107,7 +107,8 @@ class RlvidSide:
         for i in range(N_PROMPTS):
             sample, prompt = encode(self.family, self.setting, N_PROMPTS * self.steps + i)
             prompts.append(Encoded(sample, ray.put(prompt), prompt.length, prompt.cost))
-        groups = self.roles.fleet.generate(prompts, Sampling(GROUP, 1.0, RESPONSE))
+        answers = self.roles.fleet.generate(prompts, Sampling(GROUP, 1.0, RESPONSE))
+        groups = [group for group in answers if not isinstance(group, Refused)]
         rewards = [[Reward({"even": r}, r) for r in (reward_of(x.token_ids) for x in g)] for g in groups]
         stats = optimize(self.cfg, self.roles, 0, prompts, groups, advantages_of(rewards, self.cfg.grpo))
         assert np.isfinite(stats["train/loss"])

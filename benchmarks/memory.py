@@ -233,7 +233,7 @@ def prompt_bytes(team: Any, clips: Any, samples: Any, cfg: Any, group_size: int)
         advantages = np.ones((len(prompts), group_size), np.float32)
         batch = sampled_groups(prompts, groups, advantages, cfg.rollout.temperature)
         team.trainer.step(make_minibatch(batch, cfg.grpo), Grpo(cfg.grpo), 0.0)
-    del groups
+    del groups, batch  # the driver's views of what the engines returned
     held = settled_bytes() - before
     n = len(prompts)
     fetched = ray.get([p.prompt for p in prompts])

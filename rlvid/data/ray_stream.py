@@ -19,7 +19,8 @@ from rlvid.types import Prompt, Sample
 from rlvid.video.clip_reader import ends_hung_process
 
 PROMPTS_PER_TASK = 64  # a task costs Ray 50 ms, and a run's tasks are all listed before its first one starts
-PROMPT_BLOCK_BYTES = 32 * 2**20  # a task passes on what it has once it is this large
+PROMPT_BLOCK_BYTES = 8 * 2**20  # a task passes on what it has once it is this large
+LEAST_AHEAD_BYTES = 256 * 2**20  # of prompts that wait for the consumer; Ray Data would fill half of the object store
 
 
 def prompt_stream(
@@ -36,7 +37,9 @@ def prompt_stream(
     settings = {"samples": samples, "source": source}
     pool = ray.data.ActorPoolStrategy(size=min(encoders, n_blocks))
     dataset = dataset.map(_RowEncoder, fn_constructor_kwargs=settings, compute=pool, num_cpus=cpus_each)
+    ahead = max(LEAST_AHEAD_BYTES, int(ray.cluster_resources().get("object_store_memory", 0)) // 16)
     dataset.context.execution_options.preserve_order = True
+    dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
     dataset.context.target_max_block_size = PROMPT_BLOCK_BYTES
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -44,10 +47,10 @@ def prompt_stream(
 
 
 def open_prompt(row: dict[str, Any]) -> tuple[int, Prompt | None, Outcome]:
-    """Place in `samples`, prompt and outcome; without a prompt the outcome names the bad clip.
+    """Place in `samples`, prompt and outcome; without a prompt the outcome says what is set aside.
 
     Raises:
-        UserError: the prompt does not fit, or the frame cache cannot be written.
+        UserError: the frame cache cannot be written.
         RuntimeError: an error that is no fault of the clip.
     """
     if row["user_error"]:
