@@ -41,6 +41,7 @@ ENGINES = {"local_ray", "one_rank", "two_ranks", "both"}  # fixtures that start 
 RANKS = {"one_rank", "two_ranks"}  # for the whole session; made once if all tests that use them run in one process
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if ENGINES & set(item.fixturenames):
