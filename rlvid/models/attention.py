@@ -5,15 +5,19 @@ token attends to the whole prompt and to its own response up to itself. No mask 
 on CPU, prompts and responses are gathered into two padded tensors; on GPU, FlexAttention skips the blocks that are
 masked and stores no scores. Both give the same result as separate sequences.
 
+A row of responses may also continue an earlier row that was their prompt: then it attends to that row's keys and values
+(`KeysValues`), and their gradients flow there.
+
 The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +29,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 TEXT_ATTENTION = "rlvid_shared_prefix"
 BLOCK = 128  # FlexAttention's block of tokens
 VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower passes block boundaries only if the name contains "flash"
+
+KeysValues: TypeAlias = tuple[Tensor, Tensor]  # of one layer, each [1, kv_heads, tokens, D]
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class SharedPrefixLayout:
     prompt_index: Tensor  # [B, P] int64
     response_index: Tensor  # [B, G * R] int64
     group_size: int  # G
+    kept: dict[nn.Module, KeysValues] | None = None  # where each layer puts the row's keys and values, if asked to
+    # Those of an earlier row, by layer, which all tokens of this row attend to. It has one group, whose prompt is the
+    # one token that the earlier row has not.
+    before: Mapping[nn.Module, KeysValues] = field(default_factory=dict)
 
     @classmethod
     def of(cls, groups: list[tuple[int, list[int]]]) -> SharedPrefixLayout:
@@ -67,10 +77,18 @@ class SharedPrefixLayout:
         some, every = attending_blocks(of_group, of_response)
         device, n = self.prompt_index.device, len(of_group)
         group, response = (torch.from_numpy(x).to(device) for x in (of_group, of_response))
+        n_before, begin = self.n_before, -(-self.n_before // BLOCK) * BLOCK  # the row's own keys begin at a block
+        if n_before:
+            earlier = np.ones((len(some), begin // BLOCK), dtype=bool)
+            some = np.hstack([earlier, some])
+            earlier[:, -1] = n_before == begin
+            earlier[-1] &= n % BLOCK == 0
+            every = np.hstack([earlier, every])
 
         def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            is_own = (group[q] == group[k]) & ((response[k] < 0) | (response[q] == response[k]))
-            return is_own & (k <= q)
+            own = (k - begin).clamp(min=0)
+            is_own = (group[q] == group[own]) & ((response[own] < 0) | (response[q] == response[own]))
+            return (k < n_before) | ((k >= begin) & is_own & (own <= q))
 
         def listed(blocks: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
             """How many blocks of keys each block of queries has, and which: these first."""
@@ -79,8 +97,13 @@ class SharedPrefixLayout:
             return counts[None, None].to(device), indices[None, None].to(device)
 
         return BlockMask.from_kv_blocks(
-            *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(n, n)
+            *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(n, begin + n)
         )
+
+    @property
+    def n_before(self) -> int:
+        """Tokens of the earlier row."""
+        return next((int(key.shape[2]) for key, _ in self.before.values()), 0)
 
     def membership(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Index of each token's group [N] and of its response within the group [N]; -1 for the tokens of a prompt."""
@@ -149,13 +172,19 @@ def shared_prefix_attention(
         raise ValueError("shared-prefix attention has no dropout: set attention_dropout to 0")
     heads, n, dim = query.shape[1:]
     scale = options.get("scaling") or dim**-0.5
+    if layout.kept is not None:
+        layout.kept.setdefault(module, (key, value))  # once: activations may be computed again in the backward
+    before = layout.before.get(module)
     if query.is_cuda:
-        return flex_attend(query, key, value, layout, scale, is_compiled=True).transpose(1, 2), None
+        return flex_attend(query, key, value, layout, scale, before, is_compiled=True).transpose(1, 2), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     k, v = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
+    if before is not None:  # P is 1
+        earlier = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in before)
+        kp, vp = (torch.cat(pair, dim=2) for pair in zip(earlier, (kp, vp), strict=True))
     # Padding follows the prompt, so the causal mask excludes it.
-    prompts = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scale)
+    prompts = F.scaled_dot_product_attention(qp, kp, vp, is_causal=before is None, scale=scale)
     out = _put(q.new_zeros(n, heads, dim), layout.prompt_index, prompts)
     if not layout.group_size:
         return out.unsqueeze(0), None
@@ -163,14 +192,26 @@ def shared_prefix_attention(
     return _put(out, layout.response_index, responses).unsqueeze(0), None
 
 
-def flex_attend(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, is_compiled: bool) -> Tensor:
+def flex_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+    before: KeysValues | None = None,
+    *,
+    is_compiled: bool,
+) -> Tensor:
     """Attention of a packed row by FlexAttention: q [1, heads, N, D], k and v [1, kv_heads, N, D] -> shape of q.
 
     Compiled, it needs memory proportional to N; not compiled (for tests), it stores all scores.
     """
-    n, n_grouped = q.shape[2], layout.block_mask.shape[-1]
+    n, n_grouped = q.shape[2], layout.block_mask.shape[-2]
     # The tokens of a clip that belongs to no group may follow those of the groups: their output is 0.
     q, k, v = (x[:, :, :n_grouped] for x in (q, k, v))
+    if before is not None:  # filled up to whole blocks
+        earlier = (F.pad(x, (0, 0, 0, -x.shape[2] % BLOCK)) for x in before)
+        k, v = (torch.cat(pair, dim=2) for pair in zip(earlier, (k, v), strict=True))
     flex = _flex_attention(is_compiled)
     out: Tensor = flex(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return F.pad(out, (0, 0, 0, n - n_grouped))
@@ -189,7 +230,8 @@ def _attend_responses(
     batch, heads, _, dim = qr.shape
     own = (batch, heads, layout.group_size, -1, dim)  # [B, heads, G, R, D]
     to_prompt = qr @ kp.transpose(-1, -2)  # [B, heads, G * R, P]
-    to_prompt = to_prompt.masked_fill((layout.prompt_index < 0)[:, None, None, :], float("-inf"))
+    is_padding = F.pad(layout.prompt_index < 0, (kp.shape[2] - layout.prompt_index.shape[1], 0))  # none before it
+    to_prompt = to_prompt.masked_fill(is_padding[:, None, None, :], float("-inf"))
     to_own = qr.view(own) @ kr.view(own).transpose(-1, -2)  # [B, heads, G, R, R]
     length = to_own.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)

@@ -30,9 +30,10 @@ from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
 from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, save_adapter
 from rlvid.training.batch import Group, check_arrays
-from rlvid.training.micro_batches import micro_batches, score
+from rlvid.training.depth_first import PromptPass
+from rlvid.training.micro_batches import MicroBatches, repeated, score
 from rlvid.training.objectives import Objective
-from rlvid.training.packing import PackedPolicy, PackedScorer, pack
+from rlvid.training.packing import PackedPolicy, PackedRow, PackedScorer, pack
 from rlvid.training.parameters import NamedTensor, Part, in_parts, whole_shape
 from rlvid.types import Prompt
 
@@ -122,28 +123,42 @@ class Learner:
         check_arrays(groups, objective.needs, type(objective).__name__)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr
-        rows = micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
+        batches = MicroBatches.of(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
+        parts = [part for _, part in batches.parts]
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for i in range(self._most(len(rows))):
-            # Collectives need the same number of micro-batches on every rank: one with fewer repeats its last row, with
-            # zero weight.
-            row = rows[min(i, len(rows) - 1)]
-            outputs, entropy = self.engine(pack(row).to(self.device))
-            loss, stats = objective(outputs, row)
-            is_counted = i < len(rows)
-            # DeepSpeed averages gradients over ranks; the weights already average over the whole mini-batch.
-            scale = float(self.world_size if is_counted else 0)
-            # A loss that is not finite makes all gradients nan, so that every rank sees it in their common norm.
-            self.engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
-            if is_counted:
-                n_outputs = torch.tensor(len(outputs))
-                stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": n_outputs}
-                for name, value in stats.items():
-                    sums[name] += value.to(self.device)
+        for row, is_counted in batches.whole_rows(self._most):
+            chosen = [parts[i] for i in row]
+            self._learn(pack(chosen).to(self.device), chosen, objective, is_counted, sums)
+        for indices, is_own in batches.deep_groups(self._most):
+            prompt = PromptPass(self.engine, parts[indices[0]].prompt, self.device)
+            for i, is_first in repeated(indices, indices[0], self._most):
+                self._learn(prompt.row(parts[i]), [parts[i]], objective, is_own and is_first, sums)
+                prompt.collect()
+            self.engine.backward(prompt.loss())
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm()) if self._clipped_norm is None else self._clipped_norm
         means = self._means(sums)
         return means | {"grad_norm": norm, "lr": lr, "skipped": self._count_skipped(means["loss"], norm)}
+
+    def _learn(
+        self,
+        row: PackedRow,
+        groups: Sequence[Group[Prompt]],
+        objective: Objective,
+        is_counted: bool,
+        sums: dict[str, Tensor],
+    ) -> None:
+        """Forward and backward of one row, and its statistics into `sums`. One that does not count has no gradient."""
+        outputs, entropy = self.engine(row)
+        loss, stats = objective(outputs, groups)
+        # DeepSpeed averages gradients over ranks; the weights already average over the whole mini-batch.
+        scale = float(self.world_size if is_counted else 0)
+        # A loss that is not finite makes all gradients nan, so that every rank sees it in their common norm.
+        self.engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
+        if is_counted:
+            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": torch.tensor(len(outputs))}
+            for name, value in stats.items():
+                sums[name] += value.to(self.device)
 
     def _count_skipped(self, loss: float, grad_norm: float) -> float:
         """1 if the optimizer left the step out, which DeepSpeed and `_clip` do where the gradient's norm is not finite.
@@ -164,7 +179,7 @@ class Learner:
         Of a model with a head the scores [G, D] of each group's responses, or [1, D] of its prompt.
         """
         self.engine.eval()
-        values = score(self.engine, groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix, rounds=self._most)
+        values = score(self.engine, groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix, most=self._most)
         self.engine.train()
         return values
 

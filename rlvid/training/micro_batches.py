@@ -1,8 +1,10 @@
-"""Micro-batches: groups cut to a budget of tokens, and packed into rows of about that size."""
+"""Micro-batches: which groups share a forward, and which are too large for one, within a budget of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +12,13 @@ import torch
 from torch import nn
 
 from rlvid.training.batch import Group
+from rlvid.training.depth_first import PromptPass
 from rlvid.training.packing import pack
 from rlvid.types import Prompt
+
+T = TypeVar("T")
+Count = Callable[[int], int]
+"""This rank's number of passes -> the largest of all ranks. They meet in collectives, so all make equally many."""
 
 
 def pack_into_rows(costs: Sequence[int], budget: int) -> list[list[int]]:
@@ -31,14 +38,59 @@ def pack_into_rows(costs: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def micro_batches(groups: Sequence[Group[Prompt]], budget: int, is_shared: bool = True) -> list[list[Group[Prompt]]]:
-    """Rows of at most `budget` tokens; a group above it is cut, a single response above it is alone.
+@dataclass(frozen=True)
+class MicroBatches:
+    """The passes of one rank over some groups.
 
-    Args:
-        is_shared: off, every response has its own prompt.
+    `rows` are packed, one pass each. A group in `deep` is above the budget: its prompt has a pass of its own, from
+    which those of its parts continue (`PromptPass`).
     """
-    parts = [part for group in groups for part in group.cut(budget if is_shared else 0)]
-    return [[parts[i] for i in row] for row in pack_into_rows([p.cost for p in parts], budget)]
+
+    parts: list[tuple[int, Group[Prompt]]]  # with the index of the group that each is of, in order
+    rows: list[list[int]]  # indices of parts
+    deep: list[list[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group[Prompt]], budget: int, is_shared: bool = True) -> MicroBatches:
+        """
+        Args:
+            groups: at least one.
+            budget: tokens of a pass; a single response above it has one to itself.
+            is_shared: off, every response (or pair) has its own prompt, and nothing is deep.
+        """
+        parts: list[tuple[int, Group[Prompt]]] = []
+        shallow: list[int] = []
+        deep: list[list[int]] = []
+        for g, group in enumerate(groups):
+            own = range(len(parts), len(parts) + len(cut := group.cut(budget if is_shared else 0)))
+            parts += [(g, part) for part in cut]
+            if is_shared and len(own) > 1 and group.prompt.length > 1:
+                deep.append(list(own))
+            else:
+                shallow += own
+        rows = pack_into_rows([parts[i][1].cost for i in shallow], budget)
+        deep.sort(key=len, reverse=True)  # so that ranks have about as many parts at a time
+        return cls(parts, [[shallow[i] for i in row] for row in rows], deep)
+
+    def whole_rows(self, most: Count) -> Iterator[tuple[list[int], bool]]:
+        """The rows, and whether each is the rank's own: one with fewer rows than others repeats a part, which must not
+        count."""
+        yield from repeated(self.rows, self.spare, most)
+
+    def deep_groups(self, most: Count) -> Iterator[tuple[list[int], bool]]:
+        """The same for the parts of each deep group."""
+        yield from repeated(self.deep, self.spare, most)
+
+    @property
+    def spare(self) -> list[int]:
+        """The smallest part."""
+        return [min(range(len(self.parts)), key=lambda i: self.parts[i][1].cost)]
+
+
+def repeated(items: Sequence[T], spare: T, most: Count) -> Iterator[tuple[T, bool]]:
+    """As many as the rank with most has: its own items, then `spare`; and whether each is an own one."""
+    for i in range(most(len(items))):
+        yield (items[i], True) if i < len(items) else (spare, False)
 
 
 @torch.no_grad()
@@ -47,27 +99,30 @@ def score(
     groups: Sequence[Group[Prompt]],
     budget: int,
     is_shared: bool = True,
-    rounds: Callable[[int], int] = lambda n: n,
+    most: Count = lambda n: n,
 ) -> list[npt.NDArray[np.float32]]:
     """The model's outputs for each group: log-probs [sum R] of a policy, scores [S, D] of a model with a head.
 
     Args:
         model: `PackedPolicy`, `PackedScorer`, or an engine around one.
-        rounds: number of rows -> number of calls of `model`. Ranks meet in collectives, so a rank with fewer rows
-            than another repeats its last one.
     """
-    parts = [(g, part) for g, group in enumerate(groups) for part in group.cut(budget if is_shared else 0)]
-    rows = pack_into_rows([part.cost for _, part in parts], budget)
-    values: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(parts)
+    batches = MicroBatches.of(groups, budget, is_shared)
+    values: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(batches.parts)
     device = next(model.parameters()).device
-    for i in range(rounds(len(rows))):
-        row = rows[min(i, len(rows) - 1)]
-        chosen = [parts[j][1] for j in row]
-        output = model(pack(chosen).to(device))[0]
+
+    def keep(output: torch.Tensor, row: Sequence[int]) -> None:
+        chosen = [batches.parts[i][1] for i in row]
         sizes = [part.n_tokens if output.ndim == 1 else max(1, len(part.responses)) for part in chosen]
-        for j, own in zip(row, output.float().cpu().split(sizes), strict=True):
-            values[j] = own.numpy()
+        for i, own in zip(row, output.float().cpu().split(sizes), strict=True):
+            values[i] = own.numpy()
+
+    for row, _ in batches.whole_rows(most):
+        keep(model(pack([batches.parts[i][1] for i in row]).to(device))[0], row)
+    for indices, _ in batches.deep_groups(most):
+        prompt = PromptPass(model, batches.parts[indices[0]][1].prompt, device)
+        for i, _ in repeated(indices, indices[0], most):
+            keep(model(prompt.row(batches.parts[i][1]))[0], [i])
     of_group: list[list[npt.NDArray[np.float32]]] = [[] for _ in groups]
-    for (g, _), own in zip(parts, values, strict=True):
+    for (g, _), own in zip(batches.parts, values, strict=True):
         of_group[g].append(own)
     return [np.concatenate(own) for own in of_group]

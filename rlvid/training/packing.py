@@ -119,13 +119,22 @@ def with_blank_clip(row: PackedRow, family: VisionFamily) -> PackedRow:
 def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow) -> Tensor:
     """The language model's last hidden states [N, D] of a packed row."""
     inputs: dict[str, Tensor] = {}
-    if isinstance(family, VisionFamily):
+    if isinstance(family, VisionFamily) and not row.layout.before:  # the earlier row has run the tower
         row = row if len(row.patches) else with_blank_clip(row, family)
         inputs = family.network_inputs(normalise(row.patches, family, network.dtype), row.grid_thw)
     inputs["position_ids"] = row.positions[:, None] if len(row.positions) > 1 else row.positions
     output = network.model(input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def kept_for_later(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The output [1] of a row whose keys and values are all that matters: 0, and nothing.
+
+    A loss adds it, so that the backward enters every module at its output: DeepSpeed (ZeRO-3) gathers a module's
+    weights there, and fails at a module that is entered in the middle.
+    """
+    return hidden[-1, :1] * 0.0, hidden.new_zeros(0)
 
 
 class PackedPolicy(nn.Module):
@@ -143,10 +152,13 @@ class PackedPolicy(nn.Module):
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution. The entropy carries no
-        gradient, and is empty ([0]) where gradients are off."""
+        gradient, and is empty ([0]) where gradients are off. Of a row whose keys and values are kept for another
+        (`depth_first.PromptPass`): see `kept_for_later`."""
+        hidden = hidden_states(self.network, self.family, row)
+        if row.layout.kept is not None:
+            return kept_for_later(hidden)
         # Logits only where a token is predicted: those of a long prompt would be the largest.
-        hidden = hidden_states(self.network, self.family, row)[row.source]
-        return self.prediction(hidden, row.target, row.temperature)
+        return self.prediction(hidden[row.source], row.target, row.temperature)
 
 
 class Prediction(nn.Module):
@@ -208,7 +220,10 @@ class PackedScorer(nn.Module):
         self.head = head.build(network.config.get_text_config().hidden_size, network.dtype)
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Scores [S, D] float32 at the row's ends. The second is empty, where the policy has its entropy."""
-        hidden = hidden_states(self.network, self.family, row)[row.ends]
-        scores = self.head(hidden).float()
+        """Scores [S, D] float32 at the row's ends. The second is empty, where the policy has its entropy. Of a row
+        whose keys and values are kept for another: see `kept_for_later`."""
+        hidden = hidden_states(self.network, self.family, row)
+        if row.layout.kept is not None:
+            return kept_for_later(hidden)
+        scores = self.head(hidden[row.ends]).float()
         return scores, scores.new_zeros(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,29 @@ def test_blocks_are_those_of_the_rule_asked_for_every_pair(seed: int) -> None:
         assert [row[:k] for row, k in zip(own_listed, counts, strict=True)] == [
             row[:k] for row, k in zip(listed, counts, strict=True)
         ], name
+
+
+@pytest.mark.parametrize(("n_before", "lengths"), [(5, [3, 1, 4]), (128, [130, 2]), (300, [100, 27, 128])])
+def test_a_row_continues_an_earlier_one(n_before: int, lengths: list[int]) -> None:
+    """Prompt and responses in one row, against the prompt but its last token before the rest; both forms."""
+    layer, n = nn.Identity(), n_before + 1 + sum(lengths)
+    q, k, v = (torch.randn(1, heads, n, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    whole = shared_prefix_attention(layer, q, k, v, None, SharedPrefixLayout.of([(n_before + 1, lengths)]))[0][0]
+    first = replace(SharedPrefixLayout.of([(n_before, [])]), kept={})
+    begin = shared_prefix_attention(layer, *(x[:, :, :n_before] for x in (q, k, v)), None, first)[0][0]
+    torch.testing.assert_close(begin, whole[:n_before], atol=1e-5, rtol=0)
+    assert first.kept is not None
+    rest = replace(SharedPrefixLayout.of([(1, lengths)]), before=first.kept)
+    q, k, v = (x[:, :, n_before:] for x in (q, k, v))
+    for out in (
+        shared_prefix_attention(layer, q, k, v, None, rest)[0][0],
+        flex_attend(q, k, v, rest, DIM**-0.5, first.kept[layer], is_compiled=False)[0].transpose(0, 1),
+    ):
+        torch.testing.assert_close(out, whole[n_before:], atol=1e-5, rtol=0)
+    mask = rest.block_mask
+    expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+    for name in ("kv", "full_kv"):
+        assert getattr(mask, f"{name}_num_blocks").tolist() == getattr(expected, f"{name}_num_blocks").tolist(), name
 
 
 def test_dropout_is_refused(inputs: list[Tensor]) -> None:

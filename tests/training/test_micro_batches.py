@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
-from rlvid.training.micro_batches import micro_batches, pack_into_rows, score
+from rlvid.training.micro_batches import MicroBatches, pack_into_rows, score
 from rlvid.training.packing import PackedPolicy
 from rlvid.types import Prompt
 from tests.prompts import group_of, prompt_of
@@ -70,7 +70,7 @@ def test_budget_and_cuts_change_no_logprob(groups: list[Group[Prompt]], tiny_mod
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_ranks_with_fewer_rows_repeat_one(groups: list[Group[Prompt]]) -> None:
+def test_ranks_with_fewer_rows_repeat_their_smallest_part(groups: list[Group[Prompt]]) -> None:
     seen = []
 
     class Policy(torch.nn.Linear):
@@ -78,13 +78,22 @@ def test_ranks_with_fewer_rows_repeat_one(groups: list[Group[Prompt]]) -> None:
             seen.append(len(row.target))
             return (torch.arange(len(row.target)),)
 
-    values = score(Policy(1, 1), groups[:2], 10**6, rounds=lambda n: n + 2)
-    assert seen == [20, 20, 20]
+    batches = MicroBatches.of(groups[:2], 10**6)
+    assert list(batches.whole_rows(lambda n: n + 1)) == [([0, 1], True), ([0], False)]
+    values = score(Policy(1, 1), groups[:2], 10**6)
+    assert seen == [20]
     assert values[0].tolist() == list(range(15)) and values[1].tolist() == list(range(15, 20))
 
 
-def test_micro_batches_hold_every_response_once(groups: list[Group[Prompt]]) -> None:
-    rows = micro_batches(groups, budget=300, is_shared=True)
-    assert sum(len(part.responses) for row in rows for part in row) == 8
-    alone = micro_batches(groups, budget=10**6, is_shared=False)
-    assert [len(row) for row in alone] == [8]
+def test_every_response_is_in_one_pass(groups: list[Group[Prompt]]) -> None:
+    alone = MicroBatches.of(groups, budget=10**6, is_shared=False)
+    assert [len(row) for row in alone.rows] == [8] and not alone.deep
+    budget = groups[2].cost - 1
+    some = MicroBatches.of(groups, budget)
+    assert [[len(r) for r in part.responses] for _, part in some.parts] == [[4, 9, 2], [5], [7, 7, 1], [3]]
+    assert some.rows == [[1], [0]] and some.deep == [[2, 3]]
+    one_by_one = MicroBatches.of(groups, budget=1)
+    assert one_by_one.rows == [[3]] and one_by_one.deep == [
+        [4, 5, 6, 7],
+        [0, 1, 2],
+    ]  # a single response needs no second

@@ -14,7 +14,7 @@ from rlvid.models.families import load_family
 from rlvid.models.heads import Head
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
-from rlvid.training.micro_batches import micro_batches, score
+from rlvid.training.micro_batches import MicroBatches, score
 from rlvid.training.objectives import BradleyTerry, Regression
 from rlvid.training.packing import PackedScorer, normalise, pack
 from rlvid.types import Prompt
@@ -67,8 +67,7 @@ def test_pair_shares_its_prompt_and_scores_as_two_sequences_do(tiny_model: Path)
 
 def test_prompts_alone_fill_rows_and_come_back_in_order(tiny_model: Path) -> None:
     scorer, groups = random_scorer(tiny_model), prompts_alone(load_family(tiny_model))
-    rows = micro_batches(groups, budget=groups[0].cost + groups[2].cost)
-    assert sorted(g.prompt.cost for row in rows for g in row) == sorted(g.cost for g in groups) and len(rows) == 2
+    assert MicroBatches.of(groups, budget=groups[0].cost + groups[2].cost).rows == [[1], [0, 2]]
     values = score(scorer, groups, groups[0].cost + groups[2].cost)
     with torch.no_grad():
         assert np.allclose(np.concatenate(values), scorer(pack(groups))[0], atol=1e-5)

@@ -1,7 +1,8 @@
 """A rank of `test_zero3.py`: every objective on work that differs from rank to rank as much as it can.
 
-One rank has prompts without a clip and long responses; the other has prompts with one and two clips and short ones.
-Rows and chunks of logits are small, so each rank has another number of them. Every parameter is sharded: DeepSpeed
+One rank has prompts without a clip and long responses; the other has one with two clips and short ones.
+Rows and chunks of logits are small, so each rank has another number of them, and some groups
+are deeper than a row. Every parameter is sharded: DeepSpeed
 would keep those of a tiny model whole. Two ranks compute their activations again, one rank keeps them.
 """
 
@@ -18,7 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-CLIPS = (0, 1, 0, 2)  # of the four prompts; a rank has every second one
+CLIPS = (0, 2, 0)  # of the prompts; a rank has every second one
 LOGITS = 2000  # at a time: those of a few tokens
 OUTPUTS = ("a", "b")
 
@@ -33,7 +34,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     from tests.prompts import prompt_of
 
     family = load_family(model)
-    memory = {"micro_batch_tokens": 120, "activation_checkpointing": world_size > 1}
+    memory = {"micro_batch_tokens": 90, "activation_checkpointing": world_size > 1}
     cfg = TrainConfig(zero_stage=stage, lr=1e-3, max_grad_norm=1.0, **memory)
     settings = learner.deepspeed_config(cfg, "float32", world_size)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -42,7 +43,9 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         shapes = [(4, side, side)] * n if isinstance(family, VisionFamily) else []
         prompt = prompt_of(family, *shapes, seed=i, question="Which shape is moving? " * (1 + 2 * i))
         ids = np.random.default_rng(i).integers(20, 60, size=(12 if i % 2 == 0 else 3) + 5).astype(np.int32)
-        groups.append(Group(prompt, prompt.cost, (ids[:-5], ids[-5:]), unit_size=2))
+        pairs = (ids[:-5], ids[-5:], ids[:3], ids[2:4])
+        groups.append(Group(prompt, prompt.cost, pairs if i else pairs[:2], unit_size=2))
+    n_pairs = sum(len(g.responses) // 2 for g in groups)
     total = sum(g.n_tokens for g in groups)
 
     def with_arrays(group: Group[Any], temperature: float | None = None) -> Group[Any]:
@@ -59,11 +62,11 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
             [
                 ("supervised", objectives.Supervised(), [with_arrays(g) for g in groups]),
                 ("grpo", objectives.Grpo(GrpoConfig(kl_coef=0.1)), [with_arrays(g, 0.7) for g in groups]),
-                ("dpo", objectives.Preferred(DpoConfig(), len(groups)), [with_arrays(g) for g in groups]),
+                ("dpo", objectives.Preferred(DpoConfig(), n_pairs), [with_arrays(g) for g in groups]),
             ],
         ),
         (Head(OUTPUTS, 2.5), [("regression", objectives.Regression(len(groups)), graded)]),
-        (Head(OUTPUTS[:1]), [("bradley_terry", objectives.BradleyTerry(len(groups)), groups)]),
+        (Head(OUTPUTS[:1]), [("bradley_terry", objectives.BradleyTerry(n_pairs), groups)]),
     ]
     found: dict[str, Any] = {}
     again: Counter[str] = Counter()  # calls in a backward
