@@ -20,13 +20,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from rlvid.config import JobConfig
 from rlvid.data.encoding import Outcome, SampleEncoder, Source
 from rlvid.errors import UserError
-from rlvid.types import Encoded, Prompt, Sample
+from rlvid.rollout.engine import Refused
+from rlvid.types import Encoded, Prompt, Rollout, Sample
 from rlvid.video.clip_reader import hashing_limit_s
 from rlvid.video.frame_variants import Variant
 
 logger = logging.getLogger(__name__)
 TRIES = 2
 ENCODER_START_S = 60.0  # the first call waits for its process
+UNUSABLE = "samples have a prompt that is too long or that the engine refuses"
 INLINE_BYTES = 100 * 1024  # results up to this size come to the caller within Ray's message, not in the object store
 
 
@@ -46,15 +48,19 @@ class ClipStore:
     """Encodes samples ahead of their use, counts decodes, and quarantines clips that cannot be read.
 
     Args:
-        n_clips: distinct clips of the run's manifests; `data.max_bad_fraction` is a share of them.
-        on_bad: called with (path, reason) once for each bad clip.
+        n_clips, n_samples: distinct clips, and samples, of the run's manifests; `data.max_bad_fraction` is a share of
+            each.
+        on_bad: called with (what, reason) once for each bad clip, and each sample whose prompt cannot be used.
     """
 
-    def __init__(self, cfg: JobConfig, model: Path, n_clips: int, on_bad: Callable[[str, str], None]):
+    def __init__(
+        self, cfg: JobConfig, model: Path, n_clips: int, on_bad: Callable[[str, str], None], n_samples: int = 0
+    ):
         self.decodes = 0
         self.cache_hits = 0
         self.bad: dict[str, str] = {}  # path -> reason
-        self.n_clips = n_clips
+        self.unusable: dict[str, str] = {}  # id of a sample whose prompt is too long or is refused -> reason
+        self.n_clips, self.n_samples = n_clips, n_samples
         self._max_bad_fraction = cfg.data.max_bad_fraction
         self._on_bad = on_bad
         self._timeout_s = cfg.video.timeout_s + ENCODER_START_S
@@ -77,10 +83,11 @@ class ClipStore:
         return [self._pool.submit(self._encode, sample, variant) for sample in samples]
 
     def collect(self, pending: Sequence[Future[Encoded | None]]) -> list[Encoded]:
-        """Wait for what was submitted; samples with a bad clip are left out, never replaced.
+        """Wait for what was submitted; samples with a bad clip or a prompt that is too long are left out, never
+        replaced.
 
         Raises:
-            UserError: too many clips are bad, or a prompt does not fit the context.
+            UserError: too many are left out.
         """
         encoded = [future.result() for future in pending]
         self.check_bad_fraction()
@@ -89,14 +96,33 @@ class ClipStore:
     def check_bad_fraction(self) -> None:
         """
         Raises:
-            UserError: too many clips are bad.
+            UserError: too many clips are bad, or too many prompts cannot be used.
         """
-        if len(self.bad) > self._max_bad_fraction * self.n_clips:
-            named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.bad.items())[:5])
-            raise UserError(
-                f"{len(self.bad)} of {self.n_clips} clips cannot be read, more than data.max_bad_fraction="
-                f"{self._max_bad_fraction:g} allows (all are listed in bad_clips.jsonl):\n{named}"
-            )
+        found = ((self.bad, self.n_clips, "clips cannot be read"), (self.unusable, self.n_samples, UNUSABLE))
+        for bad, n, what in found:
+            if len(bad) > self._max_bad_fraction * n:
+                named = "\n".join(f"  {name}: {reason}" for name, reason in list(bad.items())[:5])
+                raise UserError(
+                    f"{len(bad)} of {n} {what}, more than data.max_bad_fraction={self._max_bad_fraction:g} allows "
+                    f"(all are listed in bad_clips.jsonl):\n{named}"
+                )
+
+    def answered(
+        self, prompts: Sequence[Encoded], groups: Sequence[list[Rollout] | Refused]
+    ) -> tuple[list[Encoded], list[list[Rollout]]]:
+        """The prompts that the engines answered, and their answers. A sample whose prompt was refused is set aside.
+
+        Raises:
+            UserError: too many are.
+        """
+        kept = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            if isinstance(group, Refused):
+                self.set_aside(prompt.sample.id, f"the engine refused its prompt: {group.reason}", is_prompt=True)
+            else:
+                kept.append((prompt, group))
+        self.check_bad_fraction()
+        return [prompt for prompt, _ in kept], [group for _, group in kept]
 
     def count(self, decodes: int, cache_hits: int) -> None:
         """Count clips that another reader has read, such as a worker of Ray Train."""
@@ -144,10 +170,10 @@ class ClipStore:
         finally:
             self._free.put(kept)
 
-    def set_aside(self, path: str, reason: str) -> None:
-        """Quarantine a clip; `on_bad` is called once."""
-        if self.bad.setdefault(path, reason) is reason:
-            self._on_bad(path, reason)
+    def set_aside(self, name: str, reason: str, is_prompt: bool = False) -> None:
+        """Quarantine a clip by its path, or a sample by its id; `on_bad` is called once."""
+        if (self.unusable if is_prompt else self.bad).setdefault(name, reason) is reason:
+            self._on_bad(f"sample {name!r}" if is_prompt else name, reason)
 
     def _encode(self, sample: Sample, variant: Variant) -> Encoded | None:
         """One call, in a thread of the pool; when its process hangs or crashes it is tried again on a new one."""
@@ -175,7 +201,7 @@ class ClipStore:
         self.decodes += outcome.decodes
         self.cache_hits += outcome.cache_hits
         if outcome.bad:
-            self.set_aside(*outcome.bad)
+            self.set_aside(*outcome.bad, outcome.is_prompt_bad)
             return None
         if outcome.patch_bytes < INLINE_BYTES:
             # Ray would copy a result this small into the message of every call that takes it: pixels would pass through

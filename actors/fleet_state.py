@@ -29,6 +29,8 @@ from enum import Enum
 from operator import attrgetter
 from typing import Generic, TypeVar
 
+from rlvid.config import DeadlinesConfig
+
 Work = TypeVar("Work", bound=Hashable)
 
 
@@ -54,13 +56,6 @@ class ReplicaId:
 
     def __str__(self) -> str:
         return f"{self.slot}.{self.restarts}"
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    start_s: float = 600.0  # STARTING for longer is DEAD
-    heartbeat_s: float = 30.0  # no sign of life for longer is SUSPECT
-    suspect_s: float = 60.0  # SUSPECT for longer is DEAD
 
 
 @dataclass
@@ -92,7 +87,7 @@ class Fleet(Generic[Work]):
         max_replicas: int | None = None,
         max_restarts: int = 3,
         max_attempts: int = 3,
-        deadlines: Deadlines | None = None,
+        deadlines: DeadlinesConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`max_restarts` is per slot. `max_attempts` bounds how often a work item may fail on running replicas."""
@@ -101,7 +96,7 @@ class Fleet(Generic[Work]):
         if not 1 <= self.min_replicas <= replicas <= self.max_replicas:
             raise ValueError(f"need 1 <= min ({min_replicas}) <= replicas ({replicas}) <= max ({self.max_replicas})")
         self.max_restarts, self.max_attempts = max_restarts, max_attempts
-        self.deadlines = deadlines or Deadlines()
+        self.deadlines = deadlines or DeadlinesConfig()
         self.counters = Counters()
         self.version: int | None = None
         self._clock = clock

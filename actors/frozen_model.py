@@ -24,8 +24,6 @@ from actors.trainer import GroupRef, fetch
 from rlvid.config import JobConfig
 from rlvid.rewards.part import Group, NoReward, Values
 
-TIMEOUT_S = 600.0  # of one call of a reward model
-
 
 class Reference:
     """Log-probs of responses under the policy's weights of one moment."""
@@ -110,10 +108,10 @@ def start_frozen(
     return actor, partial(ray.get, actor.start.remote(folder.resolve(), cfg, slot.gpus > 0))
 
 
-def ask_reward_model(actor: ActorHandle[Any], groups: Sequence[Group]) -> list[Values]:
+def ask_reward_model(actor: ActorHandle[Any], timeout_s: float, groups: Sequence[Group]) -> list[Values]:
     """As `RewardModel.score`; where the call fails or takes too long, the reason for every response."""
     try:
-        values: list[Values] = ray.get(actor.score.remote(groups), timeout=TIMEOUT_S)
+        values: list[Values] = ray.get(actor.score.remote(groups), timeout=timeout_s)
     except RayError as e:
         return [[NoReward(f"reward model: {type(e).__name__}")] * len(group.responses) for group in groups]
     return values

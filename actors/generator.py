@@ -24,6 +24,7 @@ from actors.actor_process import enter_process, set_threads
 from actors.gpu_weight_sync import weight_backend
 from actors.pump import Pump
 from rlvid.config import JobConfig
+from rlvid.rollout.engine import Refused
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Prompt, Rollout
@@ -55,7 +56,8 @@ class Generator:
         self._threads = threads
         enter_process(log_file, threads)
         self._engine: VllmEngine | None = None
-        self._waiting: dict[str, Future[list[Rollout]]] = {}
+        self._waiting: dict[str, Future[list[Rollout] | Refused]] = {}
+        self._version = -1  # of the engine's weights
         self._pump = Pump("engine", self._step, lambda: self._has_no_step, self._exit)
         self._pump.start()
 
@@ -75,13 +77,17 @@ class Generator:
         self._engine = self._pump.run_in_thread(build)
         return str(ray.get_runtime_context().get_node_id())
 
-    def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[ObjectRef[Prompt]], sampling: Sampling) -> list[list[Rollout] | Refused]:
+        """The responses to each prompt; a prompt that the engine refuses does not take the others along."""
         loaded: list[Prompt] = ray.get(list(prompts))
         futures = [self._pump.future() for _ in loaded]
 
         def submit(engine: VllmEngine) -> None:
             for prompt, future in zip(loaded, futures, strict=True):
-                self._waiting[engine.submit(prompt, sampling)] = future
+                try:
+                    self._waiting[engine.submit(prompt, sampling)] = future
+                except ValueError as e:
+                    future.set_result(Refused(str(e)))
 
         self._call(submit)
         return [future.result() for future in futures]
@@ -100,14 +106,20 @@ class Generator:
 
         def take(engine: VllmEngine) -> int:
             engine.update_weights(version, buckets)
-            return engine.weight_version
+            self._version = engine.weight_version
+            return self._version
 
         return self._call(take)
 
     @ray.method(concurrency_group="weights")
     def transfer(self, step: TransferStep, *arguments: Any) -> None:
         """A step of a transfer from GPU to GPU (`actors/gpu_weight_sync.py`)."""
-        self._call(lambda engine: getattr(engine, step)(*arguments))
+
+        def run(engine: VllmEngine) -> None:
+            getattr(engine, step)(*arguments)
+            self._version = engine.weight_version
+
+        self._call(run)
 
     def first_logprobs(
         self, prompts: Sequence[ObjectRef[Prompt]], tokens: Sequence[int], temperature: float
@@ -121,8 +133,8 @@ class Generator:
 
     @ray.method(concurrency_group="ping")
     def ping(self) -> int:
-        """The weight version held; answers only while the engine loop runs."""
-        return self._call(lambda engine: engine.weight_version)
+        """The weight version held. Answers while the engine computes: the first video compiles kernels for a minute."""
+        return self._version
 
     def _call(self, command: Callable[[VllmEngine], T]) -> T:
         """The result of `command(engine)`, which runs between two steps."""

@@ -38,6 +38,7 @@ from actors.pump import Pump
 from actors.trainer import TrainerGroup
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
+from rlvid.rollout.engine import Refused
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Encoded, Prompt, Rollout
@@ -95,7 +96,7 @@ class GeneratorFleet:
     ):
         self._folder, self._cfg, self._placement, self._logs, self._seed = folder, cfg, placement, logs, seed
         self._slots = slots
-        self.fleet: Fleet[int] = Fleet(len(slots), max_restarts=cfg.rollout.max_restarts)
+        self.fleet: Fleet[int] = Fleet(len(slots), max_restarts=cfg.rollout.max_restarts, deadlines=cfg.deadlines)
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count()
         self._backend = weight_backend(cfg)
@@ -148,7 +149,7 @@ class GeneratorFleet:
             self._send_directly()
         self._wait(self._pump.when(self._is_current))
 
-    def submit(self, prompts: Sequence[Encoded], sampling: Any) -> list[Future[list[Rollout]]]:
+    def submit(self, prompts: Sequence[Encoded], sampling: Any) -> list[Future[list[Rollout] | Refused]]:
         """Ask for `sampling.n` responses to each prompt; returns at once. Lost work is done again, none counts twice.
 
         Requests that come while weights change are answered by the first replica that has taken them. Wait with
@@ -156,12 +157,12 @@ class GeneratorFleet:
         """
         return self._submit(("generate", (sampling,)), prompts)
 
-    def collect(self, futures: Sequence[Future[list[Rollout]]]) -> list[list[Rollout]]:
+    def collect(self, futures: Sequence[Future[list[Rollout] | Refused]]) -> list[list[Rollout] | Refused]:
         """Wait for what was submitted, in the order given."""
         return [self._wait(future) for future in futures]
 
-    def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Rollout]]:
-        """`sampling.n` responses to each prompt, in the order given."""
+    def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Rollout] | Refused]:
+        """`sampling.n` responses to each prompt, in the order given; `ClipStore.answered` separates those refused."""
         return self.collect(self.submit(prompts, sampling))
 
     def first_logprobs(
@@ -219,7 +220,7 @@ class GeneratorFleet:
         """From GPU to GPU, to all stale replicas at once."""
         assert self._trainer is not None
         assert self.fleet.version is not None
-        version, timeout_s = self.fleet.version, self._cfg.rollout.sync_timeout_s
+        version, timeout_s = self.fleet.version, self._cfg.deadlines.sync_s
         calls: list[Call] = []  # the trainer makes them; in our table they have a deadline and hold pings back
 
         def begin() -> dict[str, ActorHandle[Any]]:
@@ -298,7 +299,7 @@ class GeneratorFleet:
 
         for sent in self._weights[count:]:
             ref = self._replicas.actors[replica].update_weights.remote(version, [sent])
-            self._replicas.track(ref, "sync", replica, self._cfg.rollout.sync_timeout_s, taken)
+            self._replicas.track(ref, "sync", replica, self._cfg.deadlines.sync_s, taken)
         self._sent[replica] = (version, len(self._weights))
 
     def _hand_out(self, new: Sequence[int] = ()) -> None:
@@ -316,7 +317,7 @@ class GeneratorFleet:
         method, arguments = question
         prompts = [self._requests[item].prompt for item in items]
         ref = getattr(self._replicas.actors[replica], method).remote(prompts, *arguments)
-        self._replicas.track(ref, method, replica, self._cfg.rollout.timeout_s, answered, items)
+        self._replicas.track(ref, method, replica, self._cfg.deadlines.generate_s, answered, items)
 
     def _give_up(self, items: Sequence[int], cause: str) -> None:
         for item in items:

@@ -27,7 +27,7 @@ def weight_backend(cfg: JobConfig) -> WeightBackend:
         return cfg.rollout.weight_transfer
     if not place.gpus or cfg.model.lora:
         return "buckets"
-    if place.colocate and place.gpus <= 1:
+    if place.colocate:
         return "ipc" if cfg.rollout.replicas <= place.trainer_workers else "buckets"
     return "nccl" if place.gpus >= 1 else "buckets"
 

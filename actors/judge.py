@@ -28,7 +28,7 @@ from rlvid.rewards.judge_prompts import (
     pair_prompts,
     pair_verdict,
 )
-from rlvid.rollout.engine import Sampling
+from rlvid.rollout.engine import Refused, Sampling
 from rlvid.types import Encoded, Sample
 
 Keep: TypeAlias = Callable[[Sequence[tuple[Encoded, Answer]]], None]
@@ -161,7 +161,7 @@ class FleetBackend:
     def ask(self, prompts: Sequence[Encoded], keep: Keep) -> None:
         own = prompts if self._clips is None else self._clips.encode([p.sample for p in prompts])
         groups = self._fleet.generate(own, self._sampling)
-        texts = {p.sample.id: rollouts[0].text for p, rollouts in zip(own, groups, strict=True)}
+        texts = {p.sample.id: g[0].text for p, g in zip(own, groups, strict=True) if not isinstance(g, Refused)}
         unreadable = Answer(None, UNREADABLE)
         keep([(p, Answer(texts[p.sample.id]) if p.sample.id in texts else unreadable) for p in prompts])
 
@@ -208,7 +208,7 @@ def open_judge(
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})
     with Roles(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed, on_event) as roles:
-        own_clips = ClipStore(own_cfg, judge.path, clips.n_clips, lambda path, reason: None)
+        own_clips = ClipStore(own_cfg, judge.path, clips.n_clips, lambda what, reason: None, clips.n_samples)
         try:
             roles.wait_ready()
             roles.fleet.serve_checkpoint()

@@ -17,19 +17,19 @@ import numpy.typing as npt
 from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
 from actors.trainer import GroupRef, TrainerGroup
-from rlvid.config import JobConfig
+from rlvid.config import JobConfig, ParityConfig
 from rlvid.errors import UserError
-from rlvid.rollout.engine import Sampling
+from rlvid.rollout.engine import Refused, Sampling
 from rlvid.training.batch import Group
 from rlvid.training.grpo_batch import sampled_group
 from rlvid.types import Encoded, Sample
 
-N_RESPONSES = 2
-N_TOKENS = 8
+N_RESPONSES = 4
+N_TOKENS = 16
 # Arbitrary ordinary tokens. A confident model gives them little probability, whose logarithm still changes with the
 # video; that of its preferred token does not.
 FIRST_TOKENS = (40, 50, 60, 70)
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}  # of one token's log-prob; bfloat16 keeps 8 bits
+LIMITS = {"float32": (1e-4, 1e-4), "bfloat16": (0.05, 0.2)}  # mean, and at the quantile; the reasons: ParityConfig
 # A side that does not see the video computes the same numbers for other frames; this leaves room for rounding.
 BLIND_BELOW = {"float32": 1e-5, "bfloat16": 1e-3}
 
@@ -44,14 +44,18 @@ class Observation:
     engine_change: float  # largest change of a first token's log-prob when the frames change
     trainer_change: float
 
-    @property
-    def gap(self) -> float:
-        return float(np.abs(self.engine - self.trainer).max())
+    def gaps(self, quantile: float) -> tuple[float, float]:
+        """Mean absolute difference, and that at the quantile."""
+        difference = np.abs(self.engine - self.trainer)
+        if not np.isfinite(difference).all():
+            return math.nan, math.nan
+        return float(difference.mean()), float(np.quantile(difference, quantile))
 
 
-def verdict(observations: Sequence[Observation], dtype: str, temperature: float) -> list[str]:
+def verdict(observations: Sequence[Observation], dtype: str, temperature: float, cfg: ParityConfig) -> list[str]:
     """What is wrong, one line each, with its reason where one is known; empty if both agree and see the video."""
-    problems, tolerance = [], TOLERANCE[dtype]
+    problems = []
+    limits = cfg.mean or LIMITS[dtype][0], cfg.at_quantile or LIMITS[dtype][1]
     for o in observations:
         blind = [
             side
@@ -59,21 +63,27 @@ def verdict(observations: Sequence[Observation], dtype: str, temperature: float)
             if change < BLIND_BELOW[dtype]
         ]
         problems += [f"{o.name}: the {side} does not see the video: other frames, same log-probs" for side in blind]
-        if not np.isfinite(o.gap) or o.gap > tolerance:
+        gaps = o.gaps(cfg.quantile)
+        if not _are_within(gaps, limits):
             where = int(np.argmax(np.abs(o.engine - o.trainer)))
             problems.append(
-                f"{o.name}: log-probs of engine and trainer differ by {o.gap:.2g} (at most {tolerance:g}), most at "
-                f"response token {where}: {o.engine[where]:.5f} and {o.trainer[where]:.5f}"
-                f"{_reason(o, tolerance, temperature)}"
+                f"{o.name}: log-probs of engine and trainer differ by {gaps[0]:.2g} on average (parity.mean: at most "
+                f"{limits[0]:g}) and by {gaps[1]:.2g} at the {cfg.quantile:g} quantile (parity.at_quantile: at most "
+                f"{limits[1]:g}), most at response token {where}: {o.engine[where]:.5f} and {o.trainer[where]:.5f}"
+                f"{_reason(o, gaps, limits, temperature)}"
             )
     return problems
 
 
-def _reason(o: Observation, tolerance: float, temperature: float) -> str:
+def _are_within(gaps: tuple[float, float], limits: tuple[float, float]) -> bool:
+    return all(gap <= limit for gap, limit in zip(gaps, limits, strict=True))  # not so for nan
+
+
+def _reason(o: Observation, gaps: tuple[float, float], limits: tuple[float, float], temperature: float) -> str:
     for side, logprobs in (("engine", o.engine), ("trainer", o.trainer)):
         if not np.isfinite(logprobs).all():
             return f"; those of the {side} are not finite: look for NaN in the checkpoint's weights"
-    if o.gap * temperature <= tolerance:
+    if _are_within((gaps[0] * temperature, gaps[1] * temperature), limits):
         return (
             f"; they agree without rollout.temperature={temperature:g}, which log-probs are divided by and which "
             f"multiplies their rounding: raise the temperature"
@@ -85,11 +95,12 @@ def _reason(o: Observation, tolerance: float, temperature: float) -> str:
 class Parity:
     """What a check found that engine and trainer passed."""
 
-    gap: float  # largest difference of log-probs
+    gap: float  # mean difference of log-probs, the larger one of the samples
     saw_video: bool
 
     def __str__(self) -> str:
-        return f"parity: engine and trainer agree within {self.gap:.1e}{' and see the video' if self.saw_video else ''}"
+        also = " and see the video" if self.saw_video else ""
+        return f"parity: log-probs of engine and trainer differ by {self.gap:.1e} on average{also}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,15 @@ def check_parity(
     if not probes:
         raise UserError("the parity check needs a sample whose clips can be read; data.train has none")
     temperature = cfg.rollout.temperature
-    answers = fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS))
+    answers = []
+    for probe, found in zip(
+        probes,
+        fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS)),
+        strict=True,
+    ):
+        if isinstance(found, Refused):
+            raise UserError(f"the parity check failed: the engine refuses the prompt of {probe.name}: {found.reason}")
+        answers.append(found)
     by_trainer = trainer.logprobs(
         [sampled_group(p.plain, r, temperature) for p, r in zip(probes, answers, strict=True)]
     )
@@ -127,10 +146,10 @@ def check_parity(
             probes, answers, by_trainer, engine_changes, trainer_changes, strict=True
         )
     ]
-    problems = verdict(observations, cfg.model.dtype, temperature)
+    problems = verdict(observations, cfg.model.dtype, temperature, cfg.parity)
     if problems:
         raise UserError("the parity check failed, the run does not start:\n  " + "\n  ".join(problems))
-    return Parity(max(o.gap for o in observations), bool(pairs))
+    return Parity(max(o.gaps(cfg.parity.quantile)[0] for o in observations), bool(pairs))
 
 
 def _first_tokens(prompt: Encoded, temperature: float) -> GroupRef:

@@ -110,10 +110,10 @@ class Placement:
         UserError: the cluster cannot hold the plan.
     """
 
-    def __init__(self, slots: list[Slot], place: PlacementConfig):
-        require_room(slots, place)
+    def __init__(self, slots: list[Slot], cfg: JobConfig):
+        require_room(slots, cfg.placement)
         self._groups: dict[str, PlacementGroup] = {}
-        self._timeout_s = place.timeout_s
+        self._timeout_s = cfg.deadlines.room_s
         for name in dict.fromkeys(s.group for s in slots):
             self._create(name, [s for s in slots if s.group == name])
 
@@ -142,7 +142,7 @@ class Placement:
         if not group.wait(self._timeout_s):
             remove_placement_group(group)
             raise UserError(
-                f"no node has room for {name} ({bundle}) within {self._timeout_s:g} s: lower the placement.* keys "
-                f"or start a larger node"
+                f"no node has room for {name} ({bundle}) within deadlines.room_s={self._timeout_s:g}: lower the "
+                f"placement.* keys or start a larger node"
             )
         self._groups[name] = group

@@ -14,7 +14,6 @@ from rlvid.rewards.part import Group, NoReward, Part, Response, Values, combine,
 from rlvid.types import Reward, Rollout, Sample
 
 logger = logging.getLogger(__name__)
-TIMEOUT_S = 120.0  # of one batch
 TRIES = 2
 
 Model = Callable[[Sequence[Group]], Sequence[Values]]
@@ -36,6 +35,7 @@ class Rewards:
     Args:
         opening: with which the policy's prompts begin the response (`ChatFamily.opening`).
         models: of the parts whose model has an actor of its own, by the part's name.
+        timeout_s: of a worker's share.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class Rewards:
         cpus: float,
         opening: str = "",
         models: Mapping[str, Model] | None = None,
+        timeout_s: float = 120.0,
     ):
+        self._timeout_s = timeout_s
         self._parts, self._cpus, self._opening, self._models = parts, cpus, opening, models or {}
         self._workers: list[ActorHandle[Any]] = [self._start() for _ in range(workers)]
 
@@ -85,7 +87,7 @@ class Rewards:
         reason = ""
         for _ in range(TRIES):
             try:
-                scored: list[dict[str, Values]] = ray.get(call, timeout=TIMEOUT_S)
+                scored: list[dict[str, Values]] = ray.get(call, timeout=self._timeout_s)
             except (GetTimeoutError, RayError) as e:
                 reason = f"reward worker: {type(e).__name__}"
                 logger.warning("%s; %d samples are tried again", reason, len(share))

@@ -54,7 +54,7 @@ class Roles:
         self._reference: Any = None
         self._ready: list[Callable[[], object]] = []
         with ExitStack() as stack:
-            placement = Placement(slots, cfg.placement)
+            placement = Placement(slots, cfg)
             stack.callback(placement.remove)
             by_role = {role: [s for s in slots if s.role == role] for role in roles}
             if "trainer" in roles:
@@ -70,10 +70,12 @@ class Roles:
                     scorer, wait = start_frozen(RewardModel, part.path, cfg, slot, placement, logs)
                     stack.callback(ray.kill, scorer)
                     self._ready.append(wait)
-                    models[part.label] = partial(ask_reward_model, scorer)
+                    models[part.label] = partial(ask_reward_model, scorer, cfg.deadlines.model_s)
                 place, parts = cfg.placement, make_parts(cfg.rewards)
                 opening = load_family(model).opening
-                self._rewards = Rewards(parts, place.reward_workers, place.reward_cpus, opening, models)
+                self._rewards = Rewards(
+                    parts, place.reward_workers, place.reward_cpus, opening, models, cfg.deadlines.reward_s
+                )
                 stack.callback(self._rewards.stop)
             for slot in by_role.get("reference", ()):
                 self._reference, wait = start_frozen(Reference, model, cfg, slot, placement, logs)

@@ -194,13 +194,13 @@ class Worker:
         return iter(shard.iter_rows()) if shard is not None else iter(())
 
     def _groups(self, rows: Iterator[dict[str, Any]], examples: Sequence[Example]) -> list[Group[Prompt]]:
-        """Groups of the rows; those with a bad clip are reported and left out."""
+        """Groups of the rows; those that cannot be used are reported and left out."""
         groups, decodes, hits = [], 0, 0
         for row in rows:
             index, prompt, outcome = open_prompt(row)
             decodes, hits = decodes + outcome.decodes, hits + outcome.cache_hits
             if prompt is None:
-                self._run.put.remote(("bad clip", outcome.bad))
+                self._run.put.remote(("set aside", (*(outcome.bad or ("", "")), outcome.is_prompt_bad)))
             else:
                 groups.append(self.task.group(prompt, examples[index]))
         self._run.put.remote(("clips", (decodes, hits)))

@@ -30,8 +30,6 @@ from rlvid.training.objectives import Objective
 from rlvid.types import Prompt
 
 logger = logging.getLogger(__name__)
-STEP_TIMEOUT_S = 3600.0
-
 
 GroupRef: TypeAlias = Group[ObjectRef[Prompt]]  # the prompt stays in the object store until a rank needs it
 
@@ -118,7 +116,7 @@ class TrainerRank:
 
             host, backend = ray.util.get_node_ip_address(), weight_backend(self._cfg)
             self._sender = GpuSender(
-                backend, self._learner, dist.get_rank(), host, self._cfg.rollout, open_client=ReplicaClient
+                backend, self._learner, dist.get_rank(), host, self._cfg, open_client=ReplicaClient
             )
         failed: dict[str, str] = self._sender.send(version, replicas)
         return failed
@@ -145,6 +143,7 @@ class TrainerGroup:
         ]
         self._log = logs / f"{slots[0].name}.log"
         self._started = self._start(folder, cfg)
+        self._timeout_s = cfg.deadlines.train_s
         self.updates = 0  # how often the weights have changed
 
     def _start(self, folder: Path, cfg: JobConfig) -> list[ObjectRef[None]]:
@@ -205,7 +204,7 @@ class TrainerGroup:
         try:
             for sent in streams[0]:
                 yield ray.get(sent)
-            ray.get([stream.completed() for stream in streams], timeout=STEP_TIMEOUT_S)
+            ray.get([stream.completed() for stream in streams], timeout=self._timeout_s)
         except ray.exceptions.RayTaskError as e:
             raise e.as_instanceof_cause() from e
 
@@ -220,7 +219,7 @@ class TrainerGroup:
             failed: dict[str, str] = ray.get(calls, timeout=timeout_s)[0]
         except ray.exceptions.GetTimeoutError as e:
             raise RuntimeError(
-                f"weights {version} were not taken within rollout.sync_timeout_s={timeout_s:g} by "
+                f"weights {version} were not taken within deadlines.sync_s={timeout_s:g} by "
                 f"{', '.join(replicas)}; start the job again, it resumes from its last checkpoint"
             ) from e
         return failed
@@ -238,7 +237,7 @@ class TrainerGroup:
     def _all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         calls = [getattr(rank, method).remote(*args) for rank, args in zip(self._ranks, arguments, strict=True)]
         try:
-            return list(ray.get(calls, timeout=STEP_TIMEOUT_S))
+            return list(ray.get(calls, timeout=self._timeout_s))
         except ray.exceptions.RayTaskError as e:
             raise e.as_instanceof_cause() from e
 

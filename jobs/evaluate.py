@@ -55,7 +55,7 @@ class FleetAnswers:
         while pending is not None:
             following = next(coming, None)
             prompts = self._clips.collect(pending)
-            answers = self._fleet.generate(prompts, self._sampling)
+            prompts, answers = self._clips.answered(prompts, self._fleet.generate(prompts, self._sampling))
             yield {
                 p.sample.id: Prediction(r.text, len(r.token_ids), r.finish_reason)
                 for p, (r,) in zip(prompts, answers, strict=True)

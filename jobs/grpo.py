@@ -60,7 +60,7 @@ def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int
             run.checkpoint_if_due(done, roles.trainer)
             continue
         with run.stage("rollout"):
-            groups = roles.fleet.generate(prompts, sampling)
+            prompts, groups = inputs.clips.answered(prompts, roles.fleet.generate(prompts, sampling))
         with run.stage("reward"):
             rewards = roles.rewards([p.sample for p in prompts], groups)
             require_valid(rewards)

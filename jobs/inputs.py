@@ -46,16 +46,18 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
         UserError: what the job itself would find before it starts.
     """
     lines = describe(cfg, spec.roles(cfg)).splitlines()
-    manifests = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
-    rows = {key: spec.load(cfg).read(path, cfg.data) for key, path in manifests.items() if path}
+    paths = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
+    rows = {key: spec.load(cfg).read(path, cfg.data) for key, path in paths.items() if path}
     for key, loaded in rows.items():
         refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
         lines.append(f"{key}: {count_media(loaded.samples)}{refused}")
     if len(rows) == 2:
         check_disjoint(*(loaded.samples for loaded in rows.values()))
+    manifests = {key: loaded.samples for key, loaded in rows.items()}
+    check_video_counts(cfg, spec, manifests)
     if spec.scored:
         check_rewards(cfg.rewards)
-        check_scored(cfg, spec, {key: loaded.samples for key, loaded in rows.items()})
+        check_scored(cfg, spec, manifests)
     if cfg.model.path is not None:
         lines.append(f"model.path: {check_model(cfg.model.path, spec.roles(cfg)).architecture}")
     return lines
@@ -76,6 +78,20 @@ def check_model(folder: Path, roles: Sequence[str]) -> ChatFamily:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path: {folder} holds no *.safetensors weights")
     return family
+
+
+def check_video_counts(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
+    """
+    Raises:
+        UserError: a sample has more videos than the engines are told to expect.
+    """
+    for key, samples in manifests.items() if "generator" in spec.roles(cfg) else ():
+        most = max(samples, key=lambda sample: len(sample.media), default=None)
+        if most is not None and len(most.media) > cfg.rollout.max_videos:
+            raise UserError(
+                f"{key}: sample {most.id!r} has {len(most.media)} videos, but rollout.max_videos="
+                f"{cfg.rollout.max_videos}: set it to {len(most.media)}"
+            )
 
 
 def check_scored(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
@@ -106,7 +122,7 @@ class PromptStream:
         self._ahead: tuple[int, list[Future[Encoded | None]]] | None = None  # position after it, what is encoded
 
     def take(self, count: int) -> list[Encoded]:
-        """Prompts of the next `count` samples; those with a bad clip are left out."""
+        """Prompts of the next `count` samples; those that cannot be used are left out."""
         self.position += count
         if self._ahead is None or self._ahead[0] != self.position:
             self._ahead = (self.position, self._submit(self.position - count, count))
@@ -154,6 +170,7 @@ class Inputs:
         lessons = self._load_warm_up(spec, train)
         check_disjoint(self.train, self.held_out)
         check_disjoint(self.warm_up, self.held_out)
+        check_video_counts(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
         check_scored(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
         run.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
         if self.train:
@@ -175,7 +192,8 @@ class Inputs:
     def reading(self) -> Iterator[None]:
         """Clips can be read inside; needs Ray."""
         n_clips = len({medium for s in (*self.train, *self.held_out, *self.warm_up) for medium in s.media})
-        self.clips = ClipStore(self.cfg, self.model, n_clips, self._set_aside)
+        n_samples = len({s.id for s in (*self.train, *self.held_out, *self.warm_up)})
+        self.clips = ClipStore(self.cfg, self.model, n_clips, self._set_aside, n_samples)
         self.prompts = PromptStream(self.train, self.cfg.seed, self.clips)
         is_shared = self.warm_up is self.train
         self.warm_up_prompts = self.prompts if is_shared else PromptStream(self.warm_up, self.cfg.seed, self.clips)
@@ -190,7 +208,7 @@ class Inputs:
         return {
             "video/decodes": before["decodes"] + self.clips.decodes,
             "video/cache_hits": before["cache_hits"] + self.clips.cache_hits,
-            "video/bad": len(self.clips.bad),
+            "video/bad": len(self.clips.bad) + len(self.clips.unusable),
         }
 
     def state(self) -> dict[str, Any]:
@@ -240,9 +258,9 @@ class Inputs:
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
         run.folder.record(model={p.name: _sha256(p) for p in weights}, prompt_templates={"chat": template})
 
-    def _set_aside(self, path: str, reason: str) -> None:
-        self._run.folder.append_bad_clip(BadClip(path, reason))
-        self._run.console.message(f"bad clip, left out: {path}: {reason}")
+    def _set_aside(self, what: str, reason: str) -> None:
+        self._run.folder.append_bad_clip(BadClip(what, reason))
+        self._run.console.message(f"left out: {what}: {reason}")
 
 
 def _sha256(path: Path) -> str:

@@ -163,6 +163,7 @@ class Iteration:
         prompts = self.inputs.clips.encode([describe_prompt(s, earlier.get(s.media, "")) for s in chunk])
         top_p = isrt.top_p if isrt.context_temperature else 1.0
         sampling = Sampling(1, isrt.context_temperature, isrt.context_tokens, top_p, self.seed("contexts"))
+        prompts, groups = self.inputs.clips.answered(prompts, roles.fleet.generate(prompts, sampling))
         return [
             {
                 "id": ids[p.sample.id].id,
@@ -170,7 +171,7 @@ class Iteration:
                 "n_tokens": len(rollout.token_ids),
                 "prompt": (REFINE if ids[p.sample.id].media in earlier else DESCRIBE).hash,
             }
-            for p, (rollout,) in zip(prompts, roles.fleet.generate(prompts, sampling), strict=True)
+            for p, (rollout,) in zip(prompts, groups, strict=True)
         ]
 
     def _respond(self, roles: Roles, chunk: Sequence[Sample], contexts: Mapping[tuple[Medium, ...], str]) -> list[Row]:
@@ -186,7 +187,8 @@ class Iteration:
                 break
             seed = self.seed("responses", attempt)
             sampling = Sampling(2, rollout.temperature, rollout.max_tokens, self.cfg.isrt.top_p, seed)
-            for prompt, group in zip(waiting, roles.fleet.generate(waiting, sampling), strict=True):
+            answered = self.inputs.clips.answered(waiting, roles.fleet.generate(waiting, sampling))
+            for prompt, group in zip(*answered, strict=True):
                 tries[prompt.sample.id] += 1
                 truncated[prompt.sample.id] += sum(r.finish_reason == "length" for r in group)
                 add_different(found[prompt.sample.id], group)

@@ -91,7 +91,7 @@ class Training:
             self._evaluation(**content)
         elif kind == "started":
             self._started(**content)
-        elif kind == "bad clip":
+        elif kind == "set aside":
             self._inputs.clips.set_aside(*content)
             self._inputs.clips.check_bad_fraction()
         elif kind == "clips":

@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class PromptTooLong(UserError):
+    """A sample's prompt does not fit the context. The sample is set aside, as one with a bad clip is."""
+
+
 class BadClip(Exception):
     """A clip that cannot be read. Quarantined with its reason, never replaced by another clip."""
 

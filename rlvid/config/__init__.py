@@ -33,9 +33,11 @@ from rlvid.config.rewards import (
 )
 from rlvid.config.sections import (
     DataConfig,
+    DeadlinesConfig,
     EvaluateConfig,
     LoraConfig,
     ModelConfig,
+    ParityConfig,
     PlacementConfig,
     RolloutConfig,
     RunConfig,

@@ -12,10 +12,12 @@ from rlvid.config.algorithms import DpoConfig, GrpoConfig, IsrtConfig, RewardMod
 from rlvid.config.rewards import ExactPart, ModelPart, RewardPartsConfig
 from rlvid.config.sections import (
     DataConfig,
+    DeadlinesConfig,
     EvaluateConfig,
     InputFile,
     LocalPath,
     ModelConfig,
+    ParityConfig,
     PlacementConfig,
     RolloutConfig,
     RunConfig,
@@ -53,6 +55,9 @@ class JobConfig(Section):
     placement: PlacementConfig = changeable(
         PlacementConfig(), "a run may continue on other machines; trainer_workers only with train.zero_stage=0"
     )
+
+    parity: ParityConfig = changeable(ParityConfig(), "a check of the start")
+    deadlines: DeadlinesConfig = changeable(DeadlinesConfig(), "when to give up")
 
     @property
     def reward_models(self) -> tuple[ModelPart, ...]:
@@ -94,9 +99,6 @@ class JobConfig(Section):
             f"rollout.max_model_len={rollout.max_model_len}",
         )
         refuse_if(
-            place.gpus > 1 and place.gpus % 1, f"placement.gpus={place.gpus:g}: above 1 it must be a whole number"
-        )
-        refuse_if(
             place.colocate and place.gpus and rollout.tensor_parallel > 1,
             f"rollout.tensor_parallel={rollout.tensor_parallel}: an engine on several GPUs cannot share them with the "
             f"trainer: set placement.colocate to false",
@@ -111,7 +113,7 @@ class JobConfig(Section):
             return self
         refuse_if(not place.gpus, f"{key} needs GPUs: set placement.gpus, or leave it at auto")
         refuse_if(self.model.lora, f"{key} sends the whole model, model.lora trains adapters: leave it at auto")
-        shares = place.colocate and place.gpus <= 1
+        shares = place.colocate
         if way == "nccl" and (shares or place.gpus < 1):
             raise ValueError(f"{key} needs a GPU per process: set placement.colocate to false, or leave it at auto")
         if way == "ipc" and (not shares or self.rollout.replicas > place.trainer_workers):
@@ -122,14 +124,21 @@ class JobConfig(Section):
         return self
 
 
+def video_tokens(cfg: JobConfig) -> int:
+    """The least tokens of a clip in the prompts of a synthetic set; 0 where clips are not known yet."""
+    video = cfg.video
+    if cfg.data.train is not None or cfg.data.eval is not None or video.sampling == "fps":
+        return 0
+    # A token of a Qwen-VL model covers two frames of at least 32 x 32 pixels.
+    return video.frames // 2 * max((video.height or 0) // 32, 1) * max((video.width or 0) // 32, 1)
+
+
 def _check_engine(cfg: JobConfig) -> None:
     """For jobs that generate: what is known before any clip or model is made. Real prompts are measured later."""
     tiny, video, rollout = cfg.model.tiny, cfg.video, cfg.rollout
     if cfg.model.path is None and tiny is not None and tiny.family in NO_ENGINE:
         raise ValueError(f"model.tiny.family={tiny.family} cannot generate, vLLM does not serve it: use another one")
-    if cfg.data.train is None and cfg.data.eval is None and video.sampling != "fps":  # the prompts of a synthetic set
-        # A token of a Qwen-VL model covers two frames of at least 32 x 32 pixels.
-        tokens = video.frames // 2 * max((video.height or 0) // 32, 1) * max((video.width or 0) // 32, 1)
+    if tokens := video_tokens(cfg):
         least = tokens + SHORTEST_TEXT + rollout.max_tokens
         if rollout.max_model_len < least:
             raise ValueError(
@@ -199,11 +208,17 @@ class IsrtJobConfig(JobConfig):
         _check_kto_batch(self.dpo, self.train)
         if self.dpo.reference_path is not None:
             raise ValueError("dpo.reference_path: isrt.reference sets the reference of this job; leave it empty")
-        longest = max(self.isrt.context_tokens, self.isrt.judge.max_tokens, self.rollout.max_tokens)
-        if longest >= self.rollout.max_model_len:
+        isrt, rollout = self.isrt, self.rollout
+        context = isrt.context_tokens if isrt.context != "none" else 0
+        judged = SHORTEST_TEXT + context + 2 * rollout.max_tokens + isrt.judge.max_tokens
+        least = video_tokens(self) + (
+            SHORTEST_TEXT + rollout.max_tokens if isrt.judge.backend == "endpoint" else judged
+        )
+        if rollout.max_model_len < least:
             raise ValueError(
-                f"rollout.max_model_len={self.rollout.max_model_len} leaves no room for a prompt and a response of "
-                f"{longest} tokens (isrt.context_tokens, isrt.judge.max_tokens, rollout.max_tokens)"
+                f"rollout.max_model_len={rollout.max_model_len} is less than {least}: the judge reads the video, a "
+                f"context of isrt.context_tokens={isrt.context_tokens} and two responses of rollout.max_tokens="
+                f"{rollout.max_tokens}, and answers isrt.judge.max_tokens={isrt.judge.max_tokens}"
             )
         return self
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlvid.config import JobConfig, VideoConfig
-from rlvid.errors import BadClip
+from rlvid.errors import BadClip, PromptTooLong
 from rlvid.models.families import load_family
 from rlvid.types import Clip, Prompt, Sample
 from rlvid.video.cache import FrameCache
@@ -54,7 +54,8 @@ class Outcome:
     decodes: int = 0
     cache_hits: int = 0
     clip_ids: tuple[str, ...] = ()
-    bad: tuple[str, str] | None = None  # path and reason
+    bad: tuple[str, str] | None = None  # what is set aside, and why: a clip, by its path
+    is_prompt_bad: bool = False  # or the sample, by its id: the prompt does not fit
 
 
 class SampleEncoder:
@@ -66,7 +67,8 @@ class SampleEncoder:
         self.reader = source.reader()
 
     def encode(self, sample: Sample, variant: Variant = "as_is") -> tuple[Prompt | None, Outcome]:
-        """Read a sample's clips and make its prompt. A bad clip is a row, not an exception."""
+        """Read a sample's clips and make its prompt. A bad clip, and a prompt that is too long, are rows, not
+        exceptions."""
         clips: list[Clip] = []
         hits = 0
         for medium in sample.media:
@@ -76,7 +78,12 @@ class SampleEncoder:
                 return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(medium.name, e.reason))
             clips.append(probe(clip, variant, self.family.frame_multiple))
             hits += is_hit
-        prompt = self.family.encode(sample, clips, self.source.max_prompt_tokens)
+        try:
+            prompt = self.family.encode(sample, clips, self.source.max_prompt_tokens)
+        except PromptTooLong as e:
+            return None, Outcome(
+                decodes=len(clips) - hits, cache_hits=hits, bad=(sample.id, str(e)), is_prompt_bad=True
+            )
         return prompt, Outcome(
             prompt.length, prompt.cost, prompt.patches.nbytes, len(clips) - hits, hits, clip_ids=prompt.clip_ids
         )

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Refused:
+    """In place of the answers to a prompt that an engine does not take."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to answer a prompt. `temperature` 0 is greedy.
 

@@ -126,7 +126,11 @@ class VllmEngine:
         return _version(self.engine.get_weight_version())
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> str:
-        """Queue a prompt; the returned id comes back from `step` with its rollouts."""
+        """Queue a prompt; the returned id comes back from `step` with its rollouts.
+
+        Raises:
+            ValueError: vLLM refuses the prompt: it is too long, or has too many videos.
+        """
         from vllm.sampling_params import RequestOutputKind
 
         request = self._add(
@@ -164,11 +168,15 @@ class VllmEngine:
 
     def _add(self, prompt: Prompt, **parameters: Any) -> str:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         bans = dict.fromkeys(self.family.banned_tokens, BAN)
         params = SamplingParams(**parameters, logit_bias=bans, detokenize=False)
         request, self._count = str(self._count), self._count + 1
-        self.engine.add_request(request, self.family.engine_input(prompt), params, lora_request=self._adapter)
+        try:
+            self.engine.add_request(request, self.family.engine_input(prompt), params, lora_request=self._adapter)
+        except VLLMClientError as e:
+            raise ValueError(str(e)) from e
         return request
 
     def step(self) -> list[tuple[str, list[Rollout]]]:

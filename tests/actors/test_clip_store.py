@@ -17,16 +17,20 @@ from actors.clip_store import INLINE_BYTES, ClipStore, Encoder
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.types import Medium, Prompt, Sample
+from rlvid.rollout.engine import Refused
+from rlvid.types import Medium, Message, Prompt, Sample
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 Make = Callable[..., ClipStore]
+TALK = tuple(Message(role, ("and which way does it move?",)) for role in ("assistant", "user") * 10)
 
 
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Make:
-    def make(n_clips: int = 20, on_bad: Any = lambda path, reason: None, **sections: Any) -> ClipStore:
+    def make(
+        n_clips: int = 20, on_bad: Any = lambda path, reason: None, n_samples: int = 0, **sections: Any
+    ) -> ClipStore:
         cfg = GrpoJobConfig.model_validate(
             {
                 "model": {"tiny": {}},
@@ -35,7 +39,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
                 **sections,
             }
         )
-        return ClipStore(cfg, tiny_model, n_clips, on_bad)
+        return ClipStore(cfg, tiny_model, n_clips, on_bad, n_samples)
 
     return make
 
@@ -101,10 +105,25 @@ def test_too_many_bad_clips_stop_the_run(make: Make, samples: list[Sample], tmp_
         clips.encode(bad[2:])
 
 
-def test_prompt_that_does_not_fit_is_a_readable_error(make: Make, samples: list[Sample]) -> None:
-    clips = make(rollout={"max_model_len": 48, "max_tokens": 16})
-    with pytest.raises(UserError, match=r"has \d+ tokens \(16 of them video\), but the context has room for 32"):
-        clips.encode(samples[:1])
+def test_prompts_that_do_not_fit_are_set_aside_up_to_a_limit(make: Make, samples: list[Sample]) -> None:
+    told: dict[str, str] = {}
+    keys = {"rollout": {"max_model_len": 104, "max_tokens": 16}, "data": {"max_bad_fraction": 0.25}}
+    clips = make(on_bad=told.__setitem__, n_samples=8, **keys)
+    long = [replace(s, id=f"long-{i}", messages=(*s.messages, *TALK)) for i, s in enumerate(samples)]
+    assert [e.sample for e in clips.encode([*long[:2], samples[3]])] == [samples[3]]
+    assert sorted(told) == ["sample 'long-0'", "sample 'long-1'"]
+    assert "tokens (16 of them video), but the context has room for 88" in told["sample 'long-0'"]
+    with pytest.raises(UserError, match=r"3 of 8 samples have a prompt that is too long(.|\n)*long-0: its prompt has"):
+        clips.encode(long[2:3])
+
+
+def test_a_prompt_that_the_engine_refuses_does_not_take_the_others_along(make: Make, samples: list[Sample]) -> None:
+    told: dict[str, str] = {}
+    clips = make(on_bad=told.__setitem__, n_samples=4)
+    prompts = clips.encode(samples)
+    kept, groups = clips.answered(prompts, [[], Refused("too many videos"), [], []])
+    assert [p.sample.id for p in kept] == [samples[i].id for i in (0, 2, 3)] and len(groups) == 3
+    assert told == {f"sample {samples[1].id!r}": "the engine refused its prompt: too many videos"}
 
 
 class Sleepy(Encoder):

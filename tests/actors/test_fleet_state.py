@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from actors.fleet_state import GONE, Deadlines, Fleet, ReplicaId, State
+from actors.fleet_state import GONE, Fleet, ReplicaId, State
+from rlvid.config import DeadlinesConfig
 
 
 class Clock:
@@ -20,7 +21,7 @@ class Clock:
         return self.now_s
 
 
-DEADLINES = Deadlines(start_s=100.0, heartbeat_s=10.0, suspect_s=20.0)
+DEADLINES = DeadlinesConfig(start_s=100.0, heartbeat_s=10.0, suspect_s=20.0)
 
 
 def ready_fleet(replicas: int = 2, **options: int) -> tuple[Fleet[int], list[ReplicaId], Clock]:

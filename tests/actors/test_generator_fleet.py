@@ -15,14 +15,15 @@ import ray
 
 from actors.clip_store import ClipStore
 from actors.fleet_state import State
+from actors.generator import CONCURRENCY_GROUPS, Generator
 from actors.roles import Roles
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
-from rlvid.rollout.engine import Sampling
+from rlvid.rollout.engine import Refused, Sampling
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.training.grpo_batch import sampled_group
-from rlvid.types import Encoded
+from rlvid.types import Encoded, Prompt
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
@@ -132,6 +133,34 @@ def test_requests_in_flight_continue_while_weights_change(stage: Stage) -> None:
     assert not stage.events  # no engine failed over it
     late = fleet.generate(stage.prompts[:1], Sampling(1, 1.0, 4))
     assert {s.version for s in late[0][0].versions} == {stage.version}
+
+
+def test_a_refused_prompt_does_not_take_its_batch_along(stage: Stage) -> None:
+    """vLLM says so with an error for the one prompt; its context is 512 tokens here."""
+    prompt: Prompt = ray.get(stage.prompts[0].prompt)
+    long = dataclasses.replace(prompt, token_ids=np.r_[prompt.token_ids, np.full(600, 40, np.int32)])
+    prompts = [stage.prompts[0], dataclasses.replace(stage.prompts[0], prompt=ray.put(long)), stage.prompts[1]]
+    first, refused, last = stage.team.fleet.generate(prompts, Sampling(2, 1.0, 8))
+    assert isinstance(refused, Refused) and "512" in refused.reason
+    assert [len(group) for group in (first, last) if not isinstance(group, Refused)] == [2, 2]
+    assert not stage.events
+
+
+class Busy(Generator):
+    """Its engine computes one step for long."""
+
+    def compute(self, seconds: float) -> None:
+        self._pump.run_in_thread(lambda: time.sleep(seconds))
+
+
+def test_ping_is_answered_while_the_engine_computes(tmp_path: Path, local_ray: None) -> None:
+    busy = (
+        ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Busy).options(max_concurrency=2).remote(tmp_path / "log", 1)
+    )
+    step = busy.compute.remote(60.0)
+    assert ray.get(busy.ping.remote(), timeout=30) == -1
+    assert ray.wait([step], timeout=0)[1] == [step]
+    ray.kill(busy)
 
 
 def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stage) -> None:

@@ -42,10 +42,9 @@ def sleep_long(part: ExactPart, group: Group) -> Values:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("rule", [exit_at_once, sleep_long])
 def test_a_worker_that_fails_twice_gives_invalid_rewards_not_zero(
-    rule: object, monkeypatch: pytest.MonkeyPatch
+    rule: object,
 ) -> None:
-    monkeypatch.setattr("actors.rewards.TIMEOUT_S", 5.0)
-    rewards = Rewards([Part(ExactPart(kind="exact"), Kind(rule))], 1, cpus=0.1)  # type: ignore[arg-type]
+    rewards = Rewards([Part(ExactPart(kind="exact"), Kind(rule))], 1, cpus=0.1, timeout_s=5.0)  # type: ignore[arg-type]
     ((reward,),) = rewards([sample_of()], [rollouts("square")])
     rewards.stop()
     assert not reward.is_valid and "reward worker" in str(reward.invalid_reason)

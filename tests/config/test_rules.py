@@ -102,6 +102,10 @@ def test_a_context_too_small_for_the_frames_is_refused() -> None:
     assert GrpoJobConfig.model_validate(values | {"rollout": {"max_model_len": 104}})
     message = refusal(GrpoJobConfig, values | {"rollout": {"max_model_len": 103}})
     assert "rollout.max_model_len=103 is less than 104: 8 frames are at least 24 tokens" in message
+    # The judge of i-SRT reads video, context and two responses: 24 + 16 + 256 + 2 * 64, and answers 64.
+    assert IsrtJobConfig.model_validate(values | {"rollout": {"max_model_len": 488}})
+    message = refusal(IsrtJobConfig, values | {"rollout": {"max_model_len": 487}})
+    assert "rollout.max_model_len=487 is less than 488: the judge reads the video, a context of" in message
     small = refusal(GrpoJobConfig, TINY | {"rollout": {"max_model_len": 16, "max_tokens": 8}})
     assert "rollout.max_model_len=16 is less than" in small
 

@@ -15,7 +15,6 @@ from rlvid.config import VideoConfig
 from rlvid.data import ray_stream
 from rlvid.data.encoding import Outcome, Source
 from rlvid.data.ray_stream import open_prompt, prompt_stream
-from rlvid.errors import UserError
 from rlvid.types import Medium, Message, Prompt, Sample
 from tests.video.media import write_video
 
@@ -70,10 +69,11 @@ class TestWithRay:
         again = rows(samples, source)
         assert sum(o.decodes for _, _, o in again) == 0 and sum(o.cache_hits for _, _, o in again) == 5
 
-    def test_a_prompt_that_does_not_fit_is_the_users_error(self, samples: list[Sample], source: Source) -> None:
+    def test_a_prompt_that_does_not_fit_is_a_row_with_its_reason(self, samples: list[Sample], source: Source) -> None:
         small = Source(source.model, source.video, source.cache_dir, source.cache_bytes, max_prompt_tokens=4)
-        with pytest.raises(UserError, match="'a'"):
-            rows(samples, small, [0])
+        ((_, prompt, outcome),) = rows(samples, small, [0])
+        assert prompt is None and outcome.is_prompt_bad
+        assert outcome.bad is not None and outcome.bad[0] == "a" and "but the context has room for 4" in outcome.bad[1]
 
     def test_a_clip_that_ends_its_encoder_is_a_bad_row_and_costs_no_other(
         self, samples: list[Sample], source: Source, monkeypatch: pytest.MonkeyPatch

@@ -91,8 +91,23 @@ def test_train_and_eval_share_ids(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_missing_gpu(refused: Refused) -> None:
-    error = refused("placement.gpus=8")
+    error = refused("placement.gpus=1")
     assert "GPU" in error and "placement" in error
+
+
+def test_a_rank_on_several_gpus(refused: Refused) -> None:
+    error = refused("placement.gpus=8")
+    assert (
+        "placement.gpus=8: a trainer rank uses one GPU. Set placement.gpus to 1 and placement.trainer_workers" in error
+    )
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_more_videos_than_the_engines_expect(refused: Refused, tmp_path: Path, is_dry: bool) -> None:
+    row = {"video": ["a.mp4", "b.mp4", "c.mp4"]}
+    train = f"data.train={manifest(tmp_path / 'm.jsonl', **row)}"
+    error = refused(train, "rollout.max_videos=2", *["--dry-run"] * is_dry)
+    assert "data.train: sample 'a' has 3 videos, but rollout.max_videos=2: set it to 3" in error
 
 
 def test_missing_cluster(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

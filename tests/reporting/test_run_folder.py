@@ -114,8 +114,11 @@ def test_long_list_of_differing_keys_is_shortened(folder: RunFolder) -> None:
         {"run": {"wandb": "disabled", "checkpoint_every": 3}},
         {"evaluate": {"every": 2}},
         {"placement": {"trainer_workers": 2}},
-        {"rollout": {"timeout_s": 5, "replicas": 2, "max_model_len": 99, "max_batched_tokens": 64, "max_sequences": 2}},
-        {"rollout": {"weight_transfer": "buckets", "block_size": 16, "max_videos": 1, "sync_timeout_s": 1}},
+        {
+            "deadlines": {"generate_s": 5, "sync_s": 1},
+            "rollout": {"replicas": 2, "max_model_len": 99, "max_batched_tokens": 64, "max_sequences": 2},
+        },
+        {"rollout": {"weight_transfer": "buckets", "block_size": 16, "max_videos": 1}},
         {"train": {"micro_batch_tokens": 100, "shared_prefix": False}, "video": {"timeout_s": 1}},
     ],
 )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from rlvid.config import TinyModelConfig
-from rlvid.errors import UserError
+from rlvid.errors import PromptTooLong, UserError
 from rlvid.types import Clip, Message, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -173,13 +173,13 @@ class ChatFamily(ABC):
         """Check that a prompt fits.
 
         Raises:
-            UserError: it does not.
+            PromptTooLong: it does not.
         """
         if max_tokens is None or n_tokens <= max_tokens:
             return
         fix = "start a new run with fewer video.frames or a lower video.max_pixels" if n_video else "shorten the prompt"
-        raise UserError(
-            f"sample {sample.id!r}: its prompt has {n_tokens} tokens ({n_video} of them video), but the context has "
+        raise PromptTooLong(
+            f"its prompt has {n_tokens} tokens ({n_video} of them video), but the context has "
             f"room for {max_tokens}. Prompts are never truncated: raise rollout.max_model_len (also "
             f"possible when resuming), or {fix}"
         )

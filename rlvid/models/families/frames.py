@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlvid.config import TinyModelConfig
-from rlvid.errors import UserError
+from rlvid.errors import PromptTooLong, UserError
 from rlvid.models.families.chat import HEAD_DIM
 from rlvid.models.families.vision import Grid, VisionFamily
 from rlvid.types import Clip, Sample
@@ -101,8 +101,8 @@ class Idefics2(FrameFamily):
         """Also check the sliding window of Mistral, which packed attention does not support."""
         super().check_length(sample, n_tokens, n_video, max_tokens)
         if self._window is not None and n_tokens > self._window:
-            raise UserError(
-                f"sample {sample.id!r}: its prompt has {n_tokens} tokens, but the model's window has {self._window}. "
+            raise PromptTooLong(
+                f"its prompt has {n_tokens} tokens, but the model's window has {self._window}. "
                 f"Prompts are never truncated: give another run.dir and fewer video.frames"
             )
 

@@ -14,7 +14,7 @@ knows (the checkpoint's names; with LoRA the adapters alone, under those of an a
 - **Checksums.** After its start or restart an engine's first weights come with a digest per bucket, compared before
   they are loaded. `nccl` and `ipc` compare names, dtypes and shapes, and vLLM raises where they differ.
 - **Completeness.** A parameter that did not arrive is an error: vLLM would serve its old values.
-- **Deadlines.** Each call has `rollout.sync_timeout_s`. A replica that fails or exceeds it is replaced, never served.
+- **Deadlines.** Each call has `deadlines.sync_s`. A replica that fails or exceeds it is replaced, never served.
 
 The ways (`rollout.weight_transfer`):
 

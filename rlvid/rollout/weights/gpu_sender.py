@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from rlvid.config import RolloutConfig
+from rlvid.config import JobConfig
 from rlvid.rollout.weights.buckets import BUCKET_BYTES
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class GpuSender:
     learner: Learner
     rank: int
     host: str  # address of this machine
-    cfg: RolloutConfig
+    cfg: JobConfig
     # (replicas, GPUs of each, deadline in seconds) -> vLLM's `VLLMWeightSyncClient`, with `version` to set and
     # `failed`, the replicas that did not take the weights, with the reason.
     open_client: Callable[[Mapping[str, Any], int, float], Any]
@@ -75,7 +75,7 @@ class GpuSender:
         if self._members != tuple(replicas):
             if self._engine is not None:
                 self._engine.shutdown()
-            self._client = self.open_client(replicas, self.cfg.tensor_parallel, self.cfg.sync_timeout_s)
+            self._client = self.open_client(replicas, self.cfg.rollout.tensor_parallel, self.cfg.deadlines.sync_s)
             source = LearnerSource(self.learner)
             info = self._init_info(source, len(replicas))
             self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
@@ -91,7 +91,7 @@ class GpuSender:
         return NCCLTrainerInitInfo(
             master_address=self.host,
             master_port=get_open_port(),
-            world_size=1 + n_replicas * self.cfg.tensor_parallel,
+            world_size=1 + n_replicas * self.cfg.rollout.tensor_parallel,
             packed_buffer_size_bytes=PACKED_BYTES,
             rank=self.rank,
         )

@@ -37,7 +37,6 @@ def config(way: str = "auto", lora: bool = False, **placement: Any) -> GrpoJobCo
         ({"gpus": 0.5}, "ipc"),
         ({"gpus": 1, "replicas": 2, "trainer_workers": 2}, "ipc"),
         ({"gpus": 1, "replicas": 2}, "buckets"),  # one replica shares the trainer's GPU, one does not
-        ({"gpus": 2}, "nccl"),  # a GPU each
         ({"gpus": 1, "colocate": False, "replicas": 3}, "nccl"),
         ({"gpus": 0.5, "colocate": False}, "buckets"),  # they may share one GPU
         ({"gpus": 1, "lora": True}, "buckets"),
