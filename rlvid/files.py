@@ -6,11 +6,13 @@ ends inside strings and broken Unicode from a model or a file name cannot break 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,49 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     unfinished.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when all files of `folder` are on the disk: a rename after it is not seen before their content is."""
+    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def remembered_sha256(path: Path, memory: Path) -> str:
+    """Hash of a file, which is read only if its path, size and time of modification are new to the folder `memory`.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: the folder cannot be written.
+    """
+    path = path.resolve()
+    status = path.stat()
+    name = f"{status.st_size} {status.st_mtime_ns} {path}".encode(errors="surrogateescape")
+    record = memory / f"{hashlib.sha256(name).hexdigest()}.sha256"
+    with suppress(FileNotFoundError):
+        known = record.read_text()
+        if len(known) == 64:  # hexadecimal digits; a process may have crashed while it wrote
+            return known
+    with path.open("rb") as file:
+        known = hashlib.file_digest(file, "sha256").hexdigest()
+    with naming_write_errors(f"{memory}", "free some space, or set data.cache_dir"):
+        memory.mkdir(parents=True, exist_ok=True)
+        record.write_text(known)
+    return known
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Rename `new` to `old`, in place of a folder that may be there."""
+    replaced = old.with_name(f"{old.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if old.exists():
+        old.rename(replaced)
+    new.rename(old)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

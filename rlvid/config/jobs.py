@@ -94,6 +94,10 @@ class JobConfig(Section):
             f"workers cannot load it: set it to 0, or leave train.max_workers empty",
         )
         refuse_if(
+            train.offload_optimizer and not train.zero_stage,
+            "train.offload_optimizer needs DeepSpeed ZeRO: set train.zero_stage to 1, 2 or 3",
+        )
+        refuse_if(
             rollout.max_tokens >= rollout.max_model_len,
             f"rollout.max_tokens={rollout.max_tokens} leaves no room for a prompt in "
             f"rollout.max_model_len={rollout.max_model_len}",
@@ -195,7 +199,8 @@ class IsrtJobConfig(JobConfig):
             warmup = min(train.warmup_steps, max(steps - 1, 0))
             train = train.model_copy(update={"steps": steps, "warmup_steps": warmup})
         shared = {name: getattr(self, name) for name in DpoJobConfig.model_fields}
-        return DpoJobConfig(**shared | {"seed": self.seed + iteration, "train": train})
+        run = self.run.model_copy(update={"export_every": None})  # its model is an iteration's, not the run's
+        return DpoJobConfig(**shared | {"seed": self.seed + iteration, "train": train, "run": run})
 
     @model_validator(mode="after")
     def _rewards_are_rules(self) -> IsrtJobConfig:

@@ -259,6 +259,11 @@ class RunConfig(Section):
     """Steps between checkpoints. A checkpoint is also written at the end and at Ctrl-C."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints to keep, the newest ones."""
+    checkpoint_in_background: bool = True
+    """Write a checkpoint while training goes on: its steps wait for a copy in the host's memory, not for the disk."""
+    export_every: int | None = Field(1, ge=1)
+    """Export `policy/` with every k-th checkpoint too, so that a run that was stopped leaves a model. Empty: only at
+    the end."""
     log_rollouts_every: int = Field(10, ge=1)
     """Steps between rollout tables (parquet) for the report."""
 
@@ -298,6 +303,11 @@ class TrainConfig(ScheduleConfig):
     )
     """Keep only the input of each layer of vision tower and language model, and compute its activations again in the
     backward: less memory, for the time of one more forward. Empty: on a GPU yes, on CPU no."""
+    offload_activations: bool = changeable(False, "memory and speed; the gradient is the same")
+    """Keep what the backward needs of the forward in the host's memory instead of the GPU's."""
+    offload_optimizer: bool = changeable(False, "memory and speed; the step is the same up to rounding")
+    """Keep AdamW's moments and its copy of the weights in the host's memory, and do its step there. Needs `zero_stage`
+    1 or more."""
     max_skipped: int = changeable(3, "when to give up", ge=1)
     """A step whose loss or gradient is not finite is skipped. After this many in a row the run stops, without a
     checkpoint."""
@@ -373,18 +383,18 @@ class PlacementConfig(Section):
     """Where the actors run. Every replica and the trainer group have placement groups of their own."""
 
     colocate: bool = True
-    """Trainer rank i and generator i share a GPU, half each. false: each has its own."""
+    """Trainer rank i, generator i and rank i of the reference share a GPU. false: each has its own."""
     gpus: float = Field(0, ge=0)
     """GPUs of one trainer rank, and of one generator per `rollout.tensor_parallel`: 1, or a share of one. 0: everything
     runs on CPU."""
     trainer_workers: int = Field(1, ge=1)
-    """Trainer ranks."""
+    """Trainer ranks, and ranks of the reference."""
     trainer_cpus: float = Field(0.5, gt=0)
     """CPUs reserved per trainer rank."""
     generator_cpus: float = Field(0.5, gt=0)
     """CPUs reserved per generator."""
     reference_cpus: float = Field(0.25, gt=0)
-    """CPUs reserved by the reference model, and by each reward model of `rewards`."""
+    """CPUs reserved per rank of the reference, and by each reward model of `rewards`."""
     encode_cpus: float = Field(0.25, gt=0)
     """CPUs reserved per encoder."""
     encoders: int = Field(2, ge=1)

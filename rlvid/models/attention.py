@@ -13,6 +13,7 @@ The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCT
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 TEXT_ATTENTION = "rlvid_shared_prefix"
-BLOCK = 128  # FlexAttention's block of tokens
+SMALLEST_BLOCK = 128  # FlexAttention's block of tokens
+BLOCKS = 64  # about; more tokens make larger blocks, so that a mask does not grow with the square of the row
 VISION_ATTENTION = "rlvid_flash_blocks"  # Qwen-VL's tower passes block boundaries only if the name contains "flash"
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]  # of one layer, each [1, kv_heads, tokens, D]
@@ -74,15 +76,15 @@ class SharedPrefixLayout:
         groups and responses begin: torch's own `create_block_mask` asks the rule for all N x N pairs (10 GiB at 32,000
         tokens)."""
         of_group, of_response = self.membership()
-        some, every = attending_blocks(of_group, of_response)
-        device, n = self.prompt_index.device, len(of_group)
-        group, response = (torch.from_numpy(x).to(device) for x in (of_group, of_response))
-        n_before, begin = self.n_before, -(-self.n_before // BLOCK) * BLOCK  # the row's own keys begin at a block
+        device, n, n_before, block = self.prompt_index.device, len(of_group), self.n_before, self.block_size
+        some, every = attending_blocks(of_group, of_response, block)
+        group, response = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (of_group, of_response))
+        begin = -(-n_before // block) * block  # the row's own keys begin at a block
         if n_before:
-            earlier = np.ones((len(some), begin // BLOCK), dtype=bool)
+            earlier = np.ones((len(some), begin // block), dtype=bool)
             some = np.hstack([earlier, some])
             earlier[:, -1] = n_before == begin
-            earlier[-1] &= n % BLOCK == 0
+            earlier[-1] &= n % block == 0
             every = np.hstack([earlier, every])
 
         def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -97,8 +99,14 @@ class SharedPrefixLayout:
             return counts[None, None].to(device), indices[None, None].to(device)
 
         return BlockMask.from_kv_blocks(
-            *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(n, begin + n)
+            *listed(some & ~every), *listed(every), BLOCK_SIZE=block, mask_mod=attends, seq_lengths=(n, begin + n)
         )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the mask: `SMALLEST_BLOCK` times a power of 2."""
+        n = self.n_before + sum(prompt + sum(lengths) for prompt, lengths in self.groups)
+        return SMALLEST_BLOCK << max(0, math.ceil(math.log2(n / (SMALLEST_BLOCK * BLOCKS))))
 
     @property
     def n_before(self) -> int:
@@ -117,18 +125,19 @@ class SharedPrefixLayout:
 
 
 def attending_blocks(
-    group: npt.NDArray[np.int64], response: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64], response: npt.NDArray[np.int64], block: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Of each block of queries and block of keys of a row: whether some pairs of tokens attend, and whether all do.
 
     Args:
         group, response: of each token [N]; see `SharedPrefixLayout.membership`.
+        block: tokens in a block.
 
     Returns:
         Two arrays [blocks, blocks].
     """
     n = len(group)
-    group, response = (np.pad(x, (0, -n % BLOCK), mode="edge").reshape(-1, BLOCK) for x in (group, response))
+    group, response = (np.pad(x, (0, -n % block), mode="edge").reshape(-1, block) for x in (group, response))
     first, last = group[:, 0], group[:, -1]
     largest = response.max(1)
     is_prompt = response < 0
@@ -143,7 +152,7 @@ def attending_blocks(
     has_one_response = (is_prompt | (response == largest[:, None])).all(1)  # beside the prompt, if any
     is_same = is_one_response[:, None] & has_one_response & (largest[:, None] == largest)
     every = continues & is_one_group[:, None] & is_one_group & (is_same | (largest < 0))
-    if n % BLOCK:
+    if n % block:
         every[-1] = False  # its last queries do not exist
     return some, every
 
@@ -210,7 +219,7 @@ def flex_attend(
     # The tokens of a clip that belongs to no group may follow those of the groups: their output is 0.
     q, k, v = (x[:, :, :n_grouped] for x in (q, k, v))
     if before is not None:  # filled up to whole blocks
-        earlier = (F.pad(x, (0, 0, 0, -x.shape[2] % BLOCK)) for x in before)
+        earlier = (F.pad(x, (0, 0, 0, -x.shape[2] % layout.block_size)) for x in before)
         k, v = (torch.cat(pair, dim=2) for pair in zip(earlier, (k, v), strict=True))
     flex = _flex_attention(is_compiled)
     out: Tensor = flex(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

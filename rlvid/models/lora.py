@@ -57,18 +57,18 @@ def file_name(name: str) -> str:
     return PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
-def merged(state: Mapping[str, Tensor], cfg: LoraConfig) -> dict[str, Tensor]:
-    """Merge adapters into the weights: W + alpha / rank * B A, under the names of a checkpoint without adapters."""
-    plain = {}
-    for name, tensor in state.items():
-        if is_adapter(name):
-            continue
-        stem, base, leaf = name.rpartition(".base_layer.")
-        if base and leaf == "weight":
-            a, b = (state[f"{stem}.lora_{x}.{ADAPTER}.weight"].float() for x in "AB")
-            tensor = (tensor.float() + cfg.alpha / cfg.rank * (b @ a)).to(tensor.dtype)
-        plain[f"{stem}.{leaf}" if base else name] = tensor
-    return plain
+def plain_name(name: str) -> str:
+    """The name that a parameter has in the network without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def merged(name: str, weight: Tensor, adapters: Mapping[str, Tensor], cfg: LoraConfig) -> Tensor:
+    """A weight of the network, with its adapter merged in if it has one: W + alpha / rank * B A."""
+    stem, base, leaf = name.rpartition(".base_layer.")
+    if not base or leaf != "weight":
+        return weight
+    a, b = (adapters[f"{stem}.lora_{x}.{ADAPTER}.weight"].to(weight.device).float() for x in "AB")
+    return (weight.float() + cfg.alpha / cfg.rank * (b @ a)).to(weight.dtype)
 
 
 def save_adapter(

@@ -62,12 +62,12 @@ class Group(Generic[P]):
     def cut(self, budget: int) -> list[Group[P]]:
         """The same work in parts of about `budget` tokens with the prompt, each with at least one response.
 
-        Beside a prompt that needs nearly all of the budget, or more, a part's responses have a sixteenth of it: a pass
-        of a few tokens would hardly use a GPU. A budget of 0 shares nothing: one part per `unit_size` responses.
+        Beside a prompt that needs nearly all of the budget, or more, a part's responses have 1/64 of it: a pass of a
+        few tokens would hardly use a GPU. A budget of 0 shares nothing: one part per `unit_size` responses.
         """
         if not self.responses:
             return [self]
-        parts, first, room = [], 0, max(budget - self.prompt_cost, budget // 16)
+        parts, first, room = [], 0, max(budget - self.prompt_cost, budget // 64)
         lengths = [len(ids) for ids in self.responses]
         for last in range(self.unit_size, len(lengths) + 1, self.unit_size):
             if last == len(lengths) or sum(lengths[first : last + self.unit_size]) > room:

@@ -49,14 +49,15 @@ class PromptPass:
 
     def collect(self) -> None:
         """Add the gradients of the last part's backward to those of the parts before, in float32."""
-        grads = [leaf.grad for leaf in self._leaves]
-        if not self._sums:
-            self._sums = [torch.zeros_like(x, dtype=torch.float32) for x in self._leaves]
-        for total, grad in zip(self._sums, grads, strict=True):
-            if grad is not None:
-                total += grad
-        for leaf in self._leaves:
-            leaf.grad = None
+        if not self._sums:  # those of float32 add up where they are
+            self._sums = [
+                x.grad if x.dtype == torch.float32 and x.grad is not None else torch.zeros_like(x, dtype=torch.float32)
+                for x in self._leaves
+            ]
+        for total, leaf in zip(self._sums, self._leaves, strict=True):
+            if leaf.grad is not None and leaf.grad is not total:
+                total += leaf.grad
+                leaf.grad = None
 
     def loss(self) -> Tensor:
         """A number whose gradient is the parts' gradient to the prompt."""

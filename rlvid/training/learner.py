@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,17 @@ from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
-from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, save_adapter
+from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, plain_name, save_adapter
+from rlvid.training.activations import on_host
 from rlvid.training.batch import Group, check_arrays
+from rlvid.training.checkpoint_writer import BackgroundWriter
+from rlvid.training.collectives import most_of
 from rlvid.training.depth_first import PromptPass
+from rlvid.training.export import Described, WeightFiles
 from rlvid.training.micro_batches import MicroBatches, repeated, score
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import PackedPolicy, PackedRow, PackedScorer, pack
-from rlvid.training.parameters import NamedTensor, Part, in_parts, whole_shape
+from rlvid.training.parameters import NamedTensor, Part, in_parts, on_rank_0, whole_shape
 from rlvid.types import Prompt
 
 # DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: this says that none can be compiled.
@@ -42,18 +47,19 @@ deepspeed.ops.__compatible_ops__ = {}
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
 HEAD = "head."  # PackedScorer's before those of its head
-EXPORT_BYTES = 64 * 2**20  # of parameters that an export gathers at a time
 
 
 def deepspeed_config(cfg: TrainConfig, dtype: str, world_size: int) -> dict[str, Any]:
     """DeepSpeed's settings. The caller owns accumulation: any number of backwards, then one step."""
+    offloads = cfg.offload_optimizer
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": cfg.max_grad_norm if cfg.zero_stage or dtype != "float32" else 0.0,  # see Learner._clip
-        "zero_optimization": {"stage": cfg.zero_stage},
+        "zero_optimization": {"stage": cfg.zero_stage} | ({"offload_optimizer": {"device": "cpu"}} if offloads else {}),
+        "zero_force_ds_cpu_optimizer": False,  # torch's optimizer on the CPU: nothing to compile
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 2**31 - 1,
     }
@@ -72,33 +78,39 @@ class Learner:
         self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, head: Head | None = None
     ):
         self.cfg = cfg
-        network = load_model(folder, model.dtype)
+        self._is_sharded = cfg.zero_stage == 3
+        self.world_size = dist.get_world_size()
+        settings = deepspeed_config(cfg, model.dtype, self.world_size)
+        network = load_model(folder, model.dtype, settings if self._is_sharded else None)
         self.policy: PackedPolicy | PackedScorer = PackedPolicy(network, family)
         self.lora = model.lora
         if self.lora:
             add_adapters(self.policy.network, self.lora, family.no_lora)
         if model.freeze_vision:
             freeze_towers(network, family)
-        checkpointing = cfg.activation_checkpointing
-        if checkpointing or (checkpointing is None and get_accelerator().device_name() == "cuda"):
+        on_gpu = get_accelerator().device_name() == "cuda"
+        if on_gpu if cfg.activation_checkpointing is None else cfg.activation_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         self._head = head
         if head:
             self.policy = PackedScorer(network, family, head)
             if (folder / HEAD_FILE).exists():
                 head.load(self.policy.head, folder)
-        self._is_sharded = cfg.zero_stage == 3
-        self.world_size = dist.get_world_size()
-        settings = deepspeed_config(cfg, model.dtype, self.world_size)
         named = self.policy.named_parameters()
         self._trained = [(name.removeprefix(NETWORK), p) for name, p in named if p.requires_grad]
         # torch's own: nothing to compile, and the same numbers on CPU and GPU
-        adam = torch.optim.AdamW([p for _, p in self._trained], cfg.lr, cfg.betas, weight_decay=cfg.weight_decay)
+        adam = torch.optim.AdamW(
+            [p for _, p in self._trained], cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=on_gpu
+        )
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
-        if self._is_sharded and isinstance(self.policy, PackedPolicy):
-            self.policy.prediction.shard()
+        if self._is_sharded:
+            self.policy.most = most_of(self.engine.device)
+            if isinstance(self.policy, PackedPolicy):
+                self.policy.prediction.shard()
         self.engine.train()  # transformers loads a network for inference, without activation checkpointing
+        self.engine.checkpoint_engine = self._writer = BackgroundWriter()
         self.device = self.engine.device
+        self._most = most_of(self.device)
         # Adapters of the reference, by parameter name. New ones change nothing: it is the base model at first.
         self._reference = self._adapters() if self.lora else {}
         self._clipped_norm: float | None = None
@@ -130,7 +142,8 @@ class Learner:
             chosen = [parts[i] for i in row]
             self._learn(pack(chosen).to(self.device), chosen, objective, is_counted, sums)
         for indices, is_own in batches.deep_groups(self._most):
-            prompt = PromptPass(self.engine, parts[indices[0]].prompt, self.device)
+            with on_host() if self.cfg.offload_activations else nullcontext():
+                prompt = PromptPass(self.engine, parts[indices[0]].prompt, self.device)
             for i, is_first in repeated(indices, indices[0], self._most):
                 self._learn(prompt.row(parts[i]), [parts[i]], objective, is_own and is_first, sums)
                 prompt.collect()
@@ -149,7 +162,8 @@ class Learner:
         sums: dict[str, Tensor],
     ) -> None:
         """Forward and backward of one row, and its statistics into `sums`. One that does not count has no gradient."""
-        outputs, entropy = self.engine(row)
+        with on_host() if self.cfg.offload_activations else nullcontext():
+            outputs, entropy = self.engine(row)
         loss, stats = objective(outputs, groups)
         # DeepSpeed averages gradients over ranks; the weights already average over the whole mini-batch.
         scale = float(self.world_size if is_counted else 0)
@@ -228,8 +242,23 @@ class Learner:
         Raises:
             UserError: a weight is not finite.
         """
+        self.begin_save(folder)
+        self.end_save()
+
+    def begin_save(self, folder: Path) -> None:
+        """`save` up to a copy on the host, which a thread writes. Nothing may be loaded or saved until `end_save`."""
         self._check_finite()
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self.lora is not None)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether this rank's part is on the disk."""
+        return self._writer.is_done
+
+    def end_save(self) -> None:
+        """Return when all ranks' parts are on the disk."""
+        self._writer.wait()
+        dist.barrier()
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote, on the same number of ranks under ZeRO."""
@@ -246,24 +275,24 @@ class Learner:
         """
         self._check_finite()
         is_writer = dist.get_rank() == 0
-        parts = in_parts(self._named(), EXPORT_BYTES, self._is_sharded)
-        state: dict[str, Tensor] = {}
-        for part, _ in parts:  # all ranks gather, one keeps
-            if is_writer:
-                state |= {name: t.detach().to("cpu", copy=True).contiguous() for name, t in part}
+        named = self._named()
+        apart = [(name, p) for name, p in named if name.startswith(HEAD) or is_adapter(name)]  # small
+        plain = [(name, p) for name, p in named if not (name.startswith(HEAD) or is_adapter(name))]
+        small = {name: on_rank_0(p, self._is_sharded) for name, p in apart}
+        kept = {name: t.cpu() for name, t in small.items() if t is not None}
         if is_writer:
-            head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
+            described = [Described(plain_name(name), p.dtype, whole_shape(p)) for name, p in plain]
+            files = WeightFiles(folder, self.engine.module.network, described)
+        for name, parameter in plain:  # all ranks give, one writes
+            if (whole := on_rank_0(parameter, self._is_sharded)) is not None:
+                files.add(plain_name(name), merged(name, whole, kept, self.lora) if self.lora else whole)
+        if is_writer:
             if self._head:
-                self._head.save(head, folder)
-            network = self.engine.module.network
+                self._head.save({name.removeprefix(HEAD): t for name, t in kept.items()}, folder)
             if self.lora:
-                adapters = {file_name(name): t for name, t in state.items() if is_adapter(name)}
+                adapters = {file_name(name): t for name, t in kept.items()}
                 save_adapter(folder / "adapter", adapters, self.lora, self.policy.family.no_lora, base=str(checkpoint))
-                state = merged(state, self.lora)
-            network.save_pretrained(folder, state_dict=state)
-            for file in checkpoint.iterdir():
-                if file.is_file() and not (folder / file.name).exists() and "safetensors" not in file.name:
-                    (folder / file.name).write_bytes(file.read_bytes())
+            files.close(checkpoint)
         dist.barrier()
 
     def _check_finite(self) -> None:
@@ -292,12 +321,6 @@ class Learner:
         if not math.isfinite(self._clipped_norm):
             for parameter in parameters:
                 parameter.grad = None  # torch's optimizer leaves such a parameter alone
-
-    def _most(self, count: int) -> int:
-        """The largest `count` of all ranks."""
-        most = torch.tensor(count, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         names = sorted(sums)

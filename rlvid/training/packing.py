@@ -6,7 +6,7 @@ Exact: log-probs and gradients equal those of separate sequences (tests/training
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ from rlvid.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Count = Callable[[int], int]
 LOGITS_AT_A_TIME = 2**27  # 512 MiB in float32
+PATCHES_AT_A_TIME = 2**12  # those of Qwen-VL are 20 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,13 @@ def normalise(patches: Tensor, family: VisionFamily, dtype: torch.dtype) -> Tens
 
     Source: transformers folds rescaling into mean and std, (x - 255 mean) / (255 std).
     """
-    mean = torch.tensor(family.pixel_mean, device=patches.device) * 255.0
-    std = torch.tensor(family.pixel_std, device=patches.device) * 255.0
-    x = patches.view(len(patches), 3, -1).float()
-    return ((x - mean[:, None]) / std[:, None]).flatten(1).to(dtype)
+    mean = torch.tensor(family.pixel_mean, device=patches.device)[:, None] * 255.0
+    std = torch.tensor(family.pixel_std, device=patches.device)[:, None] * 255.0
+    normalised = torch.empty(patches.shape, dtype=dtype, device=patches.device)
+    for part, out in zip(patches.split(PATCHES_AT_A_TIME), normalised.split(PATCHES_AT_A_TIME), strict=True):
+        x = part.view(len(part), 3, -1).float()
+        out.copy_(x.sub_(mean).div_(std).flatten(1))
+    return normalised
 
 
 def with_blank_clip(row: PackedRow, family: VisionFamily) -> PackedRow:
@@ -116,11 +121,18 @@ def with_blank_clip(row: PackedRow, family: VisionFamily) -> PackedRow:
     )
 
 
-def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow) -> Tensor:
-    """The language model's last hidden states [N, D] of a packed row."""
+def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow, most: Count) -> Tensor:
+    """The language model's last hidden states [N, D] of a packed row.
+
+    Args:
+        most: on how many passes of the tower the ranks agree.
+    """
     inputs: dict[str, Tensor] = {}
     if isinstance(family, VisionFamily) and not row.layout.before:  # the earlier row has run the tower
         row = row if len(row.patches) else with_blank_clip(row, family)
+        passes = most(family.tower_passes(row.grid_thw.tolist()))
+        for tower in family.towers:
+            network.get_submodule(f"model.{tower}").forward.passes = passes
         inputs = family.network_inputs(normalise(row.patches, family, network.dtype), row.grid_thw)
     inputs["position_ids"] = row.positions[:, None] if len(row.positions) > 1 else row.positions
     output = network.model(input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
@@ -144,6 +156,8 @@ class PackedPolicy(nn.Module):
     placeholders banned. That of a given response is the model's own.
     """
 
+    most: Count = staticmethod(lambda count: count)  # this rank's count -> the largest of all ranks; under ZeRO-3
+
     def __init__(self, network: PreTrainedModel, family: ChatFamily):
         super().__init__()
         self.network = network
@@ -154,7 +168,7 @@ class PackedPolicy(nn.Module):
         """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution. The entropy carries no
         gradient, and is empty ([0]) where gradients are off. Of a row whose keys and values are kept for another
         (`depth_first.PromptPass`): see `kept_for_later`."""
-        hidden = hidden_states(self.network, self.family, row)
+        hidden = hidden_states(self.network, self.family, row, self.most)
         if row.layout.kept is not None:
             return kept_for_later(hidden)
         # Logits only where a token is predicted: those of a long prompt would be the largest.
@@ -213,6 +227,8 @@ class PackedScorer(nn.Module):
     for the first padding id, which is wrong where that id occurs in the text.)
     """
 
+    most: Count = staticmethod(lambda count: count)  # as in PackedPolicy
+
     def __init__(self, network: PreTrainedModel, family: ChatFamily, head: Head):
         super().__init__()
         self.network = network
@@ -222,7 +238,7 @@ class PackedScorer(nn.Module):
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Scores [S, D] float32 at the row's ends. The second is empty, where the policy has its entropy. Of a row
         whose keys and values are kept for another: see `kept_for_later`."""
-        hidden = hidden_states(self.network, self.family, row)
+        hidden = hidden_states(self.network, self.family, row, self.most)
         if row.layout.kept is not None:
             return kept_for_later(hidden)
         scores = self.head(hidden[row.ends]).float()

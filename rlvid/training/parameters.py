@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
+import torch.distributed as dist
 from torch import Tensor
 
 NamedTensor: TypeAlias = tuple[str, Tensor]
@@ -34,6 +35,20 @@ def in_parts(named: Iterable[NamedTensor], part_bytes: int, is_sharded: bool = F
 
         with GatheredParameters([tensor for _, tensor in part]):
             yield part, is_last
+
+
+def on_rank_0(parameter: Tensor, is_sharded: bool) -> Tensor | None:
+    """The whole parameter on rank 0, and None elsewhere. Under ZeRO-3 all ranks call this together."""
+    if not is_sharded:
+        return parameter.detach() if dist.get_rank() == 0 else None
+    share: Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]  # flat, filled up to equal shares
+    if dist.get_rank():
+        dist.gather(share, dst=0)
+        return None
+    flat = share.new_empty(dist.get_world_size() * share.numel())
+    dist.gather(share, list(flat.chunk(dist.get_world_size())), dst=0)
+    whole: Tensor = flat[: parameter.ds_numel].view(whole_shape(parameter))  # type: ignore[attr-defined]
+    return whole
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ crashed two processes is refused.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlvid.files import naming_write_errors, write_atomic
+from rlvid.files import naming_write_errors, remembered_sha256, write_atomic
 from rlvid.types import Clip
 
 KEEP_FRACTION = 0.9  # eviction continues to here, or a full cache would be searched at every put
@@ -75,24 +74,14 @@ class FrameCache:
                 self._put(clip)
             return clip, False
 
-    def content_sha256(self, path: str, size: int, mtime_ns: int) -> str:
+    def content_sha256(self, path: str) -> str:
         """Hash of a file, which is read only if its path, size and time of modification are new to this folder.
 
         Raises:
             OSError: The file cannot be read.
             UserError: The folder cannot be written.
         """
-        key = hashlib.sha256(f"{size} {mtime_ns} {path}".encode(errors="surrogateescape")).hexdigest()
-        record = self.dir / f"{key}.sha256"
-        with suppress(FileNotFoundError):
-            known = record.read_text()
-            if len(known) == 64:  # hexadecimal digits; a process may have crashed while it wrote
-                return known
-        with open(path, "rb") as file:
-            known = hashlib.file_digest(file, "sha256").hexdigest()
-        with self._writing():
-            record.write_text(known)
-        return known
+        return remembered_sha256(Path(path), self.dir)
 
     @contextmanager
     def _recorded(self, clip_id: str) -> Iterator[None]:

@@ -125,7 +125,7 @@ class ClipReader:
                 raise BadClip(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
             if status.st_size == 0:
                 raise BadClip(path, "is empty (0 bytes)")
-            return self.cache.content_sha256(path, status.st_size, status.st_mtime_ns)
+            return self.cache.content_sha256(path)
         except FileNotFoundError:
             raise BadClip(path, "there is no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -13,7 +13,7 @@ from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
-from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, save_adapter
+from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, plain_name, save_adapter
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.rollout.weights.buckets import to_buckets
@@ -47,7 +47,9 @@ def exported(policy: PackedPolicy, tiny_model: Path, tmp_path_factory: pytest.Te
     state = dict(policy.network.named_parameters())
     adapters = {file_name(n): p for n, p in state.items() if is_adapter(n)}
     save_adapter(folder / "adapter", adapters, LORA, VisionFamily.no_lora, base=str(tiny_model))
-    policy.network.save_pretrained(folder, state_dict=merged(state, LORA))
+    policy.network.save_pretrained(
+        folder, state_dict={plain_name(n): merged(n, t, state, LORA) for n, t in state.items() if not is_adapter(n)}
+    )
     for file in tiny_model.iterdir():
         if not (folder / file.name).exists() and "safetensors" not in file.name:
             (folder / file.name).write_bytes(file.read_bytes())

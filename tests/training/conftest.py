@@ -42,7 +42,9 @@ def one_rank(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def two_ranks(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    programs = dict.fromkeys(("learner_rank", "mixed_rank", "nonfinite_rank"), (0, 1, 2, 3))
+    programs = dict.fromkeys(
+        ("learner_rank", "mixed_rank", "nonfinite_rank"), (3, 0, 1, 2)
+    )  # ZeRO-3 first: it loads shares
     programs |= dict.fromkeys(("lora_rank", "scorer_rank"), (3,))
     programs |= dict.fromkeys((f"zero3_rank.{family}" for family in ZERO3_FAMILIES), (3,))
     return Results(2, tmp_path_factory.mktemp("two_ranks"), tiny_models, programs)

@@ -12,6 +12,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     from rlvid.config import ModelConfig, TrainConfig
     from rlvid.models.families import load_family
     from rlvid.rollout.weights.buckets import to_buckets
+    from rlvid.training import activations
     from rlvid.training.learner import Learner
     from rlvid.training.objectives import Supervised
     from tests.prompts import group_of, prompt_of
@@ -39,7 +40,14 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     after = [b.digest() for b in to_buckets(learner.weight_parts(2**19))]
     logprobs = np.concatenate(learner.outputs(mine)).tolist()
     learner.export(folder / f"export-{stage}-{world_size}", model)
+    offloaded = []
+    if stage > 1:
+        activations.LEAST_BYTES = 1  # none of a tiny model is large
+        away = cfg.model_copy(update={"offload_optimizer": True, "offload_activations": True})
+        elsewhere = Learner(model, family, ModelConfig(path=model), away)
+        offloaded = [elsewhere.step(mine, Supervised(), lr=1e-3) for _ in range(2)]
     return {
+        "offloaded": [s["loss"] for s in offloaded],
         "losses": [s["loss"] for s in stats],
         "grad_norms": [s["grad_norm"] for s in stats],
         "again": again["loss"],

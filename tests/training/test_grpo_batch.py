@@ -5,13 +5,23 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from actors.trainer import balance, balance_indices
+from actors.ranks import balance_indices
+from actors.trainer import balance
 from rlvid.config import GrpoConfig
 from rlvid.errors import UserError
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize, totals
+from rlvid.training.grpo_batch import (
+    advantages_of,
+    make_minibatch,
+    rollout_rows,
+    sampled_groups,
+    summarize,
+    totals,
+    with_advantages,
+)
 from rlvid.types import Encoded, Reward, Rollout, WeightSpan
 from tests.prompts import sample_of
 
@@ -33,6 +43,10 @@ GROUPS = [[rollout(2, -1.0), rollout(3, -2.0)], [rollout(1), rollout(4, reason="
 REWARDS = [[reward(1, 1), reward(1, 0)], [reward(0, 1), Reward.invalid("judge is down")]]
 
 
+def sampled(advantages: npt.NDArray[np.float32]) -> list[Group[Any]]:
+    return with_advantages(sampled_groups(prompts(2), GROUPS, 0.7), advantages)
+
+
 def test_an_invalid_reward_is_no_number_and_has_no_advantage() -> None:
     assert np.array_equal(totals(REWARDS), [[3, 1], [2, math.nan]], equal_nan=True)
     # group 1: mean 2, sample std sqrt(2); group 2 has one valid reward
@@ -42,32 +56,30 @@ def test_an_invalid_reward_is_no_number_and_has_no_advantage() -> None:
 
 def test_minibatch_weights_are_those_of_all_its_tokens() -> None:
     advantages = np.array([[1, -1], [0.5, -0.5]], np.float32)
-    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig())
+    batch = make_minibatch(sampled(advantages), GrpoConfig())
     assert [g.tokens["weights"].tolist() for g in batch] == [pytest.approx([0.1] * 5), pytest.approx([0.1] * 5)]
     assert batch[0].tokens["advantages"].tolist() == [1, 1, -1, -1, -1]
     assert batch[0].tokens["old_logprobs"].tolist() == [-1, -1, -2, -2, -2]
     assert [g.temperature for g in batch] == [0.7, 0.7]  # the trainer's log-probs are tempered alike
-    by_sequence = make_minibatch(
-        sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig(loss_average="sequence")
-    )
+    by_sequence = make_minibatch(sampled(advantages), GrpoConfig(loss_average="sequence"))
     assert by_sequence[0].tokens["weights"].tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12])
 
 
 def test_a_group_that_trains_nothing_is_left_out_but_counts_in_the_average() -> None:
     advantages = np.array([[1, -1], [0, 0]], np.float32)
-    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig())
+    batch = make_minibatch(sampled(advantages), GrpoConfig())
     assert [g.prompt for g in batch] == ["ref-0"]
     assert batch[0].tokens["weights"].tolist() == pytest.approx([0.1] * 5)  # of 10 tokens, not of 5
 
 
 def test_a_kl_term_trains_every_group() -> None:
     advantages = np.array([[1, -1], [0, 0]], np.float32)
-    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, advantages, 0.7), GrpoConfig(kl_coef=0.1))
+    batch = make_minibatch(sampled(advantages), GrpoConfig(kl_coef=0.1))
     assert len(batch) == 2
 
 
 def test_every_rank_keeps_something_to_do() -> None:
-    batch = make_minibatch(sampled_groups(prompts(2), GROUPS, np.zeros((2, 2), np.float32), 0.7), GrpoConfig(), keep=2)
+    batch = make_minibatch(sampled(np.zeros((2, 2), np.float32)), GrpoConfig(), keep=2)
     assert len(batch) == 2
 
 

@@ -67,6 +67,13 @@ def test_rank_without_video_keeps_step_with_one_that_has_nothing_else(
     assert np.concatenate(both["logprobs"]) == pytest.approx(np.concatenate(alone["logprobs"][::2]), abs=1e-5)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_kept_on_the_host_changes_no_step(stage: int, alone: dict[str, Any], two_ranks: Results) -> None:
+    """Activations, and the optimizer with its step."""
+    offloaded = two_ranks["learner_rank", stage]["offloaded"]
+    assert offloaded == pytest.approx(alone["losses"][:2], rel=1e-4)
+
+
 def test_step_after_a_restored_checkpoint_repeats_the_step(alone: dict[str, Any]) -> None:
     assert alone["again"] == alone["losses"][3]
     assert alone["buckets"][0] == alone["buckets"][1] and len(alone["buckets"][0]) > 3

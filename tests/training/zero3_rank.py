@@ -21,11 +21,13 @@ import torch
 
 CLIPS = (0, 2, 0)  # of the prompts; a rank has every second one
 LOGITS = 2000  # at a time: those of a few tokens
+PATCHES = 32  # at a time: those of a frame or two
 OUTPUTS = ("a", "b")
 
 
 def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> dict[str, Any]:
     from rlvid.config import DpoConfig, GrpoConfig, ModelConfig, TrainConfig
+    from rlvid.models import tower
     from rlvid.models.families import load_family
     from rlvid.models.families.vision import VisionFamily
     from rlvid.models.heads import Head
@@ -78,6 +80,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         with (
             mock.patch.object(learner, "deepspeed_config", return_value=settings),
             mock.patch.object(packing, "LOGITS_AT_A_TIME", LOGITS),
+            mock.patch.object(tower, "PATCHES_AT_A_TIME", PATCHES),
         ):
             trained = learner.Learner(model, family, ModelConfig(path=model), cfg, head)
             for name, module in trained.policy.named_modules():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,20 @@ class FrameFamily(VisionFamily):
     """A family whose tower takes whole frames: they travel as patches, and are put together again here."""
 
     vision_tokens = (IMAGE, VIDEO, FAKE_AROUND_IMAGE)
+
+    def prepare(self, network: PreTrainedModel) -> None:
+        """Long clips go through the tower in pieces."""
+        from rlvid.models.tower import InPieces, cut_frames
+
+        for name in self.towers:
+            tower = network.get_submodule(f"model.{name}")
+            tower.forward = InPieces(tower, partial(cut_frames, patch_size=self.patch_size))
+
+    def tower_passes(self, grids: Sequence[Grid]) -> int:
+        from rlvid.models.tower import PATCHES_AT_A_TIME, frames_in_piece
+
+        size = frames_in_piece(max(h for _, h, _ in grids), max(w for _, _, w in grids), PATCHES_AT_A_TIME)
+        return -(-sum(t for t, _, _ in grids) // size)
 
     def images(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
         """Patches [t*h*w, 3*p*p] of a clip -> its frames [t, 3, h*p, w*p]."""
@@ -156,6 +171,7 @@ class VideoLlava(FrameFamily):
         self.frame_multiple: int = self.vision.get("image_size", 224)
 
     def prepare(self, network: PreTrainedModel) -> None:
+        super().prepare(network)
         network.model.image_tower.requires_grad_(False)  # videos do not use it
 
     @classmethod

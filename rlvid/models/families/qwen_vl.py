@@ -58,13 +58,15 @@ class QwenVL(VisionFamily):
         return math.prod(grid) // self.merge_size**2
 
     def prepare(self, network: PreTrainedModel) -> None:
-        """Use rlvid's attention in the vision tower, and a matrix product for its patch embedding."""
+        """The tower gets rlvid's attention, a matrix product as patch embedding, and long clips in pieces."""
         from rlvid.models.attention import VISION_ATTENTION
         from rlvid.models.loading import PatchProjection
+        from rlvid.models.tower import InPieces, cut_patches
 
         tower = network.model.visual
         tower.config._attn_implementation = VISION_ATTENTION
         tower.patch_embed.proj = PatchProjection(tower.patch_embed.proj)
+        tower.forward = InPieces(tower, cut_patches)
 
     @classmethod
     def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:

@@ -110,6 +110,12 @@ class VisionFamily(ChatFamily):
     def n_embeddings(self, grid: Grid) -> int:
         """Number of placeholders of a clip, which is the number of embeddings of the tower."""
 
+    def tower_passes(self, grids: Sequence[Grid]) -> int:
+        """Number of pieces in which the tower runs over clips of these grids (rlvid/models/tower.py)."""
+        from rlvid.models.tower import PATCHES_AT_A_TIME, cut_grids
+
+        return len(cut_grids(grids, PATCHES_AT_A_TIME))
+
     @property
     def smallest_grid(self) -> Grid:
         """Grid of the smallest clip that the tower accepts."""

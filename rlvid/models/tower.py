@@ -1,0 +1,107 @@
+"""The vision tower over a long clip, a piece of whole frames at a time.
+
+Its attention never crosses a frame (Qwen-VL: two frames, a temporal patch), so this is exact. In the backward a piece
+is computed again: of a long clip the activations of one piece are in memory, not those of the clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from rlvid.models.families.vision import Grid
+
+PATCHES_AT_A_TIME = 2**12
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a tower's forward
+
+
+def cut_grids(grids: Sequence[Grid], limit: int) -> list[list[Grid]]:
+    """Grids of consecutive pieces of at most `limit` patches, or of one temporal patch where that has more."""
+    pieces: list[list[Grid]] = [[]]
+    room = limit
+    for t, h, w in grids:
+        while t:
+            n = min(t, max(room // (h * w), 0 if pieces[-1] else 1))
+            if n:
+                pieces[-1].append((n, h, w))
+            t, room = t - n, room - n * h * w
+            if t:
+                pieces.append([])
+                room = limit
+    return pieces
+
+
+def cut_patches(limit: int, patches: Tensor, grid_thw: Tensor, **others: Any) -> Iterator[Call]:
+    """The calls of Qwen-VL's tower: patches [n, dim] and the grids [V, 3] of their clips."""
+    at = 0
+    for piece in cut_grids(grid_thw.tolist(), limit):
+        n = sum(map(math.prod, piece))
+        yield (patches[at : at + n],), {"grid_thw": grid_thw.new_tensor(piece), **others}
+        at += n
+
+
+def cut_frames(limit: int, pixel_values: Tensor, *, patch_size: int, **others: Any) -> Iterator[Call]:
+    """The calls of a tower that takes frames [n, 3, H, W]; what has a row for each frame is cut as they are."""
+    n, _, height, width = pixel_values.shape
+    size = frames_in_piece(height // patch_size, width // patch_size, limit)
+    for at in range(0, n, size):
+        own = {
+            key: value[at : at + size] if isinstance(value, Tensor) and len(value) == n else value
+            for key, value in others.items()
+        }
+        yield (pixel_values[at : at + size],), own
+
+
+def frames_in_piece(height: int, width: int, limit: int) -> int:
+    """Frames of height x width patches in a piece."""
+    return max(1, limit // (height * width))
+
+
+class InPieces:
+    """A tower's forward over the pieces of its input; over the whole of it where activations are kept anyway.
+
+    Args:
+        cut: limit of patches, the tower's arguments -> the calls of its pieces.
+
+    Attributes:
+        passes: make at least as many, to no effect: ranks meet in collectives inside the tower.
+    """
+
+    def __init__(self, tower: nn.Module, cut: Callable[..., Iterator[Call]]):
+        self._tower, self._forward, self._cut = tower, tower.forward, cut
+        self.passes = 1
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled() and not self._recomputes:
+            return self._forward(*arguments, **named)
+        calls = list(self._cut(PATCHES_AT_A_TIME, *arguments, **named))
+        own = len(calls)
+        calls += calls[-1:] * (self.passes - own)
+        if len(calls) == 1:
+            return self._forward(*arguments, **named)
+        outputs = [checkpoint(self._forward, *args, use_reentrant=False, **keys) for args, keys in calls]
+        return _joined(outputs, own)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether transformers' activation checkpointing is on."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._tower.modules())
+
+
+def _joined(values: Sequence[Any], own: int) -> Any:
+    """The outputs of all calls as one; those after the first `own` only take part in the backward."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        nothing = sum((value.sum() * 0.0 for value in values[own:]), torch.zeros((), device=first.device))
+        return torch.cat(list(values[:own])) + nothing.to(first.dtype)
+    if isinstance(first, dict):  # transformers' outputs are dictionaries
+        return type(first)(**{key: _joined([value[key] for value in values], own) for key in first})
+    if isinstance(first, list | tuple):
+        return type(first)(_joined(items, own) for items in zip(*values, strict=True))
+    return first

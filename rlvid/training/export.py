@@ -1,0 +1,110 @@
+"""Writes a model's parameters as a Hugging Face checkpoint, a tensor at a time: no process holds the whole model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlvid.files import sync_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE_BYTES = 4 * 2**30
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"  # transformers' names
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # those of safetensors
+
+
+class Described(NamedTuple):
+    """A parameter of the network, as a whole."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightFiles:
+    """The weights of `network` in `folder`, under the names of its checkpoint.
+
+    A file of safetensors is a JSON header with the place of every tensor, then their bytes. `safetensors` itself writes
+    a file from tensors that are all there.
+
+    Args:
+        described: what is written, in the order in which it comes.
+    """
+
+    def __init__(
+        self, folder: Path, network: PreTrainedModel, described: Sequence[Described], file_bytes: int = FILE_BYTES
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._network = folder, network
+        files: list[list[Described]] = []
+        room = 0
+        for one in described:
+            if one.nbytes > room or not files:
+                files.append([])
+                room = file_bytes
+            files[-1].append(one)
+            room -= one.nbytes
+        n = len(files)
+        names = [SINGLE_FILE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+        self._files = list(zip(names, files, strict=True))
+        self._first = {tensors[0].name: (name, tensors) for name, tensors in self._files}
+        self._open: BinaryIO | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        if name in self._first:
+            self._begin(*self._first[name])
+        assert self._open is not None
+        self._open.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self, checkpoint: Path) -> None:
+        """Write the index and the configuration, and copy what else is in `checkpoint` (tokenizer, processor)."""
+        if self._open is not None:
+            self._open.close()
+        if len(self._files) > 1:
+            index = {self._saved_name(one): name for name, tensors in self._files for one in tensors}
+            total = sum(one.nbytes for _, tensors in self._files for one in tensors)
+            content = {"metadata": {"total_size": total}, "weight_map": index}
+            (self._folder / INDEX_FILE).write_text(json.dumps(content, indent=1))
+        config = self._network.config
+        config.dtype = str(self._network.dtype).removeprefix("torch.")
+        config.architectures = [type(self._network).__name__]
+        config.save_pretrained(self._folder)
+        for file in checkpoint.iterdir():
+            if file.is_file() and not (self._folder / file.name).exists() and "safetensors" not in file.name:
+                shutil.copyfile(file, self._folder / file.name)
+        sync_folder(self._folder)
+
+    def _begin(self, file: str, tensors: Sequence[Described]) -> None:
+        if self._open is not None:
+            self._open.close()
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for one in tensors:
+            place = {"dtype": DTYPES[one.dtype], "shape": one.shape, "data_offsets": (at, at + one.nbytes)}
+            header[self._saved_name(one)] = place
+            at += one.nbytes
+        content = json.dumps(header).encode()
+        content += b" " * (-len(content) % 8)  # the tensors begin at a multiple of 8
+        self._open = (self._folder / file).open("wb")
+        self._open.write(len(content).to_bytes(8, "little") + content)
+
+    def _saved_name(self, one: Described) -> str:
+        """The name in the checkpoint, which may differ from the network's."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        (name,) = revert_weight_conversion(self._network, {one.name: torch.empty(one.shape, device="meta")})
+        return str(name)
