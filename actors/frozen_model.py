@@ -1,6 +1,7 @@
-"""Models whose weights do not change, each in an actor of its own: the reference and reward models.
+"""Models whose weights do not change: the reference, in ranks of its own, and reward models, each in an actor.
 
-The reference is a copy of the policy. A reward model (`rewards: [{kind: model}]`) is of kind Bradley-Terry:
+The reference is the policy at one moment: it is loaded from a checkpoint folder, so its weights do not travel through
+the object store. A reward model (`rewards: [{kind: model}]`) is of kind Bradley-Terry:
 VideoScore's kinds judge generated videos against their prompts, and a policy that answers in text makes no video.
 """
 
@@ -11,60 +12,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.actor_process import enter_process
-from actors.generator import SentWeights
 from actors.placement import Placement, Slot
-from actors.trainer import GroupRef, fetch
+from actors.ranks import GroupRef, LogProbs, Rank, RankGroup, fetch
 from rlvid.config import JobConfig
 from rlvid.rewards.part import Group, NoReward, Values
 
 
-class Reference:
-    """Log-probs of responses under the policy's weights of one moment."""
+class ReferenceRank(Rank):
+    """One rank of the reference; `start` meets the others, `load` has a model to load."""
 
-    def __init__(self, log_file: Path, threads: int | None):
-        enter_process(log_file, threads)
-
-    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool) -> None:
+    def load(self, folder: Path) -> None:
         from rlvid.models.families import load_family
-        from rlvid.models.loading import load_model
-        from rlvid.training.packing import PackedPolicy
+        from rlvid.training.frozen import FrozenPolicy
 
-        network = load_model(folder, cfg.model.dtype)
-        self._policy = PackedPolicy(network, load_family(folder)).eval()
-        self._policy.to("cuda" if on_gpu else "cpu")
-        self._budget = cfg.train.micro_batch_tokens
+        self._policy = FrozenPolicy(folder, load_family(folder), self._cfg.model, self._cfg.train)
 
-    def load_weights(self, sent: SentWeights) -> None:
-        """Take the policy's present weights (the end of the warm start)."""
-        self._copy(pair for bucket in ray.get([ref for ref, _ in sent]) for pair in bucket.tensors())
+    def logprobs(self, groups: Sequence[GroupRef]) -> LogProbs:
+        return self._policy.logprobs(fetch(groups))
 
-    def save(self, file: Path) -> None:
-        from safetensors.torch import save_file
 
-        save_file({name: p.detach().contiguous() for name, p in self._policy.network.named_parameters()}, file)
+class ReferenceGroup(RankGroup):
+    """All ranks of the reference: as many as the trainer has, sharded as it is (ZeRO-3)."""
 
-    def load(self, file: Path) -> None:
-        from safetensors.torch import load_file
+    def __init__(self, folder: Path, cfg: JobConfig, slots: Sequence[Slot], placement: Placement, logs: Path):
+        super().__init__(ReferenceRank, folder, cfg, slots, placement, logs)
 
-        self._copy(load_file(file).items())
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint folder, in the background: what is asked next waits for it."""
+        self._loaded = self._begin("load", [(folder,)] * len(self._ranks))
 
-    def logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        """One array [sum R] per group."""
-        from rlvid.training.micro_batches import score
+    def begin_logprobs(self, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
+        """Log-probs, one array [sum R] per group, in the order given. The function that is returned waits for them."""
+        wait = self._begin_scoring("logprobs", groups)
 
-        return score(self._policy, fetch(groups), self._budget)
+        def collect() -> LogProbs:
+            self._loaded()  # raises what loading raised
+            return wait()
 
-    def _copy(self, tensors: Any) -> None:
-        parameters = dict(self._policy.network.named_parameters())
-        for name, tensor in tensors:
-            parameters[name].data.copy_(tensor)
+        return collect
 
 
 class RewardModel:
@@ -94,8 +84,8 @@ class RewardModel:
         return values
 
 
-def start_frozen(
-    model: type[Reference | RewardModel], folder: Path, cfg: JobConfig, slot: Slot, placement: Placement, logs: Path
+def start_reward_model(
+    folder: Path, cfg: JobConfig, slot: Slot, placement: Placement, logs: Path
 ) -> tuple[ActorHandle[Any], Callable[[], object]]:
     """Start the actor in the background.
 
@@ -103,7 +93,9 @@ def start_frozen(
         Its handle, and a function that waits until it is ready and raises what it raised.
     """
     actor = (
-        ray.remote(model).options(**placement.options(slot)).remote(logs / f"{slot.name}.log", cfg.placement.threads)
+        ray.remote(RewardModel)
+        .options(**placement.options(slot))
+        .remote(logs / f"{slot.name}.log", cfg.placement.threads)
     )
     return actor, partial(ray.get, actor.start.remote(folder.resolve(), cfg, slot.gpus > 0))
 

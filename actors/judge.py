@@ -20,7 +20,7 @@ from actors.generator_fleet import GeneratorFleet
 from actors.roles import Roles
 from rlvid.config import IsrtJobConfig, JudgeConfig
 from rlvid.errors import UserError
-from rlvid.files import RowFile
+from rlvid.files import RowFile, remembered_sha256
 from rlvid.rewards.judge_prompts import (
     Answer,
     PairVerdict,
@@ -166,13 +166,10 @@ class FleetBackend:
         keep([(p, Answer(texts[p.sample.id]) if p.sample.id in texts else unreadable) for p in prompts])
 
 
-def checkpoint_id(folder: Path) -> str:
-    """A name for the weights in `folder`, by their content."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+def checkpoint_id(folder: Path, memory: Path) -> str:
+    """A name for the weights in `folder`, by their content (`remembered_sha256`)."""
+    hashes = [remembered_sha256(path, memory.expanduser()) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -202,7 +199,7 @@ def open_judge(
         yield Judge(endpoint, clips, cache, judge.max_invalid_fraction)
         return
     if judge.backend == "policy":
-        backend = FleetBackend(f"policy {checkpoint_id(model)}", fleet, judge, seed)
+        backend = FleetBackend(f"policy {checkpoint_id(model, cfg.data.cache_dir)}", fleet, judge, seed)
         yield Judge(backend, clips, cache, judge.max_invalid_fraction)
         return
     assert judge.path is not None  # JudgeConfig checks it
@@ -212,7 +209,8 @@ def open_judge(
         try:
             roles.wait_ready()
             roles.fleet.serve_checkpoint()
-            backend = FleetBackend(f"local {checkpoint_id(judge.path)}", roles.fleet, judge, seed, own_clips)
+            name = f"local {checkpoint_id(judge.path, cfg.data.cache_dir)}"
+            backend = FleetBackend(name, roles.fleet, judge, seed, own_clips)
             yield Judge(backend, clips, cache, judge.max_invalid_fraction)
         finally:
             own_clips.close()

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
-from actors.trainer import GroupRef, TrainerGroup
+from actors.ranks import GroupRef
+from actors.trainer import TrainerGroup
 from rlvid.config import JobConfig, ParityConfig
 from rlvid.errors import UserError
 from rlvid.rollout.engine import Refused, Sampling

@@ -1,8 +1,8 @@
 """Where the actors go: a plan from the configuration, and Ray placement groups from the plan.
 
 Every generator replica and every trainer rank has a small placement group of its own, so that replicas come and go one
-by one (Ray's groups do not shrink). Colocated on GPUs, replica i is in the group of trainer rank i and takes half of
-its GPUs; on CPU there is nothing to share.
+by one (Ray's groups do not shrink). Colocated on GPUs, replica i and rank i of the reference are in the group of
+trainer rank i, and they share its GPU; on CPU there is nothing to share.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ class Slot:
 def plan(cfg: JobConfig, roles: tuple[str, ...]) -> list[Slot]:
     """The slots of a job's actors."""
     place = cfg.placement
-    shares = place.colocate and place.gpus > 0 and {"trainer", "generator"} <= set(roles)
-    gpus = place.gpus / 2 if shares else place.gpus
+    sharing = [role for role in ("trainer", "generator", "reference") if role in roles and place.colocate]
+    shares = place.gpus > 0 and "trainer" in sharing and len(sharing) > 1
+    gpus = place.gpus / len(sharing) if shares else place.gpus
     slots = []
     if "trainer" in roles:
         slots += [Slot("trainer", i, f"trainer-{i}", place.trainer_cpus, gpus) for i in range(place.trainer_workers)]
     if "generator" in roles:
-        slots += [generator_slot(cfg, i, shares) for i in range(cfg.rollout.replicas)]
+        slots += [generator_slot(cfg, i, gpus if shares else None) for i in range(cfg.rollout.replicas)]
     if "reference" in roles:
-        slots.append(Slot("reference", 0, "reference-0", place.reference_cpus, place.gpus))
+        group = "trainer" if shares else "reference"
+        slots += [
+            Slot("reference", i, f"{group}-{i}", place.reference_cpus, gpus) for i in range(place.trainer_workers)
+        ]
     if "reward_model" in roles:
         slots += [
             Slot("reward_model", i, f"reward_model-{i}", place.reference_cpus, place.gpus)
@@ -54,11 +58,11 @@ def plan(cfg: JobConfig, roles: tuple[str, ...]) -> list[Slot]:
     return slots
 
 
-def generator_slot(cfg: JobConfig, index: int, shares_gpu: bool) -> Slot:
-    """Replica `index`: in the group of trainer rank `index` where they share a GPU, else in a group of its own."""
+def generator_slot(cfg: JobConfig, index: int, share: float | None) -> Slot:
+    """Replica `index`: in the group of trainer rank `index` with a `share` of its GPU, else in a group of its own."""
     place = cfg.placement
-    beside_trainer = shares_gpu and index < place.trainer_workers
-    gpus = place.gpus / 2 if beside_trainer else place.gpus * cfg.rollout.tensor_parallel
+    beside_trainer = share is not None and index < place.trainer_workers
+    gpus = share if share is not None and beside_trainer else place.gpus * cfg.rollout.tensor_parallel
     return Slot(
         "generator", index, f"trainer-{index}" if beside_trainer else f"generator-{index}", place.generator_cpus, gpus
     )

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import ray
 
-from actors.frozen_model import Reference, RewardModel, ask_reward_model, start_frozen
+from actors.frozen_model import ReferenceGroup, ask_reward_model, start_reward_model
 from actors.generator_fleet import GeneratorFleet
 from actors.placement import Placement, plan
+from actors.ranks import GroupRef, LogProbs
 from actors.rewards import Rewards
-from actors.trainer import GroupRef, TrainerGroup
+from actors.trainer import TrainerGroup
 from rlvid.config import JobConfig
+from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.rewards.rules import make_parts
 
@@ -51,7 +52,8 @@ class Roles:
         self._trainer: TrainerGroup | None = None
         self._fleet: GeneratorFleet | None = None
         self._rewards: Rewards | None = None
-        self._reference: Any = None
+        self._reference: ReferenceGroup | None = None
+        self._model = model
         self._ready: list[Callable[[], object]] = []
         with ExitStack() as stack:
             placement = Placement(slots, cfg)
@@ -67,7 +69,7 @@ class Roles:
                 self._ready.append(self._fleet.wait_ready)
                 models = {}
                 for part, slot in zip(cfg.reward_models, by_role.get("reward_model", ()), strict=True):
-                    scorer, wait = start_frozen(RewardModel, part.path, cfg, slot, placement, logs)
+                    scorer, wait = start_reward_model(part.path, cfg, slot, placement, logs)
                     stack.callback(ray.kill, scorer)
                     self._ready.append(wait)
                     models[part.label] = partial(ask_reward_model, scorer, cfg.deadlines.model_s)
@@ -77,10 +79,10 @@ class Roles:
                     parts, place.reward_workers, place.reward_cpus, opening, models, cfg.deadlines.reward_s
                 )
                 stack.callback(self._rewards.stop)
-            for slot in by_role.get("reference", ()):
-                self._reference, wait = start_frozen(Reference, model, cfg, slot, placement, logs)
-                stack.callback(ray.kill, self._reference)
-                self._ready.append(wait)
+            if "reference" in roles:
+                self._reference = ReferenceGroup(model, cfg, by_role["reference"], placement, logs)
+                stack.callback(self._reference.stop)
+                self._ready.append(self._reference.wait_ready)
             self._stack = stack.pop_all()
 
     @property
@@ -99,22 +101,42 @@ class Roles:
         for wait in self._ready:
             wait()
 
-    def reference_logprobs(self, groups: Sequence[GroupRef]) -> list[npt.NDArray[np.float32]]:
-        """Log-probs under the reference, one array [sum R] per group. With adapters the trainer is the reference."""
-        if self._reference is None:
-            return self.trainer.reference_logprobs(groups)
-        return list(ray.get(self._reference.logprobs.remote(groups)))
+    def begin_reference_logprobs(self, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
+        """Log-probs under the reference, one array [sum R] per group. With adapters the trainer is the reference.
 
-    def freeze_reference(self, file: Path, is_resumed: bool) -> None:
-        """The reference takes the policy's present weights and keeps them in `file`, where a resumed run reads them."""
-        file = file.resolve()
+        Returns:
+            A function that waits for them.
+        """
         if self._reference is None:
-            (self.trainer.load_reference if is_resumed else self.trainer.freeze_reference)(file)
-        elif is_resumed:
-            ray.get(self._reference.load.remote(file))
-        else:
-            ray.get(self._reference.load_weights.remote(list(self.trainer.put_weights(is_checked=False))))
-            ray.get(self._reference.save.remote(file))
+            return self.trainer.begin_reference_logprobs(groups)
+        return self._reference.begin_logprobs(groups)
+
+    def freeze_reference(self, folder: Path, is_resumed: bool) -> None:
+        """The reference takes the policy's present weights and keeps them in `folder`, where a resumed run reads them.
+
+        A policy that has not moved is the checkpoint that the run starts from: a link to it is enough.
+
+        Raises:
+            UserError: the run is resumed, and its reference is gone.
+        """
+        folder = folder.absolute()  # not resolved: it may be a link
+        if self._reference is None:
+            folder.mkdir(exist_ok=True)
+            take = self.trainer.load_reference if is_resumed else self.trainer.freeze_reference
+            take(folder / "adapters.safetensors")
+            return
+        if not is_resumed:
+            part = folder.with_name(f"{folder.name}.part")
+            for leftover in (part, folder):  # of a run that was killed before its first checkpoint
+                leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
+            if self.trainer.updates:
+                self.trainer.export(part)
+                part.rename(folder)
+            else:
+                folder.symlink_to(self._model)
+        if not folder.exists():
+            raise UserError(f"{folder} is gone, the reference model of this run: start a new one, with another run.dir")
+        self._reference.load(folder)
 
     def __enter__(self) -> Self:
         return self

@@ -218,17 +218,14 @@ class Preferred(Supervised):
     def _reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[LogProbs]:
         if self._is_own_reference:
             return self.worker.learner.reference_logprobs(groups)
-        from rlvid.training.micro_batches import score
-
-        return score(self._load_frozen(), groups, self.worker.cfg.train.micro_batch_tokens)
+        return list(self._load_frozen().logprobs(groups))
 
     def _load_frozen(self) -> Any:
-        from rlvid.models.loading import load_model
-        from rlvid.training.packing import PackedPolicy
+        from rlvid.training.frozen import FrozenPolicy
 
         if self._frozen is None:
-            network = load_model(self.reference, self.worker.cfg.model.dtype)
-            self._frozen = PackedPolicy(network, self.worker.family).eval().to(self.worker.learner.device)
+            cfg = self.worker.cfg
+            self._frozen = FrozenPolicy(self.reference, self.worker.family, cfg.model, cfg.train)
         return self._frozen
 
     def _precompute(self, file: Path) -> None:

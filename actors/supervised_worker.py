@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +28,8 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.encoding import Source
 from rlvid.data.ray_stream import open_prompt, prompt_stream
 from rlvid.errors import UserError
-from rlvid.reporting.checkpoints import STATE_FILE
+from rlvid.files import replace_folder
+from rlvid.reporting.checkpoints import STATE_FILE, Unfinished, exports_after
 from rlvid.types import Prompt
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class Worker:
 
         self.family = load_family(plan.model)
         self.learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, self.task.head)
+        self._unfinished: Unfinished | None = None
         self._kept: list[list[Group[Prompt]]] = []  # the held-out groups, if they are small enough
 
     def work(self) -> None:
@@ -148,10 +149,16 @@ class Worker:
             metrics = self._train(step, itertools.islice(rows, len(list(share))))
             done = step + 1
             is_stopping = self._agree(self.report("step", {"step": done, **metrics}))
-            if done % self.cfg.run.checkpoint_every == 0 or done == self.cfg.train.steps or is_stopping:
-                self._checkpoint(done)
-            if is_stopping and done < self.cfg.train.steps:
+            is_last = done == self.cfg.train.steps
+            self._end_checkpoint(is_waiting=False)
+            if done % self.cfg.run.checkpoint_every == 0 or is_last or is_stopping:
+                self._begin_checkpoint(done)
+                if is_last or is_stopping or not self.cfg.run.checkpoint_in_background:
+                    self._end_checkpoint()
+            if is_stopping and not is_last:
                 return
+            if not is_last and exports_after(done, self.cfg.run):
+                self._export()
             self._evaluate(done)
         self._export()
 
@@ -274,10 +281,11 @@ class Worker:
     def _agree(self, is_stopping: bool) -> bool:
         return bool(self.sum(is_stopping)[0])
 
-    def _checkpoint(self, step: int) -> None:
+    def _begin_checkpoint(self, step: int) -> None:
         """All ranks write into one folder; rank 0 opens and closes it."""
         import torch.distributed as dist
 
+        self._end_checkpoint()
         state = self._settled_state() if self.rank == 0 else {}
         with ExitStack() as stack:
             folder = [""]
@@ -285,12 +293,26 @@ class Worker:
                 writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
                 folder = [str(stack.enter_context(writing))]
             dist.broadcast_object_list(folder, src=0)
-            self.learner.save(Path(folder[0]))
-            dist.barrier()
+            self.learner.begin_save(Path(folder[0]))
+            state = {**state, "trainer_workers": self.world}
+            self._unfinished = Unfinished(step, Path(folder[0]), state, stack.pop_all())
+
+    def _end_checkpoint(self, is_waiting: bool = True) -> None:
+        """Complete the checkpoint that is being written, if there is one.
+
+        Args:
+            is_waiting: off, only if all of it is on the disk.
+        """
+        unfinished = self._unfinished
+        if unfinished is None or (not is_waiting and self.sum(not self.learner.is_saved)[0]):
+            return
+        self._unfinished = None
+        with unfinished.files:
+            self.learner.end_save()
             if self.rank == 0:
-                (Path(folder[0]) / STATE_FILE).write_text(json.dumps({**state, "trainer_workers": self.world}))
-        dist.barrier()
-        self.report("checkpoint", step)
+                (unfinished.folder / STATE_FILE).write_text(json.dumps(unfinished.state))
+        self.sum(0)  # no rank goes on before the checkpoint is complete
+        self.report("checkpoint", unfinished.step)
 
     def _settled_state(self) -> Mapping[str, Any]:
         """The job's state once the driver has handled the events so far: a run that is killed after the checkpoint
@@ -307,5 +329,4 @@ class Worker:
         self.learner.export(part, self.plan.model)
         if self.rank == 0:
             self.task.save(part)
-            shutil.rmtree(self.plan.out, ignore_errors=True)  # of a run that was killed before its metrics were written
-            part.rename(self.plan.out)
+            replace_folder(part, self.plan.out)

@@ -6,14 +6,16 @@ DeepSeekMath, arXiv 2402.03300; without the standard deviation: Dr. GRPO, arXiv 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actors.parity_check import check_parity
+from actors.ranks import GroupRef, LogProbs
 from actors.roles import Roles
+from actors.trainer import TrainerGroup
 from jobs.cli import job_main
 from jobs.evaluate import evaluate
 from jobs.inputs import Inputs, distinct, open_job
@@ -26,7 +28,14 @@ from rlvid.errors import UserError
 from rlvid.reporting import rollout_tables
 from rlvid.rollout.engine import Sampling
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import advantages_of, make_minibatch, rollout_rows, sampled_groups, summarize
+from rlvid.training.grpo_batch import (
+    advantages_of,
+    make_minibatch,
+    rollout_rows,
+    sampled_groups,
+    summarize,
+    with_advantages,
+)
 from rlvid.training.objectives import Grpo
 from rlvid.types import Encoded, Reward, Rollout
 
@@ -61,12 +70,14 @@ def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int
             continue
         with run.stage("rollout"):
             prompts, groups = inputs.clips.answered(prompts, roles.fleet.generate(prompts, sampling))
+        batch = sampled_groups(prompts, groups, cfg.rollout.temperature)
+        reference = roles.begin_reference_logprobs(batch) if cfg.grpo.kl_coef else None  # while rewards are computed
         with run.stage("reward"):
             rewards = roles.rewards([p.sample for p in prompts], groups)
             require_valid(rewards)
             advantages = advantages_of(rewards, cfg.grpo)
         with run.stage("train"):
-            stats = optimize(cfg, roles, step, prompts, groups, advantages)
+            stats = optimize(cfg, roles.trainer, step, with_advantages(batch, advantages), reference)
         with run.stage("sync"):
             roles.fleet.sync(roles.trainer, done)
         seconds = time.monotonic() - begin
@@ -95,7 +106,7 @@ def begin_training(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, s
         warm_start(run, inputs, roles.trainer, cfg.warm_start)
     roles.wait_ready()
     if cfg.grpo.kl_coef:
-        roles.freeze_reference(run.folder.dir / "reference.safetensors", is_resumed)
+        roles.freeze_reference(run.folder.dir / "reference", is_resumed)
     roles.fleet.sync(roles.trainer, start)
     run.console.message(str(check_parity(roles.fleet, roles.trainer, inputs.clips, distinct(inputs.train, 16), cfg)))
     if not is_resumed:
@@ -121,32 +132,33 @@ def log_rollouts(
 
 def optimize(
     cfg: GrpoJobConfig,
-    roles: Roles,
+    trainer: TrainerGroup,
     step: int,
-    prompts: Sequence[Encoded],
-    groups: Sequence[Sequence[Rollout]],
-    advantages: npt.NDArray[np.float32],
+    batch: Sequence[GroupRef],
+    reference: Callable[[], LogProbs] | None = None,
 ) -> dict[str, float]:
-    """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; return their mean metrics."""
+    """`grpo.epochs` passes over the batch, each in `grpo.minibatches` optimizer steps; return their mean metrics.
+
+    Args:
+        reference: waits for the log-probs under the reference, where there is a KL term.
+    """
     lr = cfg.train.lr * lr_multiplier(step, cfg.train.steps, cfg.train.warmup_steps, cfg.train.schedule)
     updates = cfg.grpo.epochs * cfg.grpo.minibatches
     by_trainer = cfg.grpo.old_logprobs == "trainer"
-    batch = sampled_groups(prompts, groups, advantages, cfg.rollout.temperature)
     gap = None
     if by_trainer and updates > 1:  # with a single update, its own forward gives the old log-probs
-        old = roles.trainer.logprobs(batch)
+        old = trainer.logprobs(batch)
         gap = gap_to(batch, old)
         batch = [group.with_tokens(old_logprobs=own) for group, own in zip(batch, old, strict=True)]
-    if cfg.grpo.kl_coef > 0:
-        reference = roles.reference_logprobs(batch)
-        batch = [group.with_tokens(ref_logprobs=own) for group, own in zip(batch, reference, strict=True)]
+    if reference is not None:
+        batch = [group.with_tokens(ref_logprobs=own) for group, own in zip(batch, reference(), strict=True)]
     objective = Grpo(cfg.grpo, is_first=by_trainer and updates == 1)
     all_stats: list[dict[str, float]] = []
     most = len(batch) // cfg.placement.trainer_workers  # with bad clips there may be fewer prompts than mini-batches
     for _ in range(cfg.grpo.epochs):
         for part in np.array_split(np.arange(len(batch)), min(cfg.grpo.minibatches, most)):
             minibatch = make_minibatch([batch[i] for i in part], cfg.grpo, keep=cfg.placement.trainer_workers)
-            all_stats.append(roles.trainer.step(minibatch, objective, lr))
+            all_stats.append(trainer.step(minibatch, objective, lr))
     mean = {name: float(np.mean([s[name] for s in all_stats])) for name in all_stats[0]}
     metrics = {
         "train/loss": mean["loss"],

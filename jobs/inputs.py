@@ -18,6 +18,7 @@ from rlvid.data.manifest import count_media, load_manifest
 from rlvid.data.order import Strata, batch_indices
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
+from rlvid.files import remembered_sha256
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.rewards.part import check_samples
@@ -256,7 +257,8 @@ class Inputs:
             self.family.check_media(sample)
         weights = sorted(self.model.glob("*.safetensors"))
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
-        run.folder.record(model={p.name: _sha256(p) for p in weights}, prompt_templates={"chat": template})
+        hashes = {p.name: remembered_sha256(p, self.cfg.data.cache_dir.expanduser()) for p in weights}
+        run.folder.record(model=hashes, prompt_templates={"chat": template})
 
     def _set_aside(self, what: str, reason: str) -> None:
         self._run.folder.append_bad_clip(BadClip(what, reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -18,7 +19,8 @@ import ray
 from actors.actor_process import start_ray
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
-from rlvid.reporting.checkpoints import STATE_FILE, Checkpoint, Checkpoints
+from rlvid.files import replace_folder
+from rlvid.reporting.checkpoints import STATE_FILE, Checkpoint, Checkpoints, Unfinished, exports_after
 from rlvid.reporting.console import Console
 from rlvid.reporting.report.page import write_report
 from rlvid.reporting.run_folder import RunFolder
@@ -60,6 +62,7 @@ class Run:
         self._times: dict[str, float] = defaultdict(float)
         self._started_s = time.monotonic()
         self._saved_step = -1
+        self._unfinished: Unfinished | None = None
         self._tracker: Tracker | None = None
         self._stage = ""
         self._logged: tuple[int, dict[str, Any]] | None = None  # the last step done, and the parts' state after it
@@ -161,15 +164,31 @@ class Run:
 
     def checkpoint(self, step: int, trainer: TrainerGroup) -> None:
         """Write weights, optimizer and the job's state, whole or not at all."""
-        self._checkpoint(step, trainer, self.state_of_parts())
+        self._begin_checkpoint(step, trainer, self.state_of_parts())
+        self._end_checkpoint(trainer)
 
-    def _checkpoint(self, step: int, trainer: TrainerGroup, parts: Mapping[str, Any]) -> None:
+    def _begin_checkpoint(self, step: int, trainer: TrainerGroup, parts: Mapping[str, Any]) -> None:
+        self._end_checkpoint(trainer)
         state = {**self.state, **parts, "trainer_workers": self.cfg.placement.trainer_workers}
-        writing = self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
-        with self.stage("checkpoint"), writing as folder:
-            trainer.save(folder.resolve())
-            (folder / STATE_FILE).write_text(json.dumps(state))
-        self._saved_step = step
+        with self.stage("checkpoint"), ExitStack() as stack:
+            folder = stack.enter_context(self.folder.checkpoints.writing(step, self.cfg.run.keep_checkpoints))
+            trainer.begin_save(folder.resolve())
+            self._unfinished = Unfinished(step, folder, state, stack.pop_all())
+
+    def _end_checkpoint(self, trainer: TrainerGroup, is_waiting: bool = True) -> None:
+        """Complete the checkpoint that is being written, if there is one.
+
+        Args:
+            is_waiting: off, only if all of it is on the disk.
+        """
+        unfinished = self._unfinished
+        if unfinished is None or not (is_waiting or trainer.is_saved()):
+            return
+        self._unfinished = None
+        with self.stage("checkpoint"), unfinished.files:  # an error inside removes them
+            trainer.end_save()
+            (unfinished.folder / STATE_FILE).write_text(json.dumps(unfinished.state))
+        self._saved_step = unfinished.step
         self.report()
 
     def report(self) -> None:
@@ -181,11 +200,20 @@ class Run:
         return {key: value for part in self._parts for key, value in part.state().items()}
 
     def checkpoint_if_due(self, step: int, trainer: TrainerGroup) -> None:
-        if step % self.cfg.run.checkpoint_every == 0 or self.interrupted:
-            self.checkpoint(step, trainer)
+        """Write a checkpoint after this step if it is due, in the background; complete an earlier one."""
+        self._end_checkpoint(trainer, is_waiting=False)
+        if step % self.cfg.run.checkpoint_every and not self.interrupted:
+            return
+        self._begin_checkpoint(step, trainer, self.state_of_parts())
+        if self.interrupted or not self.cfg.run.checkpoint_in_background:
+            self._end_checkpoint(trainer)
+        if not self.interrupted and step < self.cfg.train.steps and exports_after(step, self.cfg.run):
+            with self.stage("export"):
+                self._export(trainer)
 
     def checkpoint_last(self, trainer: TrainerGroup) -> None:
         """The checkpoint of the last step, unless it exists. Comes before what may still fail, the evaluation."""
+        self._end_checkpoint(trainer)
         if self._saved_step != self.cfg.train.steps:
             self.checkpoint(self.cfg.train.steps, trainer)
 
@@ -197,9 +225,15 @@ class Run:
             yield
         except UserError:
             if self._stage not in ("train", "checkpoint") and self._logged and self._logged[0] > self._saved_step >= 0:
-                self._checkpoint(self._logged[0], trainer, self._logged[1])
+                self._begin_checkpoint(self._logged[0], trainer, self._logged[1])
+                self._end_checkpoint(trainer)
                 self.console.message(f"saved a checkpoint after step {self._logged[0]}")
             raise
+        finally:
+            try:
+                self._end_checkpoint(trainer)
+            except Exception as e:
+                self.console.message(f"the last checkpoint was not completed: {e}")
 
     def finish(self, trainer: TrainerGroup, result: Mapping[str, Any]) -> dict[str, Any]:
         """Export the policy; after Ctrl-C, end here.
@@ -208,8 +242,16 @@ class Run:
             The job's result.
         """
         self.end_if_interrupted()
-        trainer.export((self.folder.dir / "policy").resolve())
+        self._export(trainer)
         return {**result, "steps": self.cfg.train.steps, **self.ending()}
+
+    def _export(self, trainer: TrainerGroup) -> None:
+        """Write `policy/`, and replace an earlier one once it is whole."""
+        policy = (self.folder.dir / "policy").resolve()
+        part = policy.with_name("policy.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        trainer.export(part)
+        replace_folder(part, policy)
 
     def ending(self) -> dict[str, Any]:
         """What every job's result ends with."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.trainer import GroupRef, TrainerGroup
+from actors.ranks import GroupRef
+from actors.trainer import TrainerGroup
 from jobs.inputs import Inputs
 from jobs.run import Run
 from rlvid.algorithms.schedule import lr_multiplier

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlvid.files import naming_write_errors
+from rlvid.config import RunConfig
+from rlvid.files import naming_write_errors, sync_folder
 
 STATE_FILE = "job.json"  # in a checkpoint: the state of the job
 _COMPLETE = re.compile(r"step_(\d+)")
@@ -22,6 +24,22 @@ _COMPLETE = re.compile(r"step_(\d+)")
 class Checkpoint(NamedTuple):
     step: int
     path: Path
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint that is being written."""
+
+    step: int
+    folder: Path
+    state: Mapping[str, Any]  # of the job
+    files: ExitStack  # its end makes the folder a checkpoint
+
+
+def exports_after(step: int, cfg: RunConfig) -> bool:
+    """Whether the policy is exported with the checkpoint of this step."""
+    number, rest = divmod(step, cfg.checkpoint_every)
+    return cfg.export_every is not None and rest == 0 and number % cfg.export_every == 0
 
 
 class Checkpoints:
@@ -59,6 +77,7 @@ class Checkpoints:
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
+            sync_folder(unfinished)
             if final.exists():  # a folder cannot be renamed over one with files in it
                 final.rename(replaced)
             unfinished.rename(final)

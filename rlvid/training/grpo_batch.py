@@ -35,16 +35,20 @@ def sampled_group(prompt: Encoded, rollouts: Sequence[Rollout], temperature: flo
     return Group(prompt.prompt, prompt.cost, ids, temperature=temperature)
 
 
-def sampled_groups(
-    prompts: Sequence[Encoded], rollouts: Rollouts, advantages: npt.NDArray[np.float32], temperature: float
-) -> list[Group[Any]]:
-    """The groups of a step, with their advantages [n, G] and the log-probs at which the engine sampled them."""
-    groups = []
-    for prompt, own, of_group in zip(prompts, rollouts, advantages, strict=True):
-        repeated = np.repeat(of_group, [len(r.token_ids) for r in own]).astype(np.float32)
-        old = np.concatenate([r.logprobs for r in own])
-        groups.append(sampled_group(prompt, own, temperature).with_tokens(advantages=repeated, old_logprobs=old))
-    return groups
+def sampled_groups(prompts: Sequence[Encoded], rollouts: Rollouts, temperature: float) -> list[Group[Any]]:
+    """The groups of a step, with the log-probs at which the engine sampled them."""
+    return [
+        sampled_group(prompt, own, temperature).with_tokens(old_logprobs=np.concatenate([r.logprobs for r in own]))
+        for prompt, own in zip(prompts, rollouts, strict=True)
+    ]
+
+
+def with_advantages(groups: Sequence[Group[Any]], advantages: npt.NDArray[np.float32]) -> list[Group[Any]]:
+    """The groups with the advantages [n, G] of their responses, for each token."""
+    return [
+        group.with_tokens(advantages=np.repeat(own, [len(ids) for ids in group.responses]).astype(np.float32))
+        for group, own in zip(groups, advantages, strict=True)
+    ]
 
 
 def make_minibatch(groups: Sequence[Group[Any]], cfg: GrpoConfig, keep: int = 1) -> list[Group[Any]]:

@@ -93,17 +93,18 @@ def test_reference_has_the_policys_logprobs_until_the_policy_moves(stage: Stage,
         for p, g in zip(stage.prompts, team.fleet.generate(stage.prompts, Sampling(2, 1.0, 8)), strict=True)
     ]
     before = np.concatenate(team.trainer.logprobs(groups))
-    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), before, atol=1e-5)
+    team.freeze_reference(tmp_path / "first", is_resumed=False)
+    assert np.allclose(np.concatenate(team.begin_reference_logprobs(groups)()), before, atol=1e-5)
     weighted = [g.with_tokens(weights=np.full(g.n_tokens, 0.01, np.float32)) for g in groups]
     team.trainer.step(weighted, Supervised(), lr=1e-3)
     after = np.concatenate(team.trainer.logprobs(groups))
     assert np.abs(after - before).max() > 1e-3
-    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), before, atol=1e-5)
-    team.freeze_reference(tmp_path / "reference.safetensors", is_resumed=False)
-    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), after, atol=1e-5)
+    assert np.allclose(np.concatenate(team.begin_reference_logprobs(groups)()), before, atol=1e-5)
+    team.freeze_reference(tmp_path / "reference", is_resumed=False)
+    assert np.allclose(np.concatenate(team.begin_reference_logprobs(groups)()), after, atol=1e-5)
     team.trainer.step(weighted, Supervised(), lr=1e-3)
-    team.freeze_reference(tmp_path / "reference.safetensors", is_resumed=True)  # the file still holds the frozen ones
-    assert np.allclose(np.concatenate(team.reference_logprobs(groups)), after, atol=1e-5)
+    team.freeze_reference(tmp_path / "reference", is_resumed=True)  # the folder still holds the frozen ones
+    assert np.allclose(np.concatenate(team.begin_reference_logprobs(groups)()), after, atol=1e-5)
 
 
 def test_a_corrupted_bucket_is_refused(stage: Stage) -> None:

@@ -1,10 +1,24 @@
 from __future__ import annotations
 
-import numpy as np
-import pytest
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from actors.parity_check import Observation, verdict
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from actors.parity_check import N_RESPONSES, N_TOKENS, Observation, verdict
 from rlvid.config import ParityConfig
+from rlvid.models.families import load_family
+from rlvid.models.loading import load_model
+from rlvid.training.packing import PackedPolicy, pack
+from rlvid.types import Prompt
+from tests.prompts import group_of, prompt_of
+from tests.training.test_packing import separate_sequences
+
+Patches = npt.NDArray[np.uint8]
 
 
 def seen(
@@ -65,3 +79,46 @@ def test_each_blind_side_is_named() -> None:
         " the engine does not see the video",
         " the trainer does not see the video",
     ]
+
+
+def as_it_is(patches: Patches, frames: int) -> Patches:
+    return patches
+
+
+def dropped(patches: Patches, frames: int) -> Patches:
+    return np.zeros_like(patches)
+
+
+def shuffled(patches: Patches, frames: int) -> Patches:
+    order = np.random.default_rng(1).permutation(frames)
+    return patches.reshape(frames, -1, patches.shape[1])[order].reshape(patches.shape)
+
+
+def normalised_twice(patches: Patches, frames: int) -> Patches:
+    """What is left of pixels that were normalised before, as bytes: nearly black."""
+    return ((patches / 255.0 - 0.45) / 0.27).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("seen_by_trainer", "least_mean"), [(as_it_is, 0), (dropped, 0.5), (shuffled, 0.1), (normalised_twice, 0.5)]
+)
+def test_in_bfloat16_a_wrong_video_is_far_outside_of_the_limits(
+    tiny_model: Path, seen_by_trainer: Callable[[Patches, int], Patches], least_mean: float
+) -> None:
+    """transformers' model in float32 as the engine, the trainer's in bfloat16, random weights: rounding has a mean of
+    about 0.014 and 0.033 at the quantile."""
+    family = load_family(tiny_model)
+    prompt: Prompt = prompt_of(family, (16, 56, 56))
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(20, 200, N_TOKENS).astype(np.int32) for _ in range(N_RESPONSES)]
+    _, engine = separate_sequences(tiny_model, [group_of(prompt, *ids, temperature=1.0)], temperature=1.0)
+    given = replace(prompt, patches=seen_by_trainer(prompt.patches, int(prompt.grid_thw[0, 0])))
+    with torch.no_grad():
+        policy = PackedPolicy(load_model(tiny_model, "bfloat16"), family)
+        trainer = policy(pack([group_of(given, *ids, temperature=1.0)]))[0]
+    o = Observation("s", engine.detach().numpy(), trainer.float().numpy(), 1.0, 1.0)
+    mean, at_quantile = o.gaps(0.95)
+    if least_mean:
+        assert problems_of(o, "bfloat16") and mean > least_mean and at_quantile > 0.3
+    else:
+        assert not problems_of(o, "bfloat16") and mean < 0.03 and at_quantile < 0.1

@@ -205,7 +205,7 @@ def test_a_model_judges_itself(tmp_path: Path) -> None:
     data = (f"model.path={run}/sft", "data.synthetic=null", f"data.train={run}/data/train.jsonl")
     pairs_made(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {local}}}", "--only-data"))
     (name,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
-    assert name == f"local {checkpoint_id(run / 'sft')}"
+    assert name == f"local {checkpoint_id(run / 'sft', run)}"
     assert not (other / "iterations" / "01" / "contexts.jsonl").exists()
 
 

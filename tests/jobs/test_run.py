@@ -34,7 +34,9 @@ class Cursor:
 def test_an_error_outside_of_the_trainer_loses_no_step(tmp_path: Path, stage: str, saved: list[int]) -> None:
     """Fault 20b: a prompt that was too long for the engine cost the steps since the last checkpoint."""
     config = {"model": {"tiny": {}}, "data": {"synthetic": {}}, "run": {"dir": tmp_path / "run", "wandb": "disabled"}}
-    trainer: Any = SimpleNamespace(save=lambda folder: (folder / "weights").write_text("whole"))
+    trainer: Any = SimpleNamespace(
+        begin_save=lambda folder: (folder / "weights").write_text("whole"), is_saved=lambda: True, end_save=lambda: None
+    )
     cursor = Cursor()
     with Run(GrpoJobConfig.model_validate(config), "grpo") as run:
         run.keep(cursor)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from actors.parity_check import check_parity
-from actors.trainer import GroupRef
+from actors.ranks import GroupRef
 from rlvid.config import GrpoJobConfig, RolloutConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily

@@ -1,0 +1,146 @@
+"""Ranks: actors that share the work of one model and meet in collectives, and the driver's handle on all of them."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.actor_process import enter_process
+from actors.placement import Placement, Slot
+from rlvid.config import JobConfig
+from rlvid.training.batch import Group
+from rlvid.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+GroupRef: TypeAlias = Group[ObjectRef[Prompt]]  # the prompt stays in the object store until a rank needs it
+LogProbs = list[npt.NDArray[np.float32]]  # one array [sum R] per group
+
+
+def fetch(groups: Sequence[GroupRef]) -> list[Group[Prompt]]:
+    """Groups with their prompts, as views into the object store."""
+    prompts = ray.get([g.prompt for g in groups])
+    return [g.with_prompt(prompt) for prompt, g in zip(prompts, groups, strict=True)]
+
+
+class Rank:
+    """One rank's process. `start` meets the other ranks, so all are called at once."""
+
+    def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
+        enter_process(log_file, threads)
+        self._on_gpu = on_gpu
+
+    def address(self) -> str:
+        """A free port on this node, for rank 0."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+
+    def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
+        if not self._on_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import torch.distributed as dist
+
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+        dist.init_process_group(
+            "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
+        )
+        self._checkpoint, self._cfg = folder, cfg
+
+
+class RankGroup:
+    """All ranks. Every call goes to all of them at once, since they meet in collectives.
+
+    Args:
+        kind: the class of the actors.
+        folder: checkpoint folder of the model.
+    """
+
+    def __init__(
+        self,
+        kind: type[Rank],
+        folder: Path,
+        cfg: JobConfig,
+        slots: Sequence[Slot],
+        placement: Placement,
+        logs: Path,
+    ):
+        self._ranks: list[ActorHandle[Any]] = [
+            ray.remote(kind)
+            .options(**placement.options(slot))
+            .remote(logs / f"{slot.name}.log", cfg.placement.threads, slot.gpus > 0)
+            for slot in slots
+        ]
+        self._role, self._log = slots[0].role, logs / f"{slots[0].name}.log"
+        self._timeout_s = cfg.deadlines.train_s
+        address, n = ray.get(self._ranks[0].address.remote()), len(self._ranks)
+        self._started = [rank.start.remote(address, i, n, folder, cfg) for i, rank in enumerate(self._ranks)]
+
+    def wait_ready(self) -> None:
+        """Ranks start in the background, as the engines do; this waits for them and raises what they raised."""
+        for minutes in itertools.count(1):
+            try:
+                ray.get(self._started, timeout=60)
+                return
+            except ray.exceptions.GetTimeoutError:
+                logger.warning(
+                    "the %s has been starting for %d min; %s has what it does", self._role, minutes, self._log
+                )
+
+    def stop(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    def _all(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        return self._begin(method, arguments)()
+
+    def _begin(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> Callable[[], list[Any]]:
+        """Call `method` of every rank; returns a function that waits for the results."""
+        each = arguments or [()] * len(self._ranks)
+        calls = [getattr(rank, method).remote(*own) for rank, own in zip(self._ranks, each, strict=True)]
+
+        def wait() -> list[Any]:
+            try:
+                return list(ray.get(calls, timeout=self._timeout_s))
+            except ray.exceptions.RayTaskError as e:
+                raise e.as_instanceof_cause() from e
+
+        return wait
+
+    def _begin_scoring(self, method: str, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
+        """Score groups, spread over the ranks; returns a function that waits for the results, in the order given."""
+        given = list(groups) + [groups[0]] * (len(self._ranks) - len(groups))  # every rank takes part in the forward
+        order = balance_indices([g.cost for g in given], len(self._ranks))
+        wait = self._begin(method, [([given[i] for i in indices],) for indices in order])
+
+        def collect() -> LogProbs:
+            values: dict[int, npt.NDArray[np.float32]] = {}
+            for indices, part in zip(order, wait(), strict=True):
+                values |= zip(indices, part, strict=True)
+            return [values[i] for i in range(len(groups))]
+
+        return collect
+
+
+def balance_indices(costs: Sequence[int], n: int) -> list[list[int]]:
+    """Indices of n shares of about equal cost, each with at least one where there are enough: largest first, to the
+    lightest."""
+    shares: list[list[int]] = [[] for _ in range(n)]
+    loads = [(0, i) for i in range(n)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, lightest = heapq.heappop(loads)
+        shares[lightest].append(i)
+        heapq.heappush(loads, (load + costs[i], lightest))
+    return [sorted(share) for share in shares]
