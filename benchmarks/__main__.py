@@ -41,6 +41,14 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
     },
     "isrt": {"gain_points": (">=", 10), "length_ratio": ("<=", 1.1)},
     "demo_seeds": {"min_after": (">=", 0.9), "min_gain": (">=", 0.2), "max_seconds": ("<=", 420)},
+    "trainer_memory": {
+        "peak_ratio_g64_g1": ("<=", 1.1),
+        "peak_ratio_ckpt": ("<=", 0.35),
+        "mask_growth_4k_32k": ("<=", 10),
+        "grad_rel_diff": ("<=", 1e-5),
+        "load_bytes_ratio": ("<=", 1.3),
+        "export_bytes_ratio": ("<=", 1.3),
+    },
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 

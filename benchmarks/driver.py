@@ -52,7 +52,7 @@ from jobs.grpo import optimize
 from rlvid.config import GrpoJobConfig
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
-from rlvid.training.grpo_batch import advantages_of, summarize
+from rlvid.training.grpo_batch import advantages_of, sampled_groups, summarize, with_advantages
 from rlvid.types import Prompt, Rollout, Sample, Span, WeightSpan
 
 PROMPTS = (256, 1024)  # in a step: 4 and 16 per replica of the largest fleet
@@ -206,7 +206,8 @@ class Steps:
             rewards = roles.rewards([p.sample for p in prompts], groups)
             advantages = advantages_of(rewards, self.cfg.grpo)
         with self.stage("train"):
-            stats = optimize(self.cfg, roles, self.step, prompts, groups, advantages)
+            batch = sampled_groups(prompts, groups, self.cfg.rollout.temperature)
+            stats = optimize(self.cfg, roles.trainer, self.step, with_advantages(batch, advantages))
         self.step += 1
         with self.stage("sync"):
             roles.fleet.sync(roles.trainer, self.step)

@@ -48,7 +48,7 @@ from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
 from rlvid.rollout.engine import Refused, Sampling
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import advantages_of
+from rlvid.training.grpo_batch import advantages_of, sampled_groups, with_advantages
 from rlvid.training.objectives import Grpo
 from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Clip, Encoded, Medium, Message, Prompt, Reward, Rollout, Sample
@@ -110,7 +110,8 @@ class RlvidSide:
         answers = self.roles.fleet.generate(prompts, Sampling(GROUP, 1.0, RESPONSE))
         groups = [group for group in answers if not isinstance(group, Refused)]
         rewards = [[Reward({"even": r}, r) for r in (reward_of(x.token_ids) for x in g)] for g in groups]
-        stats = optimize(self.cfg, self.roles, 0, prompts, groups, advantages_of(rewards, self.cfg.grpo))
+        batch = with_advantages(sampled_groups(prompts, groups, 1.0), advantages_of(rewards, self.cfg.grpo))
+        stats = optimize(self.cfg, self.roles.trainer, 0, batch)
         assert np.isfinite(stats["train/loss"])
         self.steps += 1
         self.roles.fleet.sync(self.roles.trainer, self.steps)

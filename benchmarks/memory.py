@@ -223,7 +223,7 @@ def prompt(folder: Path) -> dict[str, float]:
 def prompt_bytes(team: Any, clips: Any, samples: Any, cfg: Any, group_size: int) -> tuple[float, int, float, float]:
     """One GRPO step. Per prompt: raw bytes, tokens, bytes in the store after the step, largest within the step."""
     from rlvid.rollout.engine import Sampling
-    from rlvid.training.grpo_batch import make_minibatch, sampled_groups
+    from rlvid.training.grpo_batch import make_minibatch, sampled_groups, with_advantages
     from rlvid.training.objectives import Grpo
 
     before = settled_bytes()
@@ -231,7 +231,7 @@ def prompt_bytes(team: Any, clips: Any, samples: Any, cfg: Any, group_size: int)
         prompts = clips.encode(samples)
         groups = team.fleet.generate(prompts, Sampling(group_size, 1.0, cfg.rollout.max_tokens))
         advantages = np.ones((len(prompts), group_size), np.float32)
-        batch = sampled_groups(prompts, groups, advantages, cfg.rollout.temperature)
+        batch = with_advantages(sampled_groups(prompts, groups, cfg.rollout.temperature), advantages)
         team.trainer.step(make_minibatch(batch, cfg.grpo), Grpo(cfg.grpo), 0.0)
     del groups, batch  # the driver's views of what the engines returned
     held = settled_bytes() - before
