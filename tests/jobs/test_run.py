@@ -51,3 +51,50 @@ def test_an_error_outside_of_the_trainer_loses_no_step(tmp_path: Path, stage: st
         checkpoints = run.folder.checkpoints.complete()
         assert [c.step for c in checkpoints] == saved
         assert state_of(checkpoints[-1])["cursor"] == 4 * saved[-1]  # step 3 is done again with the same samples
+
+
+class SlowDisk:
+    """A trainer whose files are on the disk when `is_done` says so."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self.exported: list[str] = []
+
+    def begin_save(self, folder: Path) -> None:
+        (folder / "weights").write_text("whole")
+
+    def is_saved(self) -> bool:
+        return self.is_done
+
+    def end_save(self) -> None:
+        self.is_done = True
+
+    def export(self, folder: Path) -> None:
+        self.exported.append(folder.name)
+        folder.mkdir()
+        (folder / "config.json").write_text(str(len(self.exported)))
+
+
+def test_a_checkpoint_is_complete_once_it_is_on_the_disk_and_the_policy_is_exported_with_it(tmp_path: Path) -> None:
+    config = {"model": {"tiny": {}}, "data": {"synthetic": {}}, "train": {"steps": 9}}
+    keys = {"dir": tmp_path / "run", "wandb": "disabled", "checkpoint_every": 2, "export_every": 2}
+    disk, cursor = SlowDisk(), Cursor()
+    trainer: Any = disk
+    with Run(GrpoJobConfig.model_validate(config | {"run": keys}), "grpo") as run, run.saving_on_error(trainer):
+        run.keep(cursor)
+
+        def saved(step: int) -> list[int]:
+            cursor.at = step
+            run.checkpoint_if_due(step, trainer)
+            return [c.step for c in run.folder.checkpoints.complete()]
+
+        assert saved(1) == [] and saved(2) == [] and saved(3) == []  # begun after step 2
+        disk.is_done = True
+        assert saved(3) == [2] and state_of(run.folder.checkpoints.complete()[0])["cursor"] == 2
+        assert not disk.exported
+        disk.is_done = False
+        assert saved(4) == [2] and disk.exported == ["policy.part"]
+        assert saved(6) == [2, 4]  # one at a time: that of step 4 is completed first
+        assert saved(8) == [4, 6]
+        assert (run.folder.dir / "policy" / "config.json").read_text() == "2"  # replaced with step 8
+    assert [c.step for c in run.folder.checkpoints.complete()] == [6, 8]  # completed at the end
