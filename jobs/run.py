@@ -209,7 +209,7 @@ class Run:
             self._end_checkpoint(trainer)
         if not self.interrupted and step < self.cfg.train.steps and exports_after(step, self.cfg.run):
             with self.stage("export"):
-                self._export(trainer)
+                export_policy(self.folder.dir, trainer)
 
     def checkpoint_last(self, trainer: TrainerGroup) -> None:
         """The checkpoint of the last step, unless it exists. Comes before what may still fail, the evaluation."""
@@ -242,16 +242,8 @@ class Run:
             The job's result.
         """
         self.end_if_interrupted()
-        self._export(trainer)
+        export_policy(self.folder.dir, trainer)
         return {**result, "steps": self.cfg.train.steps, **self.ending()}
-
-    def _export(self, trainer: TrainerGroup) -> None:
-        """Write `policy/`, and replace an earlier one once it is whole."""
-        policy = (self.folder.dir / "policy").resolve()
-        part = policy.with_name("policy.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        trainer.export(part)
-        replace_folder(part, policy)
 
     def ending(self) -> dict[str, Any]:
         """What every job's result ends with."""
@@ -297,6 +289,15 @@ class Run:
         """
         if self.interrupted:
             raise Interrupted(where or how_to_resume(self.folder.dir))
+
+
+def export_policy(run_dir: Path, trainer: TrainerGroup) -> None:
+    """Write `policy/`, and replace an earlier one once it is whole."""
+    policy = (run_dir / "policy").resolve()
+    part = policy.with_name("policy.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    trainer.export(part)
+    replace_folder(part, policy)
 
 
 def check_resumable(checkpoint: Checkpoint, cfg: JobConfig) -> None:

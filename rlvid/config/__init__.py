@@ -20,6 +20,7 @@ from rlvid.config.jobs import (
     SpaceConfig,
     TuneJobConfig,
 )
+from rlvid.config.limits import DeadlinesConfig, ParityConfig
 from rlvid.config.rewards import (
     AnswerPart,
     ChoicePart,
@@ -33,11 +34,9 @@ from rlvid.config.rewards import (
 )
 from rlvid.config.sections import (
     DataConfig,
-    DeadlinesConfig,
     EvaluateConfig,
     LoraConfig,
     ModelConfig,
-    ParityConfig,
     PlacementConfig,
     RolloutConfig,
     RunConfig,

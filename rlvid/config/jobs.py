@@ -9,15 +9,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlvid.config.algorithms import DpoConfig, GrpoConfig, IsrtConfig, RewardModelConfig
+from rlvid.config.limits import DeadlinesConfig, ParityConfig
 from rlvid.config.rewards import ExactPart, ModelPart, RewardPartsConfig
 from rlvid.config.sections import (
     DataConfig,
-    DeadlinesConfig,
     EvaluateConfig,
     InputFile,
     LocalPath,
     ModelConfig,
-    ParityConfig,
     PlacementConfig,
     RolloutConfig,
     RunConfig,

@@ -10,16 +10,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from rlvid.config import LoraConfig
 from rlvid.files import sync_folder
+from rlvid.models.families.chat import ChatFamily
+from rlvid.models.heads import Head
+from rlvid.models.lora import file_name, is_adapter, merged, plain_name, save_adapter
+from rlvid.training.parameters import NamedTensor, on_rank_0, whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE_BYTES = 4 * 2**30
+HEAD = "head."  # before the names of a head's parameters
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"  # transformers' names
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # those of safetensors
+
+
+def write_checkpoint(
+    folder: Path,
+    checkpoint: Path,
+    network: PreTrainedModel,
+    family: ChatFamily,
+    named: Sequence[NamedTensor],
+    is_sharded: bool,
+    lora: LoraConfig | None,
+    head: Head | None,
+) -> None:
+    """Write a model on rank 0; all ranks call this together.
+
+    Args:
+        checkpoint: folder that the tokenizer and the processor are copied from, the adapter's base.
+        named: all parameters; the names of a head begin with `HEAD`.
+        lora: adapters are merged into the weights, and are in `folder/adapter` by themselves too.
+    """
+    is_writer = dist.get_rank() == 0
+    apart = [(name, p) for name, p in named if name.startswith(HEAD) or is_adapter(name)]  # small
+    plain = [(name, p) for name, p in named if not (name.startswith(HEAD) or is_adapter(name))]
+    small = {name: on_rank_0(p, is_sharded) for name, p in apart}
+    kept = {name: t.cpu() for name, t in small.items() if t is not None}
+    if is_writer:
+        described = [Described(plain_name(name), p.dtype, whole_shape(p)) for name, p in plain]
+        files = WeightFiles(folder, network, described)
+    for name, parameter in plain:  # all ranks give, one writes
+        if (whole := on_rank_0(parameter, is_sharded)) is not None:
+            files.add(plain_name(name), merged(name, whole, kept, lora) if lora else whole)
+    if is_writer:
+        if head:
+            head.save({name.removeprefix(HEAD): t for name, t in kept.items()}, folder)
+        if lora:
+            adapters = {file_name(name): t for name, t in kept.items()}
+            save_adapter(folder / "adapter", adapters, lora, family.no_lora, base=str(checkpoint))
+        files.close(checkpoint)
+    dist.barrier()
 
 
 class Described(NamedTuple):

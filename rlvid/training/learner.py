@@ -29,24 +29,23 @@ from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
-from rlvid.models.lora import add_adapters, file_name, is_adapter, merged, plain_name, save_adapter
+from rlvid.models.lora import add_adapters, file_name, is_adapter
 from rlvid.training.activations import on_host
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.checkpoint_writer import BackgroundWriter
 from rlvid.training.collectives import most_of
 from rlvid.training.depth_first import PromptPass
-from rlvid.training.export import Described, WeightFiles
+from rlvid.training.export import write_checkpoint
 from rlvid.training.micro_batches import MicroBatches, repeated, score
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import PackedPolicy, PackedRow, PackedScorer, pack
-from rlvid.training.parameters import NamedTensor, Part, in_parts, on_rank_0, whole_shape
+from rlvid.training.parameters import NamedTensor, Part, in_parts, whole_shape
 from rlvid.types import Prompt
 
 # DeepSpeed would compile an operator on CPU, for `inference_all_reduce` alone: this says that none can be compiled.
 deepspeed.ops.__compatible_ops__ = {}
 
 NETWORK = "network."  # PackedPolicy's prefix before the checkpoint's parameter names
-HEAD = "head."  # PackedScorer's before those of its head
 
 
 def deepspeed_config(cfg: TrainConfig, dtype: str, world_size: int) -> dict[str, Any]:
@@ -274,26 +273,8 @@ class Learner:
             UserError: a weight is not finite.
         """
         self._check_finite()
-        is_writer = dist.get_rank() == 0
-        named = self._named()
-        apart = [(name, p) for name, p in named if name.startswith(HEAD) or is_adapter(name)]  # small
-        plain = [(name, p) for name, p in named if not (name.startswith(HEAD) or is_adapter(name))]
-        small = {name: on_rank_0(p, self._is_sharded) for name, p in apart}
-        kept = {name: t.cpu() for name, t in small.items() if t is not None}
-        if is_writer:
-            described = [Described(plain_name(name), p.dtype, whole_shape(p)) for name, p in plain]
-            files = WeightFiles(folder, self.engine.module.network, described)
-        for name, parameter in plain:  # all ranks give, one writes
-            if (whole := on_rank_0(parameter, self._is_sharded)) is not None:
-                files.add(plain_name(name), merged(name, whole, kept, self.lora) if self.lora else whole)
-        if is_writer:
-            if self._head:
-                self._head.save({name.removeprefix(HEAD): t for name, t in kept.items()}, folder)
-            if self.lora:
-                adapters = {file_name(name): t for name, t in kept.items()}
-                save_adapter(folder / "adapter", adapters, self.lora, self.policy.family.no_lora, base=str(checkpoint))
-            files.close(checkpoint)
-        dist.barrier()
+        network, family = self.engine.module.network, self.policy.family
+        write_checkpoint(folder, checkpoint, network, family, self._named(), self._is_sharded, self.lora, self._head)
 
     def _check_finite(self) -> None:
         trained = [getattr(p, "ds_tensor", p) for _, p in self._trained]  # under ZeRO-3 this rank's share

@@ -239,6 +239,9 @@ class InstantClips:
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         return [Encoded(s, None, 1, 1, tuple(m.path for m in s.media)) for s in samples]  # type: ignore[arg-type]
 
+    def answered(self, prompts: list[Encoded], groups: list[Any]) -> tuple[list[Encoded], list[Any]]:
+        return prompts, groups  # none is refused
+
 
 @pytest.mark.parametrize("context", ["none", "judge", "judge_and_responses"])
 def test_stopped_after_any_call_it_makes_the_same_rows(
