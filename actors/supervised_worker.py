@@ -207,7 +207,8 @@ class Worker:
             index, prompt, outcome = open_prompt(row)
             decodes, hits = decodes + outcome.decodes, hits + outcome.cache_hits
             if prompt is None:
-                self._run.put.remote(("set aside", (*(outcome.bad or ("", "")), outcome.is_prompt_bad)))
+                assert outcome.bad is not None  # it says why there is no prompt
+                self._run.put.remote(("set aside", (*outcome.bad, outcome.is_prompt_bad)))
             else:
                 groups.append(self.task.group(prompt, examples[index]))
         self._run.put.remote(("clips", (decodes, hits)))
@@ -311,7 +312,7 @@ class Worker:
             self.learner.end_save()
             if self.rank == 0:
                 (unfinished.folder / STATE_FILE).write_text(json.dumps(unfinished.state))
-        self.sum(0)  # no rank goes on before the checkpoint is complete
+        self.sum(0)  # no rank continues before the checkpoint is complete
         self.report("checkpoint", unfinished.step)
 
     def _settled_state(self) -> Mapping[str, Any]:

@@ -260,7 +260,7 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints to keep, the newest ones."""
     checkpoint_in_background: bool = True
-    """Write a checkpoint while training goes on: its steps wait for a copy in the host's memory, not for the disk."""
+    """Write a checkpoint while training continues: its steps wait for a copy in the host's memory, not for the disk."""
     export_every: int | None = Field(1, ge=1)
     """Export `policy/` with every k-th checkpoint too, so that a run that was stopped leaves a model. Empty: only at
     the end."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files, written by a thread while training goes on."""
+"""DeepSpeed's checkpoint files, written by a thread while training continues."""
 
 from __future__ import annotations
 

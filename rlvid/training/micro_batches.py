@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,12 +13,10 @@ from torch import nn
 
 from rlvid.training.batch import Group
 from rlvid.training.depth_first import PromptPass
-from rlvid.training.packing import pack
+from rlvid.training.packing import Count, pack
 from rlvid.types import Prompt
 
 T = TypeVar("T")
-Count = Callable[[int], int]
-"""This rank's number of passes -> the largest of all ranks. They meet in collectives, so all make equally many."""
 
 
 def pack_into_rows(costs: Sequence[int], budget: int) -> list[list[int]]:

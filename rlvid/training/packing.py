@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Count = Callable[[int], int]
+"""This rank's number of passes -> the largest of all ranks. They meet in collectives, so all make equally many."""
 LOGITS_AT_A_TIME = 2**27  # 512 MiB in float32
 PATCHES_AT_A_TIME = 2**12  # those of Qwen-VL are 20 MiB in float32
 
