@@ -64,12 +64,12 @@ def train(cfg: GrpoJobConfig, run: Run, inputs: Inputs, roles: Roles, start: int
         begin, done = time.monotonic(), step + 1
         with run.stage("encode"):
             prompts = inputs.prompts.take(cfg.train.batch_size)
-        if len(prompts) < cfg.placement.trainer_workers:
-            run.console.message(f"step {done} is left out: only {len(prompts)} of its prompts have readable clips")
-            run.checkpoint_if_due(done, roles.trainer)
-            continue
         with run.stage("rollout"):
             prompts, groups = inputs.clips.answered(prompts, roles.fleet.generate(prompts, sampling))
+        if len(prompts) < cfg.placement.trainer_workers:
+            run.console.message(f"step {done} is left out: only {len(prompts)} of its prompts can be used")
+            run.checkpoint_if_due(done, roles.trainer)
+            continue
         batch = sampled_groups(prompts, groups, cfg.rollout.temperature)
         reference = roles.begin_reference_logprobs(batch) if cfg.grpo.kl_coef else None  # while rewards are computed
         with run.stage("reward"):
