@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlvid.algorithms.advantages import group_advantages, zero_variance_share
+from rlvid.algorithms.advantages import (
+    gae,
+    group_advantages,
+    leave_one_out,
+    relative_to,
+    returns_to_go,
+    whitened,
+    zero_variance_share,
+)
 
 NAN = float("nan")
 
@@ -64,3 +72,42 @@ def test_no_groups_give_no_advantages() -> None:
 def test_infinite_rewards_are_refused() -> None:
     with pytest.raises(ValueError, match="infinite"):
         group_advantages(np.array([[1.0, float("inf")]]), normalise_std=True)
+
+
+def test_leave_one_out_compares_with_the_others() -> None:
+    rewards = np.array([[1.0, 0.0, 0.5], [2.0, np.nan, 1.0], [1.0, 1.0, 1.0]])
+    # 1 - 0.25, 0 - 0.75, 0.5 - 0.5; of two valid ones each is compared with the other
+    assert np.allclose(leave_one_out(rewards), [[0.75, -0.75, 0.0], [1.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+
+
+def test_relative_to_the_greedy_response() -> None:
+    rewards = np.array([[1.0, np.nan], [0.0, 1.0]])
+    assert relative_to(rewards, np.array([0.5, np.nan])).tolist() == [[0.5, 0.0], [0.0, 0.0]]
+
+
+def test_whitened_over_all_tokens_of_the_batch() -> None:
+    values = [np.array([1.0, 2.0], np.float32), np.array([3.0, np.nan, 6.0], np.float32)]
+    mean, std = 3.0, math.sqrt((4 + 1 + 0 + 9) / 4)
+    first, second = whitened(values)
+    assert np.allclose(first, [(1 - mean) / std, (2 - mean) / std])
+    assert np.isnan(second[1]) and np.allclose(second[[0, 2]], [0, 3 / std])
+    scaled = whitened(values, shift=False)[0]
+    assert np.allclose(scaled, [1 / std, 2 / std])
+    nothing = whitened([np.array([np.nan], np.float32)])[0]
+    assert np.isnan(nothing).all()
+
+
+def test_returns_to_go() -> None:
+    assert returns_to_go(np.array([1.0, 2.0, 4.0], np.float32)).tolist() == [7.0, 6.0, 4.0]
+
+
+def test_gae_by_hand() -> None:
+    rewards, values = np.array([0.0, 0.0, 1.0], np.float32), np.array([0.5, 0.2, 0.4], np.float32)
+    # deltas: 0.9 * 0.2 - 0.5, 0.9 * 0.4 - 0.2, 1 - 0.4; each advantage is its delta + 0.9 * 0.5 * the next one
+    last = 0.6
+    middle = 0.16 + 0.45 * last
+    first = -0.32 + 0.45 * middle
+    assert np.allclose(gae(rewards, values, gamma=0.9, lam=0.5), [first, middle, last])
+    # lambda 1: the return minus the value; lambda 0: the delta
+    assert np.allclose(gae(rewards, values, 1.0, 1.0), returns_to_go(rewards) - values)
+    assert np.allclose(gae(rewards, values, 1.0, 0.0), [-0.3, 0.2, 0.6])

@@ -97,3 +97,33 @@ def test_a_response_of_length_zero_is_left_out() -> None:
     np.testing.assert_allclose(token_weights([2, 0, 4], "sequence"), [1 / 4, 0, 1 / 8], rtol=1e-6)
     assert token_weights([0, 0], "sequence").tolist() == [0.0, 0.0]
     assert token_weights([], "token").shape == (0,)
+
+
+def test_a_sequence_ratio_clips_whole_responses() -> None:
+    """GSPO: -min(s A, clip(s) A), s the geometric mean of a response's ratios."""
+    old = torch.zeros(3)
+    logprobs = torch.tensor([math.log(4.0), 0.0, math.log(0.5)], requires_grad=True)
+    advantages = torch.tensor([1.0, 1.0, 2.0])
+    lengths = torch.tensor([2, 1])
+    loss, sums = policy_loss(logprobs, old, advantages, 0.2, 0.2, lengths)
+    torch.testing.assert_close(loss, torch.tensor([-1.2, -1.2, -1.0]))  # 2 is clipped to 1.2, 0.5 is not: A > 0
+    loss.sum().backward()
+    assert logprobs.grad is not None
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.0, -1.0]))
+    assert sums["clip_high"] == 2
+
+
+def test_cispo_weighs_log_probs_by_clipped_ratios_without_a_gradient() -> None:
+    old = torch.tensor([-1.0, -1.0])
+    logprobs = (old + torch.tensor([8.0, 0.5]).log()).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0])
+    loss, _ = policy_loss(logprobs, old, advantages, clip_low=1.0, clip_high=4.0, kind="cispo")
+    torch.testing.assert_close(loss, -torch.tensor([5.0, 0.5]) * advantages * logprobs.detach())
+    loss.sum().backward()
+    assert logprobs.grad is not None
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-5.0, 1.0]))  # the clipped token learns
+
+
+def test_constant_weights_do_not_know_the_lengths() -> None:
+    """Dr. GRPO: the sum over tokens, over the number of responses and the longest response possible."""
+    assert token_weights([1, 3, 0], "constant", max_tokens=10).tolist() == pytest.approx([0.05, 0.05, 0.0])
