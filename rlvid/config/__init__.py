@@ -4,7 +4,6 @@ from rlvid.config.algorithms import (
     DIMS,
     DIMS2,
     DpoConfig,
-    GrpoConfig,
     IsrtConfig,
     JudgeConfig,
     RewardModelConfig,
@@ -15,22 +14,37 @@ from rlvid.config.jobs import (
     GrpoJobConfig,
     IsrtJobConfig,
     JobConfig,
+    PolicyGradientJobConfig,
+    PpoJobConfig,
     RewardModelJobConfig,
     SftJobConfig,
-    SpaceConfig,
-    TuneJobConfig,
 )
 from rlvid.config.limits import DeadlinesConfig, ParityConfig
+from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
 from rlvid.config.rewards import (
     AnswerPart,
+    BoxIouPart,
     ChoicePart,
+    CustomPart,
+    EndpointPart,
     ExactPart,
     FormatPart,
+    FreeFormPart,
+    GlueIouPart,
+    JudgePart,
     LengthPart,
+    MathPart,
     ModelPart,
     NumberPart,
+    NumericalPart,
+    OcrPart,
+    RegressionPart,
     RewardPart,
     RewardPartConfig,
+    SimilarityPart,
+    TemporalIouPart,
+    TinyLlavaPart,
+    VerbatimPart,
 )
 from rlvid.config.sections import (
     DataConfig,
@@ -48,3 +62,4 @@ from rlvid.config.sections import (
     VideoConfig,
     WarmStartConfig,
 )
+from rlvid.config.tune import SpaceConfig, TuneJobConfig

@@ -1,4 +1,4 @@
-"""Sections of the algorithms: GRPO, DPO, reward models, self-judgement and reward parts."""
+"""Sections of DPO, reward models and self-judgement."""
 
 from __future__ import annotations
 
@@ -7,44 +7,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rlvid.config.sections import Checkpoint, GreedyOrTemperature, Section, changeable, refuse_if
+from rlvid.config.sections import Checkpoint, GreedyOrTemperature, Section, changeable
 
 DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
 """Dimensions of VideoScore."""
 DIMS2 = ("visual quality", "text-to-video alignment", "physical/common-sense consistency")
 """Dimensions of VideoScore2."""
-
-
-class GrpoConfig(Section):
-    """Groups, clipping, KL term and loss averages."""
-
-    group_size: int = Field(8, ge=2)
-    """Responses per prompt."""
-    minibatches: int = Field(1, ge=1)
-    """Optimizer steps per pass over a rollout batch."""
-    epochs: int = Field(1, ge=1)
-    """Passes over a rollout batch."""
-    normalise_std: bool = True
-    """Divide the advantage by the group's standard deviation (off: Dr. GRPO)."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    """The importance ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(0.2, ge=0)
-    """The importance ratio is clipped above at 1 + clip_high."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the reference model in the loss. 0: no reference model is started."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL divergence from samples (Schulman, joschu.net/blog/kl-approx.html)."""
-    loss_average: Literal["token", "sequence"] = "token"
-    """token: mean over all response tokens of the batch. sequence: mean over each response first."""
-    old_logprobs: Literal["rollout", "trainer"] = "rollout"
-    """Denominator of the importance ratio. rollout: the engine's log-probs. trainer: the trainer's log-probs before its
-    first update (one more forward, unless there is only one update)."""
-
-    @model_validator(mode="after")
-    def _estimator_is_used(self) -> GrpoConfig:
-        message = f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef"
-        refuse_if(self.kl_estimator != "k3" and not self.kl_coef, message)
-        return self
 
 
 class DpoConfig(Section):
@@ -163,6 +131,9 @@ _OF_ENDPOINTS = ("url", "model", "api_key_env", "send_frames", "concurrency", "t
 class JudgeConfig(Section):
     """The judge that compares responses, and the limit of failed verdicts."""
 
+    key: ClassVar[str] = "isrt.judge"
+    """Where it is in a config, for messages."""
+
     backend: Literal["policy", "local", "endpoint"] = "policy"
     """policy: the trained model judges its own responses. local: another checkpoint (`path`), the same for the whole
     run. endpoint: an OpenAI-compatible server (`url`)."""
@@ -206,6 +177,12 @@ class JudgeConfig(Section):
         if self.backend == "endpoint" and (self.url is None or self.model is None):
             raise ValueError("backend=endpoint needs url and model, for example url=http://localhost:8000/v1")
         return self
+
+
+class RewardJudgeConfig(JudgeConfig):
+    """The judge of a reward part."""
+
+    key: ClassVar[str] = "rewards.judge"
 
 
 class IsrtConfig(Section):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlvid.config.algorithms import DpoConfig, GrpoConfig, IsrtConfig, RewardModelConfig
+from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig
 from rlvid.config.limits import DeadlinesConfig, ParityConfig
-from rlvid.config.rewards import ExactPart, ModelPart, RewardPartsConfig
+from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
+from rlvid.config.rewards import EndpointPart, ExactPart, JudgePart, ModelPart, RewardPartsConfig
 from rlvid.config.sections import (
     DataConfig,
     EvaluateConfig,
-    InputFile,
-    LocalPath,
     ModelConfig,
     PlacementConfig,
     RolloutConfig,
@@ -27,6 +26,7 @@ from rlvid.config.sections import (
     changeable,
     refuse_if,
 )
+from rlvid.config.tune import TuneJobConfig
 
 NO_ENGINE = ("idefics2", "video_llava")
 """Tiny families that vLLM does not serve."""
@@ -62,6 +62,16 @@ class JobConfig(Section):
     def reward_models(self) -> tuple[ModelPart, ...]:
         """The parts of the reward whose model has an actor of its own."""
         return tuple(part for part in self.rewards if isinstance(part, ModelPart))
+
+    @property
+    def critic(self) -> Literal["shared", "own"] | None:
+        """Whether the trainer has a critic: on the policy's network, or a network of its own."""
+        return None
+
+    @property
+    def critic_path(self) -> Path | None:
+        """The checkpoint that a critic of its own starts from, if it is not the policy's."""
+        return None
 
     @property
     def last_step(self) -> int:
@@ -102,6 +112,10 @@ class JobConfig(Section):
             f"rollout.max_model_len={rollout.max_model_len}",
         )
         refuse_if(
+            (rollout.max_replicas or rollout.replicas) < rollout.replicas,
+            f"rollout.max_replicas={rollout.max_replicas} is less than rollout.replicas={rollout.replicas}",
+        )
+        refuse_if(
             place.colocate and place.gpus and rollout.tensor_parallel > 1,
             f"rollout.tensor_parallel={rollout.tensor_parallel}: an engine on several GPUs cannot share them with the "
             f"trainer: set placement.colocate to false",
@@ -119,10 +133,12 @@ class JobConfig(Section):
         shares = place.colocate
         if way == "nccl" and (shares or place.gpus < 1):
             raise ValueError(f"{key} needs a GPU per process: set placement.colocate to false, or leave it at auto")
-        if way == "ipc" and (not shares or self.rollout.replicas > place.trainer_workers):
+        most = max(self.rollout.replicas, self.rollout.max_replicas or 0)
+        if way == "ipc" and (not shares or most > place.trainer_workers or most > self.rollout.replicas):
             raise ValueError(
                 f"{key} needs every engine on the GPU of a trainer rank: set placement.colocate to true, "
-                f"placement.gpus to 1 and rollout.replicas to at most placement.trainer_workers, or leave it at auto"
+                f"placement.gpus to 1, rollout.replicas to at most placement.trainer_workers, "
+                f"and leave rollout.max_replicas empty; or leave it at auto"
             )
         return self
 
@@ -253,104 +269,98 @@ class EvalJobConfig(JobConfig):
         return self
 
 
-class GrpoJobConfig(JobConfig):
-    """`rlvid grpo`: group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
+class PolicyGradientJobConfig(JobConfig):
+    """What `rlvid grpo` and `rlvid ppo` share."""
 
     warm_start: WarmStartConfig = WarmStartConfig()
-    grpo: GrpoConfig = GrpoConfig()
+
+    @property
+    def policy_gradient(self) -> PolicyGradientConfig:
+        """The section of the job's algorithm."""
+        raise NotImplementedError
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference model has ranks of its own. With adapters, the trainer without them is the reference."""
+        return self.policy_gradient.kl_coef > 0 and self.model.lora is None
 
     @model_validator(mode="after")
-    def _minibatches_divide(self) -> GrpoJobConfig:
+    def _steps_can_run(self) -> PolicyGradientJobConfig:
         _check_engine(self)
-        batch, n_parts, n_ranks = self.train.batch_size, self.grpo.minibatches, self.placement.trainer_workers
-        refuse_if(self.train.max_workers is not None, "train.max_workers: grpo is not elastic, leave it empty")
-        refuse_if(batch % n_parts, f"grpo.minibatches={n_parts} must divide train.batch_size={batch}")
+        name, cfg = type(self).__name__.removesuffix("JobConfig").lower(), self.policy_gradient
+        batch, n_parts, n_ranks = self.train.batch_size, cfg.minibatches, self.placement.trainer_workers
+        refuse_if(self.train.max_workers is not None, f"train.max_workers: {name} is not elastic, leave it empty")
+        self._check_rewards(name)
+        refuse_if(batch % n_parts, f"{name}.minibatches={n_parts} must divide train.batch_size={batch}")
         refuse_if(
             batch < n_ranks * n_parts,
             f"train.batch_size={batch} is less than a prompt for each of placement.trainer_workers={n_ranks} and "
-            f"grpo.minibatches={n_parts}",
+            f"{name}.minibatches={n_parts}",
+        )
+        return self
+
+    def _check_rewards(self, name: str) -> None:
+        """Rules between the parts of the reward and the rest."""
+        for i, part in enumerate(self.rewards):
+            if isinstance(part, EndpointPart):
+                refuse_if(
+                    part.deadline_s >= self.deadlines.reward_s,
+                    f"rewards.{i}.deadline_s={part.deadline_s:g} is not below deadlines.reward_s="
+                    f"{self.deadlines.reward_s:g}, after which the reward worker is replaced: lower it",
+                )
+            if not isinstance(part, JudgePart):
+                continue
+            refuse_if(
+                part.mode == "win_rate"
+                and (self.policy_gradient.compares_with_greedy or self.policy_gradient.group_size < 2),
+                f"rewards.{i}.mode=win_rate compares the responses of a group: set {name}.group_size to 2 or more, and "
+                f"{name}.advantage to another than greedy",
+            )
+            read = SHORTEST_TEXT + self.rollout.max_tokens * (2 if part.mode == "win_rate" else 1)
+            least = video_tokens(self) + read + part.judge.max_tokens
+            refuse_if(
+                part.judge.backend != "endpoint" and self.rollout.max_model_len < least,
+                f"rollout.max_model_len={self.rollout.max_model_len} is less than {least}: the judge of rewards.{i} "
+                f"reads the video and responses of rollout.max_tokens={self.rollout.max_tokens}, and answers "
+                f"judge.max_tokens={part.judge.max_tokens}",
+            )
+
+
+class GrpoJobConfig(PolicyGradientJobConfig):
+    """`rlvid grpo`: group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its relatives."""
+
+    grpo: GrpoConfig = GrpoConfig()
+
+    @property
+    def policy_gradient(self) -> GrpoConfig:
+        return self.grpo
+
+    @model_validator(mode="after")
+    def _frames_can_be_shuffled(self) -> GrpoJobConfig:
+        refuse_if(
+            self.grpo.temporal != "off" and self.video.frames < 4,
+            f"grpo.temporal={self.grpo.temporal} shows frames in another order, two at a time: set video.frames to 4 "
+            f"or more",
         )
         return self
 
 
-class SpaceConfig(Section):
-    """The distribution that a hyperparameter is drawn from: exactly one of these."""
+class PpoJobConfig(PolicyGradientJobConfig):
+    """`rlvid ppo`: proximal policy optimisation with a critic (Schulman et al. 2017, arXiv 1707.06347)."""
 
-    uniform: tuple[float, float] | None = None
-    """Uniform between two numbers."""
-    loguniform: tuple[float, float] | None = None
-    """Uniform between the logarithms of two positive numbers."""
-    randint: tuple[int, int] | None = None
-    """A whole number from the first up to, but not including, the second."""
-    choice: tuple[Any, ...] | None = Field(None, min_length=1)
-    """One of these values."""
-    grid: tuple[Any, ...] | None = Field(None, min_length=1)
-    """Each of these values. Several grids are crossed; `trials` says how often the whole grid is repeated."""
+    ppo: PpoConfig = PpoConfig()
 
-    @model_validator(mode="after")
-    def _is_one(self) -> SpaceConfig:
-        given = {name: value for name, value in self if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(given)}")
-        ((name, value),) = given.items()
-        if any(isinstance(item, float) and not math.isfinite(item) for item in value):
-            raise ValueError(f"{name} must have finite numbers, got {value}")
-        if name in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
-            raise ValueError(f"{name}: {value[0]} is not below {value[1]}")
-        refuse_if(name == "loguniform" and value[0] <= 0, "loguniform needs positive numbers")
-        return self
+    @property
+    def policy_gradient(self) -> PpoConfig:
+        return self.ppo
 
+    @property
+    def critic(self) -> Literal["shared", "own"]:
+        return self.ppo.critic
 
-class TuneJobConfig(Section):
-    """`rlvid tune`: Ray Tune over any job's config."""
-
-    seed: int = Field(0, ge=0)
-    """Seed of the search. The trials' seed is a key of the job's config."""
-    dir: LocalPath = Path("runs/tune")
-    """Folder of the sweep: trials, their run folders, sweep.html, best.yaml. The same command resumes the sweep."""
-    job: Literal["grpo", "sft", "dpo", "isrt", "reward-model"]
-    """What a trial runs."""
-    config: InputFile
-    """The job's config file."""
-    overrides: tuple[str, ...] = ()
-    """Overrides for all trials, key.sub=value."""
-    space: dict[str, SpaceConfig]
-    """Keys of the job's config, each with its distribution: train.lr: {loguniform: [1e-7, 1e-5]}."""
-    metric: str = "eval/accuracy"
-    """Name in metrics.jsonl that trials are compared by. A trial is compared each time the metric is logged."""
-    mode: Literal["max", "min"] = "max"
-    """Whether a larger or a smaller metric is better."""
-    trials: int = Field(8, ge=1)
-    """Number of trials."""
-    parallel: int = Field(1, ge=1)
-    """Trials at a time. Each has placement groups of its own; trials wait while the cluster has no room for them."""
-    search: Literal["random", "optuna"] = "random"
-    """random: random values, and grids. optuna: Optuna's tree-structured Parzen estimator."""
-    scheduler: Literal["none", "asha", "pbt"] = "asha"
-    """asha: stops the worst trials at each rung (arXiv 1810.05934). pbt: weak trials copy the weights of strong ones,
-    and their values with changes (arXiv 1711.09846). none: all trials run to their end."""
-    grace_steps: int = Field(10, ge=1)
-    """asha: first step at which a trial may be stopped. pbt: steps between two changes. A step is that of the job's
-    metrics; for isrt it is an iteration."""
-    reduction_factor: float = Field(2.0, gt=1)
-    """asha: one in this number of the trials continues after a rung, and each rung is this many times as far as the
-    previous one."""
-
-    needs: ClassVar = {"grace_steps": ("scheduler", "asha", "pbt"), "reduction_factor": ("scheduler", "asha")}
-
-    @model_validator(mode="after")
-    def _can_be_searched(self) -> TuneJobConfig:
-        if self.job == "isrt" and self.scheduler == "pbt":
-            raise ValueError("scheduler=pbt copies checkpoints between steps, job=isrt has none: use asha or none")
-        refuse_if(not self.space, "space is empty: give at least one key of the job and its distribution")
-        if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):
-            raise ValueError(f"{fixed[0]} is in overrides and in space: remove one")
-        if "run.dir" in {*self.space, *(o.split("=")[0] for o in self.overrides)}:
-            raise ValueError("run.dir: the sweep sets the run folders of its trials; set dir, the folder of the sweep")
-        for key in (key for key, space in self.space.items() if space.grid is not None):
-            refuse_if(self.search == "optuna", f"space.{key}: search=optuna has no grid, use choice")
-            refuse_if(self.scheduler == "pbt", f"space.{key}: scheduler=pbt has no grid, use choice")
-        return self
+    @property
+    def critic_path(self) -> Path | None:
+        return self.ppo.critic_path
 
 
 JOB_CONFIGS: dict[str, type[Section]] = {
@@ -358,6 +368,7 @@ JOB_CONFIGS: dict[str, type[Section]] = {
     "dpo": DpoJobConfig,
     "reward-model": RewardModelJobConfig,
     "grpo": GrpoJobConfig,
+    "ppo": PpoJobConfig,
     "isrt": IsrtJobConfig,
     "eval": EvalJobConfig,
     "tune": TuneJobConfig,

@@ -26,7 +26,7 @@ class DeadlinesConfig(Section):
     train_s: float = Field(3600.0, gt=0)
     """For the trainer: a step, scoring a batch, a checkpoint, an export."""
     reward_s: float = Field(120.0, gt=0)
-    """For a reward worker to score its share of a step; it is replaced and asked once more."""
+    """For a reward worker to score the responses to one prompt; it is replaced and asked once more."""
     model_s: float = Field(600.0, gt=0)
     """For a reward model to score its share of a step."""
 

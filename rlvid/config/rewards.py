@@ -1,13 +1,15 @@
-"""Parts of a reward: one class per kind, each with its own keys. How a kind scores is in `rlvid/rewards/rules.py`."""
+"""Parts of a reward: one class per kind, each with its own keys. How a kind scores is in `rlvid/rewards`."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rlvid.config.sections import Checkpoint, Section
+from rlvid.config.algorithms import RewardJudgeConfig
+from rlvid.config.sections import Checkpoint, Section, changeable, refuse_if
 
 TAG_NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -42,6 +44,21 @@ class RewardPart(Section):
         """The part's name in metrics and report."""
         return self.name or self.kind
 
+    @property
+    def own_range(self) -> tuple[float, float] | None:
+        """Lowest and highest value, where the config says it and not the kind."""
+        return None
+
+    @property
+    def says_accuracy(self) -> bool:
+        """Whether the config says that the part measures accuracy."""
+        return False
+
+    @property
+    def needs_right(self) -> bool:
+        """Whether only right answers get the part, where the group has more than one of them."""
+        return False
+
 
 class AnswerPart(RewardPart):
     """A part that reads the answer out of the response."""
@@ -73,6 +90,87 @@ class NumberPart(AnswerPart):
     """Absolute difference that still counts as equal."""
 
 
+class VerbatimPart(AnswerPart):
+    """1 when the answer equals the sample's, spaces around them aside, else 0 (Video-R1, multiple choice)."""
+
+    kind: Literal["verbatim"]
+    """verbatim: the answer equals the sample's character by character (Video-R1's multiple choice)."""
+
+
+class NumericalPart(AnswerPart):
+    """1 when both numbers are equal to two decimals, and both or neither have decimals, else 0 (Video-R1)."""
+
+    kind: Literal["numerical"]
+    """numerical: both numbers are equal to two decimals, and both or neither have decimals (Video-R1)."""
+
+
+class MathPart(AnswerPart):
+    """1 when the answer is mathematically equal to the sample's (math-verify, as R1-V), else 0."""
+
+    kind: Literal["math"]
+    """math: the answer is mathematically equal to the sample's, by math-verify, or equal as text (R1-V)."""
+
+
+class OcrPart(AnswerPart):
+    """1 minus the word error rate of the answer, at least 0 (Video-R1)."""
+
+    kind: Literal["ocr"]
+    """ocr: 1 minus the word error rate, at least 0 (Video-R1)."""
+
+
+class FreeFormPart(AnswerPart):
+    """The mean of ROUGE-1, ROUGE-2 and ROUGE-L F-scores with stemming (Video-R1)."""
+
+    kind: Literal["free_form"]
+    """free_form: the mean of ROUGE-1, ROUGE-2 and ROUGE-L, F-scores with stemming (Video-R1)."""
+
+
+class RegressionPart(AnswerPart):
+    """1 minus the relative error of a number, at least 0 (Video-R1)."""
+
+    kind: Literal["regression"]
+    """regression: 1 minus the relative error of the number, at least 0 (Video-R1)."""
+
+
+class TemporalIouPart(AnswerPart):
+    """Overlap of the time span that the answer names with the sample's (VideoChat-R1)."""
+
+    kind: Literal["temporal_iou"]
+    """temporal_iou: intersection over union of the time span that the answer names last, as in "3.5 to 7", with the one
+    in the sample's answer (VideoChat-R1)."""
+
+
+class GlueIouPart(RewardPart):
+    """Overlap of the time spans in the tag with the sample's (VideoChat-R1, grounded questions)."""
+
+    kind: Literal["glue_iou"]
+    """glue_iou: intersection over union of the time spans [[start, end], ...] in a tag with those of a manifest field
+    (VideoChat-R1)."""
+    tag: str = "glue"
+    """Tag of the response that holds its time spans."""
+    gold: str = "glue"
+    """Manifest field with the right time spans: [[start, end], ...]."""
+
+
+class BoxIouPart(AnswerPart):
+    """Mean overlap of the boxes of the answer with the sample's (VideoChat-R1, tracking)."""
+
+    kind: Literal["box_iou"]
+    """box_iou: mean intersection over union of the boxes [[x0, y0, x1, y1], ...] of the answer with those of a manifest
+    field (VideoChat-R1)."""
+    gold: str = "boxes"
+    """Manifest field with the right boxes: [[x0, y0, x1, y1], ...]."""
+
+
+class TinyLlavaPart(RewardPart):
+    """Accuracy and the length of the reasoning (TinyLLaVA-Video-R1)."""
+
+    kind: Literal["tiny_llava"]
+    """tiny_llava: a right answer gets 1 plus its format score, a wrong one minus that score, and -2 where both are 0.
+    The format score is 0.5 for tags think and answer, and up to 0.5 for 1,200 characters of reasoning
+    (TinyLLaVA-Video-R1)."""
+
+
 class FormatPart(RewardPart):
     """1 when the response is made of the tags in their order, else 0."""
 
@@ -80,6 +178,8 @@ class FormatPart(RewardPart):
     """format: the response is the tags in their order, each once and not empty, and nothing else."""
     tags: Annotated[Tags, Field(min_length=1)]
     """Tags in their order, for example [think, answer]."""
+    is_strict: bool = True
+    """Off: Video-R1's rule, which a repeated or an empty tag passes."""
 
 
 class LengthPart(RewardPart):
@@ -91,6 +191,13 @@ class LengthPart(RewardPart):
     """Shortest response that is rewarded."""
     max_tokens: int | None = Field(None, ge=1)
     """Longest response that is rewarded. Empty: no limit."""
+    right_only: bool = False
+    """Only right answers are rewarded, and only where the group has more than one of them (Video-R1: weight 0.2, 320 to
+    512 tokens)."""
+
+    @property
+    def needs_right(self) -> bool:
+        return self.right_only
 
     @model_validator(mode="after")
     def _window_is_not_empty(self) -> LengthPart:
@@ -108,6 +215,96 @@ class ModelPart(RewardPart):
     """Folder `policy` of a run of `rlvid reward-model` of kind bradley_terry."""
 
 
+class SimilarityPart(AnswerPart):
+    """Cosine similarity of the answer's embedding with that of the sample's answer, at least 0."""
+
+    kind: Literal["similarity"]
+    """similarity: cosine of the embeddings of both answers, at least 0 (MultiMood, with BGE-M3)."""
+    path: Checkpoint
+    """Folder of a text encoder that transformers loads."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """The embedding of a text. cls: of its first token (BGE-M3). mean: of all its tokens."""
+    max_tokens: int = Field(128, ge=1)
+    """Longest text, tokens."""
+
+
+class OwnPart(RewardPart):
+    """What parts share whose values come from your code."""
+
+    range: tuple[float, float] = (-1e9, 1e9)
+    """Lowest and highest value; one outside is invalid."""
+    accuracy: bool = False
+    """Whether the highest value means that the answer is right."""
+
+    @property
+    def own_range(self) -> tuple[float, float]:
+        return self.range
+
+    @property
+    def says_accuracy(self) -> bool:
+        return self.accuracy
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> OwnPart:
+        refuse_if(self.range[0] >= self.range[1], f"range={list(self.range)}: the first number must be the lower one")
+        is_default = self.range == type(self).model_fields["range"].get_default()
+        refuse_if(self.accuracy and is_default, "accuracy needs range: its highest value is that of a right answer")
+        return self
+
+
+class CustomPart(OwnPart):
+    """Values from a Python function of yours."""
+
+    kind: Literal["custom"]
+    """custom: a Python function of yours (docs/rewards.md)."""
+    path: str
+    """File and function, as my_rewards.py:score."""
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, path: str) -> str:
+        file, _, function = path.rpartition(":")
+        message = f"{path!r} does not name a file and a function, expected for example my_rewards.py:score"
+        refuse_if(not file.endswith(".py") or not function.isidentifier(), message)
+        return path
+
+
+class EndpointPart(OwnPart):
+    """Values from a server of yours."""
+
+    kind: Literal["endpoint"]
+    """endpoint: a server of yours that answers JSON (docs/rewards.md)."""
+    url: str
+    """Where each group is sent (POST)."""
+    api_key_env: str = changeable("REWARD_API_KEY", "transport")
+    """Environment variable that holds a key, sent as a bearer token if it is set."""
+    timeout_s: float = changeable(30.0, "a deadline", gt=0)
+    """Deadline of one request."""
+    deadline_s: float = changeable(100.0, "a deadline", gt=0)
+    """Deadline of a group with all its retries. After it its rewards are invalid."""
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_complete(cls, url: str) -> str:
+        parts = urlsplit(url)
+        is_one = parts.scheme in ("http", "https") and parts.hostname
+        refuse_if(not is_one, f"{url!r} is not a URL, expected for example http://localhost:9000/score")
+        return url
+
+
+class JudgePart(RewardPart):
+    """A judge's opinion of the response."""
+
+    kind: Literal["judge"]
+    """judge: a model's opinion of the response."""
+    mode: Literal["score", "trust", "win_rate"] = "score"
+    """score: from 1 to 10. trust: the mean of seven scores from 1 to 10: truthfulness, safety, fairness, privacy,
+    empathy, reliability, ethical guidance (MultiMood). win_rate: share of the other responses of its group that it
+    beats, each pair judged in both orders. All are scaled to 0 to 1."""
+    judge: RewardJudgeConfig = RewardJudgeConfig()
+    """Who judges."""
+
+
 def _check_parts(parts: tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:
     if not parts:
         raise ValueError("rewards is empty: give at least one part, for example [{kind: exact}]")
@@ -121,6 +318,26 @@ def _check_parts(parts: tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:
 
 
 RewardPartConfig = Annotated[
-    ExactPart | ChoicePart | NumberPart | FormatPart | LengthPart | ModelPart, Field(discriminator="kind")
+    ExactPart
+    | ChoicePart
+    | NumberPart
+    | VerbatimPart
+    | NumericalPart
+    | MathPart
+    | OcrPart
+    | FreeFormPart
+    | RegressionPart
+    | TemporalIouPart
+    | GlueIouPart
+    | BoxIouPart
+    | TinyLlavaPart
+    | FormatPart
+    | LengthPart
+    | ModelPart
+    | SimilarityPart
+    | CustomPart
+    | EndpointPart
+    | JudgePart,
+    Field(discriminator="kind"),
 ]
 RewardPartsConfig = Annotated[tuple[RewardPartConfig, ...], AfterValidator(_check_parts)]

@@ -264,6 +264,9 @@ class RunConfig(Section):
     export_every: int | None = Field(1, ge=1)
     """Export `policy/` with every k-th checkpoint too, so that a run that was stopped leaves a model. Empty: only at
     the end."""
+    dump_every: int | None = Field(None, ge=1)
+    """grpo, ppo: steps between dumps of all that a step was trained on (dumps/step_N), for `rlvid replay`. Empty:
+    none."""
     log_rollouts_every: int = Field(10, ge=1)
     """Steps between rollout tables (parquet) for the report."""
 
@@ -317,8 +320,8 @@ class TrainConfig(ScheduleConfig):
     resize_interval_s: float = changeable(60.0, "when workers may be added", ge=0)
     """Elastic: seconds between two checks for room for more workers. All workers restart from the last checkpoint."""
     max_failures: int = changeable(3, "when to give up", ge=0)
-    """sft, dpo, reward-model and isrt: worker failures after which the run stops. Before, all workers restart from the
-    last checkpoint."""
+    """Failures of a worker, or a rank of the trainer, after which the run stops. Before, all of them restart from the
+    last checkpoint. The same number holds for the ranks of the reference."""
 
 
 class WarmStartConfig(ScheduleConfig):
@@ -344,7 +347,12 @@ class RolloutConfig(Section):
     max_model_len: int = changeable(4096, "memory of an engine", ge=16)
     """Context of the engine: prompt and response, tokens. A longer prompt is an error, prompts are never cut."""
     replicas: int = changeable(1, "which engine answers does not change the distribution of answers", ge=1)
-    """Number of engines."""
+    """Number of engines; with `max_replicas` the smallest number."""
+    max_replicas: int | None = changeable(
+        None, "which engine answers does not change the distribution of answers", ge=1
+    )
+    """Up to this number of engines while the cluster has room: they join a run when it gets room, and leave with their
+    node. Empty: exactly `replicas`."""
     max_sequences: int = changeable(256, "memory of an engine", ge=1)
     """Sequences that an engine decodes at the same time."""
     max_batched_tokens: int = changeable(8192, "memory of an engine", ge=16)

@@ -69,7 +69,7 @@ def test_every_job_of_the_command_line_is_documented() -> None:
         ("rollout.block_size", "whole number, at least 1, or empty", "empty", "may change: memory of an engine"),
         ("rollout.temperature", "number, at least 0.01", "`1`", "fixed"),
         ("evaluate.every", "whole number, at least 1", "`50`", "may change: evaluation does not affect training"),
-        ("grpo.clip_low", "number, at least 0, less than 1", "`0.2`", "fixed"),
+        ("grpo.clip_low", "number, at least 0, at most 1", "`0.2`", "fixed"),
         ("rewards", "list (section)", "`[{kind: exact}]`", "fixed"),
         ("config", "path of a file", "required", "fixed"),
     ],
@@ -79,7 +79,7 @@ def test_hand_checked_entries(key: str, type_words: str, default: str, resumed: 
 
 
 def test_sections_of_some_jobs_say_so(text: str) -> None:
-    assert "## `warm_start`\n\nOnly in `grpo` or `isrt`." in text
+    assert "## `warm_start`\n\nOnly in `grpo`, `ppo` or `isrt`." in text
     assert "## `train`\n\nOnly" not in text
 
 

@@ -63,7 +63,8 @@ def test_every_deadline_may_change_on_resume() -> None:
     for job, cls in JOB_CONFIGS.items():
         deadlines = [key for key, _ in keys_of(cls) if re.search(r"((timeout|deadline)_s$|^deadlines\.)", key)]
         assert len(deadlines) >= 4 or job == "tune"
-        assert [key for key in deadlines if not may_change_on_resume(cls, key)] == []
+        written = [key.replace(".N.", ".0.") for key in deadlines]
+        assert [key for key in written if not may_change_on_resume(cls, key)] == []
 
 
 def test_what_an_error_during_a_run_advises_may_change_on_resume() -> None:

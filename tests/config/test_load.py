@@ -168,7 +168,7 @@ def test_unknown_key_in_override_names_the_override(config_path: Path) -> None:
         ("rewards=exact", "rewards must be a list, got 'exact'"),
         ("rewards=[{weight: 1}]", "rewards.0.kind is missing"),
         ("rewards=[]", "rewards is empty: give at least one part, for example [{kind: exact}]"),
-        ("rewards=[{kind: exakt}]", "rewards.0.kind must be 'exact', 'choice', 'number', 'format', 'length'"),
+        ("rewards=[{kind: exakt}]", "rewards.0.kind must be 'exact', 'choice', 'number', 'verbatim', 'numerical'"),
         ("rewards=[{kind: exact, max_tokens: 3}]", "unknown key rewards.0.max_tokens; did you mean"),
         (
             "rewards=[{kind: length, max_tokns: 3}]",
@@ -282,6 +282,9 @@ SHIPPED = {
     "dpo_llava_hound": "dpo",
     "eval_demo": "eval",
     "isrt_demo": "isrt",
+    "ppo_demo": "ppo",
+    "ppo_multimood": "ppo",
+    "ppo_vlm_rlaif": "ppo",
     "reward_model_demo": "reward-model",
     "sft_demo": "sft",
     "videoscore": "reward-model",

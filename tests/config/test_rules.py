@@ -17,6 +17,7 @@ from rlvid.config import (
     IsrtJobConfig,
     JobConfig,
     JudgeConfig,
+    PpoConfig,
     RewardModelConfig,
     RolloutConfig,
     SftJobConfig,
@@ -27,6 +28,7 @@ from rlvid.config import (
 from rlvid.config.jobs import JOB_CONFIGS
 from rlvid.config.keys import keys_of
 from rlvid.config.load import load_config
+from rlvid.config.policy_gradient import VARIANTS
 from rlvid.errors import UserError
 
 TINY: dict[str, Any] = {"model": {"tiny": {}}, "data": {"synthetic": {}}}
@@ -227,3 +229,56 @@ def test_unknown_keys_and_overrides_of_other_jobs_stay_errors(tmp_path: Path) ->
         load_config(SftJobConfig, CONFIGS / "demo.yaml", ["grpo.group_size=4"])
     with pytest.raises(UserError, match="unknown key space"):  # a sweep is no job's config
         load_config(SftJobConfig, CONFIGS / "tune_dpo_demo.yaml", [])
+
+
+# --- policy gradients -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (GrpoConfig, {"group_size": 1}, "group_size=1: advantage=group compares the responses of a group"),
+        (GrpoConfig, {"kl_in": "reward"}, "kl_in=reward has no effect with kl_coef=0"),
+        (GrpoConfig, {"correction": "truncate"}, "old_logprobs=rollout takes the engine's for both: set old_logprobs"),
+        (GrpoConfig, {"overlong_penalty": 2}, "overlong_penalty=2 has no effect with overlong_buffer=0"),
+        (GrpoConfig, {"temporal_bonus": 1}, "temporal_bonus has no effect with temporal=off"),
+        (
+            GrpoConfig,
+            {"dynamic_sampling": 2, "advantage": "batch"},
+            "dynamic_sampling=2 needs advantage=group or leave_one_out",
+        ),
+        (GrpoConfig, {"variant": "dapo", "group_size": 1}, "group_size=1"),
+        (PpoConfig, {"critic_steps": 2}, "critic_steps has no effect with critic=shared: it needs critic=own"),
+        (PpoConfig, {"critic": "own", "value_coef": 1}, "value_coef has no effect with critic=own"),
+        (GrpoJobConfig, TINY | {"grpo": {"temporal": "code"}, "video": {"frames": 2}}, "set video.frames to 4 or more"),
+        (
+            GrpoJobConfig,
+            TINY | {"rollout": {"replicas": 2, "max_replicas": 1}},
+            "rollout.max_replicas=1 is less than rollout.replicas=2",
+        ),
+        (
+            GrpoJobConfig,
+            TINY | {"rewards": [{"kind": "custom", "path": "my.py"}]},
+            "does not name a file and a function",
+        ),
+        (
+            GrpoJobConfig,
+            TINY | {"rewards": [{"kind": "custom", "path": "my.py:f", "accuracy": True}]},
+            "accuracy needs range",
+        ),
+        (GrpoJobConfig, TINY | {"rewards": [{"kind": "endpoint", "url": "localhost:9"}]}, "is not a URL"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    cls: type[BaseModel], values: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(cls, values)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_variant_sets_keys_that_are_not_given(variant: str) -> None:
+    cfg = GrpoConfig.model_validate({"variant": variant, "kl_coef": 0.1})
+    assert {key: getattr(cfg, key) for key in VARIANTS[variant]} == VARIANTS[variant]
+    assert GrpoConfig.model_validate(cfg.model_dump()) == cfg  # a saved config says the same
+    given = GrpoConfig.model_validate({"variant": variant, "clip_high": 0.5})
+    assert given.clip_high == 0.5 and given.kl_in == "loss"  # without a KL term there is none to place
