@@ -179,11 +179,16 @@ class Reward:
     parts: Mapping[str, float]
     total: float
     invalid_reason: str | None = None
-    is_right: bool | None = None  # whether the answer is right; None where no part measures accuracy
+    accuracy: float | None = None  # of the answer, from 0 to 1; None where no part measures it
 
     @property
     def is_valid(self) -> bool:
         return self.invalid_reason is None
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the answer is right; None where no part measures accuracy."""
+        return None if self.accuracy is None else self.accuracy == 1.0
 
     @classmethod
     def invalid(cls, reason: str) -> Reward:

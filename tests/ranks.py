@@ -28,6 +28,6 @@ def run_ranks(
         )
         for rank in range(world_size)
     ]
-    outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=900)[0] for rank in ranks]
     assert not any(rank.returncode for rank in ranks), (folder / f"rank-{world_size}-0.log").read_text()[-2000:]
     return json.loads(outputs[0].splitlines()[-1])

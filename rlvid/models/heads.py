@@ -21,16 +21,21 @@ HEAD_FILE = Path("reward_model") / "head.safetensors"  # in a checkpoint folder
 class Head:
     """A head `Linear(hidden, outputs)` with bias.
 
-    A new one returns `initial_bias` for every input: its weights are 0.
+    A new one returns `initial_bias` for every input: its weights are 0. Those of a critic are small random numbers
+    instead, with standard deviation 1 / (hidden + 1), as in OpenRLHF (openrlhf/models/model.py).
     """
 
     outputs: tuple[str, ...]  # names, in the order of the rows of the weight
     initial_bias: float = 0.0
+    is_critic: bool = False  # a value before each response token; otherwise scores at the end of each response
 
     def build(self, width: int, dtype: torch.dtype) -> nn.Linear:
         """Make a new head for hidden states of size `width`."""
         layer = nn.Linear(width, len(self.outputs), dtype=dtype)
-        nn.init.zeros_(layer.weight)
+        if self.is_critic:
+            nn.init.normal_(layer.weight, std=1 / (width + 1), generator=torch.Generator().manual_seed(0))
+        else:
+            nn.init.zeros_(layer.weight)
         nn.init.constant_(layer.bias, self.initial_bias)
         return layer
 
@@ -41,7 +46,8 @@ class Head:
         save_file(dict(state), file, metadata={"outputs": json.dumps(self.outputs)})
 
     def load(self, layer: nn.Linear, folder: Path) -> None:
-        """Read the head of checkpoint `folder` into `layer`; rows are matched by the names of the outputs.
+        """Read the head of checkpoint `folder` into `layer`; rows are matched by the names of the outputs. A critic's
+        head may be that of a reward model with one output.
 
         Raises:
             UserError: the checkpoint has no head, or the head lacks one of the outputs.
@@ -53,7 +59,12 @@ class Head:
                 state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it has no __iter__
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file} cannot be read ({e}): expected the head of a reward model") from e
-        if missing := [name for name in self.outputs if name not in names]:
+        outputs = names if self.is_critic and len(names) == 1 else self.outputs
+        if missing := [name for name in outputs if name not in names]:
             raise UserError(f"{file} scores {', '.join(names) or 'nothing'} but not {', '.join(missing)}")
-        rows = torch.tensor([names.index(name) for name in self.outputs])
+        rows = torch.tensor([names.index(name) for name in outputs])
         layer.load_state_dict({name: tensor[rows] for name, tensor in state.items()})
+
+
+VALUE = Head(("value",), is_critic=True)
+"""The head of a critic."""

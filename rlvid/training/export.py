@@ -59,9 +59,9 @@ def write_checkpoint(
             files.add(plain_name(name), merged(name, whole, kept, lora) if lora else whole)
     if is_writer:
         if head:
-            head.save({name.removeprefix(HEAD): t for name, t in kept.items()}, folder)
+            head.save({n.removeprefix(HEAD): t for n, t in kept.items() if n.startswith(HEAD)}, folder)
         if lora:
-            adapters = {file_name(name): t for name, t in kept.items()}
+            adapters = {file_name(name): t for name, t in kept.items() if is_adapter(name)}
             save_adapter(folder / "adapter", adapters, lora, family.no_lora, base=str(checkpoint))
         files.close(checkpoint)
     dist.barrier()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import GatheredParameters
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlvid.config import ModelConfig, TrainConfig
@@ -31,11 +29,12 @@ from rlvid.models.heads import HEAD_FILE, Head
 from rlvid.models.loading import freeze_towers, load_model
 from rlvid.models.lora import add_adapters, file_name, is_adapter
 from rlvid.training.activations import on_host
+from rlvid.training.adapters import ReferenceAdapters
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.checkpoint_writer import BackgroundWriter
 from rlvid.training.collectives import most_of
 from rlvid.training.depth_first import PromptPass
-from rlvid.training.export import write_checkpoint
+from rlvid.training.export import HEAD, write_checkpoint
 from rlvid.training.micro_batches import MicroBatches, repeated, score
 from rlvid.training.objectives import Objective
 from rlvid.training.packing import PackedPolicy, PackedRow, PackedScorer, pack
@@ -70,11 +69,19 @@ class Learner:
     Args:
         folder: Hugging Face checkpoint folder of the policy. With `model.lora` its weights are frozen and adapters
             are trained.
-        head: of a reward model; the outputs are its scores in place of log-probs. Read from `folder` if it is there.
+        head: of a reward model or a critic; the outputs are its scores in place of log-probs. Read from `folder` if it
+            is there.
+        is_policy: with a head too; the outputs are log-probs and values.
     """
 
     def __init__(
-        self, folder: Path, family: ChatFamily, model: ModelConfig, cfg: TrainConfig, head: Head | None = None
+        self,
+        folder: Path,
+        family: ChatFamily,
+        model: ModelConfig,
+        cfg: TrainConfig,
+        head: Head | None = None,
+        is_policy: bool = False,
     ):
         self.cfg = cfg
         self._is_sharded = cfg.zero_stage == 3
@@ -92,14 +99,21 @@ class Learner:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         self._head = head
         if head:
-            self.policy = PackedScorer(network, family, head)
-            if (folder / HEAD_FILE).exists():
+            self.policy = (PackedPolicy if is_policy else PackedScorer)(network, family, head)
+            if self.policy.head is not None and (folder / HEAD_FILE).exists():
                 head.load(self.policy.head, folder)
         named = self.policy.named_parameters()
         self._trained = [(name.removeprefix(NETWORK), p) for name, p in named if p.requires_grad]
+        # A critic's head on a policy has a learning rate of its own.
+        apart = [p for name, p in self._trained if is_policy and name.startswith(HEAD)]
+        rest = [p for name, p in self._trained if not (is_policy and name.startswith(HEAD))]
         # torch's own: nothing to compile, and the same numbers on CPU and GPU
         adam = torch.optim.AdamW(
-            [p for _, p in self._trained], cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=on_gpu
+            [{"params": own} for own in (rest, apart) if own],
+            cfg.lr,
+            cfg.betas,
+            weight_decay=cfg.weight_decay,
+            fused=on_gpu,
         )
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         if self._is_sharded:
@@ -110,18 +124,20 @@ class Learner:
         self.engine.checkpoint_engine = self._writer = BackgroundWriter()
         self.device = self.engine.device
         self._most = most_of(self.device)
-        # Adapters of the reference, by parameter name. New ones change nothing: it is the base model at first.
-        self._reference = self._adapters() if self.lora else {}
+        self.reference = ReferenceAdapters(self._trained if self.lora else [], self._is_sharded)
         self._clipped_norm: float | None = None
         self._skipped_in_a_row = 0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
             self.engine.optimizer.register_step_pre_hook(self._clip)
 
-    def step(self, groups: Sequence[Group[Prompt]], objective: Objective, lr: float) -> dict[str, float]:
+    def step(
+        self, groups: Sequence[Group[Prompt]], objective: Objective, lr: float, head_lr: float | None = None
+    ) -> dict[str, float]:
         """One optimizer step on this rank's share of a mini-batch.
 
         Args:
             groups: at least one; their token weights belong to the whole mini-batch, over all ranks.
+            head_lr: of a critic's head on the policy; default `lr`.
 
         Raises:
             ValueError: the groups lack an array that the objective needs.
@@ -132,8 +148,8 @@ class Learner:
             `grad_norm`, `lr`, and `skipped`: 1 if loss or gradient was not finite and nothing was changed.
         """
         check_arrays(groups, objective.needs, type(objective).__name__)
-        for parameters in self.engine.optimizer.param_groups:
-            parameters["lr"] = lr
+        for parameters, own_lr in zip(self.engine.optimizer.param_groups, (lr, head_lr or lr), strict=False):
+            parameters["lr"] = own_lr
         batches = MicroBatches.of(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         parts = [part for _, part in batches.parts]
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
@@ -187,35 +203,20 @@ class Learner:
         return float(self._skipped_in_a_row > 0)
 
     def outputs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probs [sum R] of each group's response tokens under the current weights.
-
-        Of a model with a head the scores [G, D] of each group's responses, or [1, D] of its prompt.
-        """
+        """Log-probs [sum R] of each group's response tokens under the current weights; with a head, see
+        `micro_batches.score`."""
         self.engine.eval()
         values = score(self.engine, groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix, most=self._most)
         self.engine.train()
         return values
 
     def reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probs under the reference, which is this model with the adapters that `freeze_reference` kept.
+        """Log-probs under the reference, which is this model with the adapters that `reference` keeps.
 
         Without adapters the reference is another model.
         """
-        present = self._adapters()
-        self._put_adapters(self._reference)
-        try:
+        with self.reference.in_place():
             return self.outputs(groups)
-        finally:
-            self._put_adapters(present)
-
-    def freeze_reference(self, file: Path) -> None:
-        """From now on the reference has the current adapters. Rank 0 writes them for a resumed run."""
-        self._reference = self._adapters()
-        if dist.get_rank() == 0:
-            save_file(self._reference, file)
-
-    def load_reference(self, file: Path) -> None:
-        self._reference |= {name: t.to(self.device) for name, t in load_file(file).items()}
 
     def weight_parts(self, part_bytes: int) -> Iterator[Part]:
         """What the engines need, as whole tensors in parts: the weights under the checkpoint's names, or the adapters
@@ -227,9 +228,10 @@ class Learner:
         return [(name, p.dtype, whole_shape(p)) for name, p in self._sent()]
 
     def _sent(self) -> list[NamedTensor]:
+        """The engines know no critic's head."""
         if self.lora:
             return [(file_name(name), p) for name, p in self._named() if is_adapter(name)]
-        return self._named()
+        return [(name, p) for name, p in self._named() if not name.startswith(HEAD)]
 
     def _named(self) -> list[NamedTensor]:
         """All parameters under the checkpoint's names; those of a head begin with `HEAD`."""
@@ -280,17 +282,6 @@ class Learner:
         trained = [getattr(p, "ds_tensor", p) for _, p in self._trained]  # under ZeRO-3 this rank's share
         if self._most(sum(not tensor.isfinite().all() for tensor in trained)):
             raise UserError("the trained weights are not finite and are not saved: start a run with a smaller train.lr")
-
-    def _adapters(self) -> dict[str, Tensor]:
-        """Copies of the adapters, whole on every rank."""
-        with GatheredParameters([p for _, p in self._trained], enabled=self._is_sharded):
-            return {name: p.detach().clone() for name, p in self._trained}
-
-    @torch.no_grad()
-    def _put_adapters(self, state: Mapping[str, Tensor]) -> None:
-        with GatheredParameters([p for _, p in self._trained], modifier_rank=0, enabled=self._is_sharded):
-            for name, parameter in self._trained:
-                parameter.copy_(state[name])
 
     def _clip(self, *_: object) -> None:
         """Clip reduced gradients where DeepSpeed hands the step to plain torch (ZeRO 0, float32).

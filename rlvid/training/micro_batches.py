@@ -99,7 +99,8 @@ def score(
     is_shared: bool = True,
     most: Count = lambda n: n,
 ) -> list[npt.NDArray[np.float32]]:
-    """The model's outputs for each group: log-probs [sum R] of a policy, scores [S, D] of a model with a head.
+    """The model's outputs for each group: log-probs [sum R] of a policy, scores [S, D] of a model with a head, values
+    [sum R, 1] of a critic, both [sum R, 2] of a policy with a critic's head.
 
     Args:
         model: `PackedPolicy`, `PackedScorer`, or an engine around one.
@@ -110,7 +111,10 @@ def score(
 
     def keep(output: torch.Tensor, row: Sequence[int]) -> None:
         chosen = [batches.parts[i][1] for i in row]
-        sizes = [part.n_tokens if output.ndim == 1 else max(1, len(part.responses)) for part in chosen]
+        of_tokens = [part.n_tokens for part in chosen]
+        of_responses = [max(1, len(part.responses)) for part in chosen]
+        # Equally many only where each response is one token: then they are the same.
+        sizes = of_tokens if len(output) == sum(of_tokens) else of_responses
         for i, own in zip(row, output.float().cpu().split(sizes), strict=True):
             values[i] = own.numpy()
 

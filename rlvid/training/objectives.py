@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlvid.algorithms import preference_loss
+from rlvid.algorithms.importance import correction_weights, per_response
 from rlvid.algorithms.kl import ESTIMATORS
 from rlvid.algorithms.policy_loss import policy_loss
-from rlvid.config import DpoConfig, GrpoConfig
+from rlvid.algorithms.value_loss import value_loss
+from rlvid.config import DpoConfig, PolicyGradientConfig
 from rlvid.training.batch import Group, flat
 
 Sums = dict[str, Tensor]
@@ -41,41 +43,98 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Supervised:
-    """Negative log-likelihood of the given responses."""
+    """Negative log-likelihood of the given responses. A critic's values are not trained."""
 
     needs = ("weights",)
 
-    def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+    def __call__(self, outputs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+        logprobs = outputs if outputs.ndim == 1 else outputs[:, 0]
         return -(flat(groups, "weights", logprobs) * logprobs).sum(), {}
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """Clipped policy loss plus the KL to the reference (DeepSeekMath, arXiv 2402.03300, eq. 3).
+class PolicyGradient:
+    """The policy's loss of GRPO, its relatives and PPO (rlvid/algorithms/policy_loss.py), plus the KL to the reference.
 
-    `is_first`: the policy has not changed since the rollouts and the ratio is taken to its own log-probs, which are
-    those of this forward. `logprob_gap` is the distance to `old_logprobs` in any case.
+    `old`: whose log-probs are the denominator of the ratio. "rollout": the engine's. "trainer": the trainer's before
+    the first update. "own": the same, where there is a single update: those of this forward. `logprob_gap` is the
+    distance to the engine's in any case.
     """
 
-    cfg: GrpoConfig
-    is_first: bool = False
+    cfg: PolicyGradientConfig
+    old: Literal["rollout", "trainer", "own"] = "rollout"
 
     @property
     def needs(self) -> Collection[str]:
-        return ("weights", "advantages", "old_logprobs", *(["ref_logprobs"] if self.cfg.kl_coef else []))
+        names = ["weights", "advantages", "rollout_logprobs"]
+        return names + ["old_logprobs"] * (self.old == "trainer") + ["ref_logprobs"] * self._has_kl
+
+    @property
+    def _has_kl(self) -> bool:
+        return self.cfg.kl_coef > 0 and self.cfg.kl_in == "loss"
 
     def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
-        weights, advantages, given = (
-            flat(groups, name, logprobs) for name in ("weights", "advantages", "old_logprobs")
+        cfg, lengths = self.cfg, _lengths(groups, logprobs)
+        weights, advantages, sampled = (
+            flat(groups, name, logprobs) for name in ("weights", "advantages", "rollout_logprobs")
         )
-        old = logprobs.detach() if self.is_first else given
-        per_token, stats = policy_loss(logprobs, old, advantages, self.cfg.clip_low, self.cfg.clip_high)
-        sums = {**stats, "logprob_gap": (logprobs.detach() - given).abs().sum()}
-        if self.cfg.kl_coef:
-            kl = ESTIMATORS[self.cfg.kl_estimator](logprobs, flat(groups, "ref_logprobs", logprobs))
-            per_token = per_token + self.cfg.kl_coef * kl
+        old = {"rollout": sampled, "own": logprobs.detach()}.get(self.old)
+        old = flat(groups, "old_logprobs", logprobs) if old is None else old
+        of_response = lengths if cfg.ratio == "sequence" else None
+        per_token, stats = policy_loss(
+            logprobs, old, advantages, cfg.clip_low, cfg.clip_high, of_response, kind=cfg.loss
+        )
+        sums = {**stats, "logprob_gap": (logprobs.detach() - sampled).abs().sum()}
+        if cfg.correction != "none":
+            correction = correction_weights(old, sampled, lengths, cfg.correction, cfg.correction_cap)
+            per_token = per_token * correction
+            sums["correction"] = correction.sum()
+        if self._has_kl:
+            kl = ESTIMATORS[cfg.kl_estimator](logprobs, flat(groups, "ref_logprobs", logprobs))
+            per_token = per_token + cfg.kl_coef * kl
             sums["kl"] = kl.detach().sum()
         return (weights * per_token).sum(), sums
+
+
+@dataclass(frozen=True)
+class Values:
+    """The loss of a critic, whose outputs are a value before each response token."""
+
+    clip: float | None
+    needs = ("weights", "values", "returns")
+
+    def __call__(self, outputs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+        values = outputs.flatten()
+        weights, old, returns = (flat(groups, name, values) for name in self.needs)
+        losses, is_clipped = value_loss(values, old, returns, self.clip)
+        error = old - returns
+        sums = {
+            "value_loss": losses.detach().sum(),
+            "value_clipped": is_clipped.float().sum(),
+            "return": returns.sum(),
+            "return_squared": returns.square().sum(),
+            "value_error": error.sum(),
+            "value_error_squared": error.square().sum(),
+        }
+        return (weights * losses).sum(), sums
+
+
+@dataclass(frozen=True)
+class ActorCritic:
+    """Both losses on a network with a value head: outputs [M, 2] are log-probs and values."""
+
+    policy: PolicyGradient
+    values: Values
+    value_coef: float
+
+    @property
+    def needs(self) -> Collection[str]:
+        return (*self.policy.needs, *self.values.needs)
+
+    def __call__(self, outputs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
+        policy, sums = self.policy(outputs[:, 0], groups)
+        value, value_sums = self.values(outputs[:, 1], groups)
+        return policy + self.value_coef * value, sums | value_sums
 
 
 @dataclass(frozen=True)
@@ -95,17 +154,16 @@ class Preferred:
         return ("weights", *(["ref_logprobs"] if self.cfg.needs_reference else []))
 
     def __call__(self, logprobs: Tensor, groups: Sequence[Group[Any]]) -> tuple[Tensor, Sums]:
-        lengths = torch.tensor([len(ids) for g in groups for ids in g.responses], device=logprobs.device)
-        which = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), lengths)
+        lengths = _lengths(groups, logprobs)
 
-        def per_response(values: Tensor) -> Tensor:
-            sums = torch.zeros(len(lengths), device=values.device, dtype=values.dtype).index_add(0, which, values)
+        def of_pairs(values: Tensor) -> Tensor:
+            sums = per_response(values, lengths)
             return (sums / lengths if self.cfg.is_mean else sums).view(-1, 2)
 
-        own = per_response(logprobs)
+        own = of_pairs(logprobs)
         scores = own
         if self.cfg.needs_reference:
-            scores = own - per_response(flat(groups, "ref_logprobs", logprobs))
+            scores = own - of_pairs(flat(groups, "ref_logprobs", logprobs))
         losses = self._losses(*scores.unbind(1))
         nll = -(flat(groups, "weights", logprobs) * logprobs).sum()
         loss = self.cfg.loss_weight * losses.sum() / self.n_pairs + self.cfg.sft_weight * nll
@@ -162,6 +220,11 @@ class BradleyTerry:
         margin = chosen - rejected
         pairs = {"margin": margin.detach(), "accuracy": (margin.detach() > 0).float()}
         return -F.logsigmoid(margin).sum() / self.n_pairs, _pair_sums(pairs)
+
+
+def _lengths(groups: Sequence[Group[Any]], like: Tensor) -> Tensor:
+    """Tokens [n_responses] of each response."""
+    return torch.tensor([len(ids) for g in groups for ids in g.responses], device=like.device)
 
 
 def _pair_sums(pairs: Mapping[str, Tensor]) -> Sums:

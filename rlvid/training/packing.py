@@ -155,25 +155,33 @@ class PackedPolicy(nn.Module):
 
     The distribution of a sampled response is the one the engine samples from: logits over temperature, vision
     placeholders banned. That of a given response is the model's own.
+
+    Args:
+        head: of a critic on the same network.
     """
 
     most: Count = staticmethod(lambda count: count)  # this rank's count -> the largest of all ranks; under ZeRO-3
 
-    def __init__(self, network: PreTrainedModel, family: ChatFamily):
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, head: Head | None = None):
         super().__init__()
         self.network = network
         self.family = family
         self.prediction = Prediction(network.lm_head, family.banned_tokens)
+        self.head = build_head(head, network) if head else None
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution. The entropy carries no
-        gradient, and is empty ([0]) where gradients are off. Of a row whose keys and values are kept for another
-        (`depth_first.PromptPass`): see `kept_for_later`."""
+        gradient, and is empty ([0]) where gradients are off. With a critic's head the first is [M, 2]: log-probs, and
+        the values before the tokens. Of a row whose keys and values are kept for another (`depth_first.PromptPass`):
+        see `kept_for_later`."""
         hidden = hidden_states(self.network, self.family, row, self.most)
         if row.layout.kept is not None:
             return kept_for_later(hidden)
         # Logits only where a token is predicted: those of a long prompt would be the largest.
-        return self.prediction(hidden[row.source], row.target, row.temperature)
+        logprobs, entropy = self.prediction(before := hidden[row.source], row.target, row.temperature)
+        if self.head is None:
+            return logprobs, entropy
+        return torch.stack([logprobs, self.head(before)[:, 0].float()], dim=1), entropy
 
 
 class Prediction(nn.Module):
@@ -222,7 +230,8 @@ class Prediction(nn.Module):
 
 
 class PackedScorer(nn.Module):
-    """The network and a head on the last token: VideoScore's regression, or Bradley-Terry with one output.
+    """The network and a head on the last token: VideoScore's regression, or Bradley-Terry with one output. The head of
+    a critic is on the token before each response token.
 
     Which token is last follows from the layout of the row, not from a padding id: nothing is padded. (Upstream searches
     for the first padding id, which is wrong where that id occurs in the text.)
@@ -234,13 +243,18 @@ class PackedScorer(nn.Module):
         super().__init__()
         self.network = network
         self.family = family
-        self.head = head.build(network.config.get_text_config().hidden_size, network.dtype)
+        self.head = build_head(head, network)
+        self._is_critic = head.is_critic
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Scores [S, D] float32 at the row's ends. The second is empty, where the policy has its entropy. Of a row
-        whose keys and values are kept for another: see `kept_for_later`."""
+        """Scores [S, D] float32 at the row's ends, or a critic's values [M, 1]. The second is empty, where the policy
+        has its entropy. Of a row whose keys and values are kept for another: see `kept_for_later`."""
         hidden = hidden_states(self.network, self.family, row, self.most)
         if row.layout.kept is not None:
             return kept_for_later(hidden)
-        scores = self.head(hidden[row.ends]).float()
+        scores = self.head(hidden[row.source if self._is_critic else row.ends]).float()
         return scores, scores.new_zeros(0)
+
+
+def build_head(head: Head, network: PreTrainedModel) -> nn.Linear:
+    return head.build(network.config.get_text_config().hidden_size, network.dtype)

@@ -36,10 +36,10 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     moved, off = first(learner.outputs(mine)), first(learner.reference_logprobs(mine))
     checkpoint = folder / f"checkpoint-{stage}-{world_size}"
     learner.save(checkpoint)
-    learner.freeze_reference(folder / f"reference-{stage}-{world_size}.safetensors")
+    learner.reference.freeze(folder / f"reference-{stage}-{world_size}.safetensors")
     dist.barrier()
     stats.append(learner.step(mine, Supervised(), lr=1e-2))
-    learner.load_reference(folder / f"reference-{stage}-{world_size}.safetensors")
+    learner.reference.load(folder / f"reference-{stage}-{world_size}.safetensors")
     frozen, after = first(learner.reference_logprobs(mine)), first(learner.outputs(mine))
     learner.load(checkpoint)
     again = learner.step(mine, Supervised(), lr=1e-2)

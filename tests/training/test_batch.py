@@ -7,7 +7,7 @@ import pytest
 
 from rlvid.config import DpoConfig, GrpoConfig
 from rlvid.training.batch import Group, check_arrays
-from rlvid.training.objectives import BradleyTerry, Grpo, Preferred, Regression, Supervised
+from rlvid.training.objectives import BradleyTerry, PolicyGradient, Preferred, Regression, Supervised
 
 IDS = (np.zeros(2, np.int32), np.zeros(3, np.int32))
 
@@ -32,8 +32,8 @@ def test_any_array_is_cut_with_its_responses() -> None:
     ("objective", "names", "missing"),
     [
         (Supervised(), (), "weights"),
-        (Grpo(GrpoConfig()), ("weights", "advantages"), "old_logprobs"),
-        (Grpo(GrpoConfig(kl_coef=0.1)), ("weights", "advantages", "old_logprobs"), "ref_logprobs"),
+        (PolicyGradient(GrpoConfig()), ("weights", "advantages"), "rollout_logprobs"),
+        (PolicyGradient(GrpoConfig(kl_coef=0.1)), ("weights", "advantages", "rollout_logprobs"), "ref_logprobs"),
         (Preferred(DpoConfig(), 1), ("weights",), "ref_logprobs"),
         (Regression(1), (), "labels"),
     ],

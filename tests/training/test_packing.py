@@ -10,9 +10,10 @@ import torch
 from rlvid.models.families import load_family
 from rlvid.models.families.frames import VideoLlava
 from rlvid.models.families.vision import VisionFamily
+from rlvid.models.heads import VALUE
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, normalise, pack
+from rlvid.training.packing import PackedPolicy, PackedScorer, normalise, pack
 from rlvid.types import Prompt
 from tests.prompts import group_of, noise, prompt_of
 
@@ -202,3 +203,28 @@ def test_logits_in_parts_give_the_same_logprobs_and_gradients(
     parts = run()
     torch.testing.assert_close(parts[:2], whole[:2], atol=1e-6, rtol=0)
     torch.testing.assert_close(parts[2], whole[2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics2"])
+def test_values_of_a_group_from_one_prompt_equal_those_of_separate_sequences(
+    name: str, tiny_models: dict[str, Path]
+) -> None:
+    family = load_family(tiny_models[name])
+    side = family.frame_multiple  # type: ignore[attr-defined]
+    group = sampled(prompt_of(family, (8, 2 * side, 2 * side)), [4, 2, 7], temperature=0.7)
+    weights = torch.from_numpy(group.tokens["weights"])
+    both = PackedPolicy(load_model(tiny_models[name], "float32"), family, VALUE)
+    alone = PackedScorer(load_model(tiny_models[name], "float32"), family, VALUE)
+    found = []
+    for model, parts in ((both, [group]), (both, group.cut(0)), (alone, [group]), (alone, group.cut(0))):
+        model.zero_grad(set_to_none=True)
+        values = model(pack(parts))[0][:, -1]
+        (weights * values).sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.network.model.parameters() if p.grad is not None])
+        found.append((values.detach(), grads))
+    for values, grads in found[1:]:
+        assert (values - found[0][0]).abs().max() < 1e-5
+        assert (grads - found[0][1]).norm() <= 1e-5 * found[0][1].norm()
+    with torch.no_grad():
+        plain = PackedPolicy(load_model(tiny_models[name], "float32"), family)
+        assert (both(pack([group]))[0][:, 0] - plain(pack([group]))[0]).abs().max() < 1e-6

@@ -12,7 +12,10 @@ def test_two_ranks_with_uneven_work_equal_one(family: str, one_rank: Results, tw
     one, two = one_rank[f"zero3_rank.{family}", 0], two_ranks[f"zero3_rank.{family}", 3]
     assert one["numbers"].keys() == two["numbers"].keys()
     for name, values in one["numbers"].items():
-        assert two["numbers"][name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+        found = two["numbers"][name]
+        assert found == pytest.approx(values, rel=1e-4, abs=1e-5), name  # after an update of AdamW
+        if name in ("supervised", "ppo", "critic"):  # loss and gradient norm before one
+            assert found[:2] == pytest.approx(values[:2], rel=1e-5), name
 
 
 @pytest.mark.parametrize("family", ZERO3_FAMILIES)

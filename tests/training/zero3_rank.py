@@ -23,6 +23,7 @@ CLIPS = (0, 2, 0)  # of the prompts; a rank has every second one
 LOGITS = 2000  # at a time: those of a few tokens
 PATCHES = 32  # at a time: those of a frame or two
 OUTPUTS = ("a", "b")
+ARRAYS = ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 
 
 def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     from rlvid.models import tower
     from rlvid.models.families import load_family
     from rlvid.models.families.vision import VisionFamily
-    from rlvid.models.heads import Head
+    from rlvid.models.heads import VALUE, Head
     from rlvid.training import learner, objectives, packing
     from rlvid.training.batch import Group
     from tests.prompts import prompt_of
@@ -51,25 +52,29 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     total = sum(g.n_tokens for g in groups)
 
     def with_arrays(group: Group[Any], temperature: float | None = None) -> Group[Any]:
-        values = np.random.default_rng(group.n_tokens).normal(-4, 0.1, (3, group.n_tokens)).astype(np.float32)
-        tokens = dict(zip(("advantages", "old_logprobs", "ref_logprobs"), values, strict=True))
+        values = np.random.default_rng(group.n_tokens).normal(-4, 0.1, (len(ARRAYS), group.n_tokens)).astype(np.float32)
+        tokens = dict(zip(ARRAYS, values, strict=True))
         weights = np.full(group.n_tokens, 1 / total, np.float32)
         return replace(group, temperature=temperature).with_tokens(weights=weights, **tokens)
 
     labels = [np.array([1 + i, 4 - i], dtype=np.float32) for i in range(len(groups))]
     graded = [Group(g.prompt, g.prompt_cost, targets={"labels": x}) for g, x in zip(groups, labels, strict=True)]
+    policy = objectives.PolicyGradient(GrpoConfig(kl_coef=0.1), "trainer")
+    values = objectives.Values(0.2)
     works: list[tuple[Head | None, list[tuple[str, Any, Sequence[Group[Any]]]]]] = [
         (
             None,
             [
                 ("supervised", objectives.Supervised(), [with_arrays(g) for g in groups]),
-                ("grpo", objectives.Grpo(GrpoConfig(kl_coef=0.1)), [with_arrays(g, 0.7) for g in groups]),
                 ("dpo", objectives.Preferred(DpoConfig(), n_pairs), [with_arrays(g) for g in groups]),
             ],
         ),
+        (VALUE, [("ppo", objectives.ActorCritic(policy, values, 0.5), [with_arrays(g, 0.7) for g in groups])]),
         (Head(OUTPUTS, 2.5), [("regression", objectives.Regression(len(groups)), graded)]),
         (Head(OUTPUTS[:1]), [("bradley_terry", objectives.BradleyTerry(n_pairs), groups)]),
     ]
+    if family.architecture == "Qwen2VLForConditionalGeneration":
+        works.append((VALUE, [("critic", values, [with_arrays(g) for g in groups])]))
     found: dict[str, Any] = {}
     again: Counter[str] = Counter()  # calls in a backward
 
@@ -82,13 +87,16 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
             mock.patch.object(packing, "LOGITS_AT_A_TIME", LOGITS),
             mock.patch.object(tower, "PATCHES_AT_A_TIME", PATCHES),
         ):
-            trained = learner.Learner(model, family, ModelConfig(path=model), cfg, head)
+            is_policy = steps[0][0] == "ppo"
+            trained = learner.Learner(model, family, ModelConfig(path=model), cfg, head, is_policy)
             for name, module in trained.policy.named_modules():
                 if name.endswith(".0.mlp"):  # of the first layers of text and tower
                     module.register_forward_pre_hook(partial(note, name))
-            n = 2 if head else 1  # a new head is 0, and so is what the network's gradient is at first
             for name, objective, everything in steps:
-                stats = [trained.step(everything[rank::world_size], objective, lr=1e-3) for _ in range(n)]
+                # A new head of scores is 0, and so is the network's gradient at first; the others are compared before
+                # an update too, where no optimizer has made rounding larger.
+                rates = (1e-3, 1e-3) if head and head != VALUE else (0.0, 1e-3)
+                stats = [trained.step(everything[rank::world_size], objective, lr=lr) for lr in rates]
                 found[name] = [s[key] for s in stats for key in ("loss", "grad_norm")]
             found[f"outputs {len(found)}"] = np.concatenate(trained.outputs(everything)).flatten().tolist()
     return {"numbers": found, "again": +again}

@@ -5,6 +5,7 @@ This module imports neither torch nor transformers, so that decoding workers sta
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -158,6 +159,33 @@ class VisionFamily(ChatFamily):
         t, h, w = n // s, height // p, width // p
         blocks = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
         return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
+
+
+def shuffle_frames(prompt: Prompt) -> Prompt:
+    """The prompt with the temporal patches of each video in another order, which is a function of the clip's id.
+
+    Their times, where the prompt has any, stay in place. Attention of the towers stays inside a temporal patch, so the
+    embeddings are those of the prompt in the other order (tests/models/families/test_shuffled.py): nothing is decoded
+    or patched again. A video of one temporal patch stays as it is.
+    """
+    parts, at = [], 0
+    for clip_id, (t, h, w) in zip(prompt.clip_ids, prompt.grid_thw.tolist(), strict=True):
+        n = t * h * w
+        clip = prompt.patches[at : at + n].reshape(t, h * w, -1)
+        parts.append(clip[frame_order(t, clip_id)].reshape(n, -1))
+        at += n
+    return replace(
+        prompt,
+        patches=np.concatenate(parts) if parts else prompt.patches,
+        clip_ids=tuple(f"{clip_id}-shuffled" for clip_id in prompt.clip_ids),
+    )
+
+
+def frame_order(n: int, clip_id: str) -> npt.NDArray[np.int64]:
+    """A permutation of n > 1 temporal patches that is not their order."""
+    seed = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
+    order = np.random.default_rng(seed).permutation(n)
+    return np.roll(order, 1) if n > 1 and np.array_equal(order, np.arange(n)) else order
 
 
 def _runs(is_video: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
