@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlvid.config import RewardPart
@@ -57,12 +57,16 @@ class Kind:
         range: lowest and highest value. A value outside is no value.
         measures_accuracy: the highest value means that the answer is right.
         check: finds before a run starts what is wrong with a config, for example its paths. Raises UserError.
+        is_rule: can tell from a sample alone, without responses, whether it has values for it.
+        waits: its groups are scored several at a time, since it waits for something else.
     """
 
     score: Callable[[Any, Group], Values] | None
     range: tuple[float, float] = (0.0, 1.0)
     measures_accuracy: bool = False
     check: Callable[[Any], None] = lambda cfg: None
+    is_rule: bool = True
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,14 @@ class Part:
     @property
     def name(self) -> str:
         return self.cfg.label
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return self.cfg.own_range or self.kind.range
+
+    @property
+    def measures_accuracy(self) -> bool:
+        return self.kind.measures_accuracy or self.cfg.says_accuracy
 
     def covers(self, sample: Sample) -> bool:
         return not self.cfg.problem_types or sample.problem_type in self.cfg.problem_types
@@ -96,26 +108,41 @@ def score_rules(parts: Sequence[Part], group: Group) -> dict[str, Values]:
 def combine(parts: Sequence[Part], group: Group, values: Mapping[str, Values]) -> list[Reward]:
     """One reward per response: the weighted sum over the parts that cover the sample. Invalid where one has no value.
 
-    `is_right` is the verdict of the first of them that measures accuracy.
+    `accuracy` is that of the first of them that measures it, as a share of its range.
     """
     covering = [part for part in parts if part.covers(group.sample)]
     if not covering:
         return [Reward.invalid(_not_covered(group.sample))] * len(group.responses)
-    return [_reward(covering, row) for row in zip(*(values[part.name] for part in covering), strict=True)]
+    rewards = [_reward(covering, row) for row in zip(*(values[part.name] for part in covering), strict=True)]
+    n_right = sum(reward.is_right is True for reward in rewards)
+    gated = [part for part in covering if part.cfg.needs_right and part.name in values]
+    return [_without(reward, gated) if reward.is_right is not True or n_right < 2 else reward for reward in rewards]
+
+
+def _without(reward: Reward, parts: Sequence[Part]) -> Reward:
+    """The reward where these parts are 0."""
+    if not reward.is_valid or not parts:
+        return reward
+    lost = math.fsum(part.cfg.weight * reward.parts[part.name] for part in parts)
+    zeros = {part.name: 0.0 for part in parts}
+    return replace(reward, parts={**reward.parts, **zeros}, total=reward.total - lost)
 
 
 def _reward(parts: Sequence[Part], values: Sequence[float | NoReward]) -> Reward:
     valid: dict[str, float] = {}
     for part, value in zip(parts, values, strict=True):
-        low, high = part.kind.range
+        low, high = part.range
         if isinstance(value, NoReward):
             return Reward.invalid(f"{part.name}: {value}")
         if not low <= value <= high:
             return Reward.invalid(f"{part.name}: {value} is outside the range from {low:g} to {high:g}")
         valid[part.name] = value
     total = math.fsum(part.cfg.weight * valid[part.name] for part in parts)
-    verdicts = [valid[part.name] == part.kind.range[1] for part in parts if part.kind.measures_accuracy]
-    return Reward(valid, total, is_right=verdicts[0] if verdicts else None)
+    measured = next((part for part in parts if part.measures_accuracy), None)
+    if measured is None:
+        return Reward(valid, total)
+    low, high = measured.range
+    return Reward(valid, total, accuracy=(valid[measured.name] - low) / (high - low))
 
 
 def check_samples(parts: Sequence[Part], samples: Sequence[Sample], key: str, needs_accuracy: bool = False) -> None:
@@ -133,14 +160,14 @@ def check_samples(parts: Sequence[Part], samples: Sequence[Sample], key: str, ne
         covering = [part for part in parts if part.covers(sample)]
         if not covering:
             raise UserError(f"{where}: {_not_covered(sample)}: add one, or add it to a part's problem_types")
-        if needs_accuracy and not any(part.kind.measures_accuracy for part in covering):
+        if needs_accuracy and not any(part.measures_accuracy for part in covering):
             raise UserError(
                 f"{where} (problem_type {sample.problem_type!r}): evaluation needs a reward part that says whether an "
                 "answer is right: add one, for example of kind exact, choice or number"
             )
         for part in covering:
             try:
-                if part.kind.score is not None:
+                if part.kind.score is not None and part.kind.is_rule:
                     part.kind.score(part.cfg, Group(sample, ()))
             except NoReward as reason:
                 raise UserError(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from rlvid.config import AnswerPart, FormatPart, LengthPart, ModelPart, NumberPart, RewardPart
 from rlvid.errors import UserError
+from rlvid.rewards import custom, grounding, similarity, video_r1
 from rlvid.rewards.answers import MAX_ANSWER_CHARS, answer_text, choices_meant, normalise, read_choice, read_number
 from rlvid.rewards.part import Group, Kind, NoReward, Part, Values
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
@@ -66,9 +67,14 @@ def tag_format(part: FormatPart, group: Group) -> Values:
     """1.0 when the response is the tags in their order, each exactly once and not empty, with only space between.
 
     What the prompt has begun of the response counts.
-    Stricter than Video-R1's `<think>.*?</think>\\s*<answer>.*?</answer>`, which a repeated or an empty tag passes.
+    Stricter than Video-R1's `<think>.*?</think>\\s*<answer>.*?</answer>`, which a repeated or an empty tag passes: that
+    is the rule if `is_strict` is off.
     """
-    return [float(_is_tagged(group.opening + response.text, part.tags)) for response in group.responses]
+    texts = [group.opening + response.text for response in group.responses]
+    if part.is_strict:
+        return [float(_is_tagged(text, part.tags)) for text in texts]
+    form = r"\s*".join(f"<{tag}>.*?</{tag}>" for tag in map(re.escape, part.tags))
+    return [float(re.fullmatch(form, text, re.DOTALL) is not None) for text in texts]
 
 
 def _is_tagged(response: str, tags: Sequence[str]) -> bool:
@@ -97,13 +103,28 @@ def check_reward_model(part: ModelPart) -> None:
         )
 
 
+UNLIMITED = (float("-inf"), float("inf"))
 KINDS: dict[str, Kind] = {
     "exact": Kind(exact, measures_accuracy=True),
     "choice": Kind(choice, measures_accuracy=True),
     "number": Kind(number, measures_accuracy=True),
+    "verbatim": Kind(video_r1.verbatim, measures_accuracy=True),
+    "numerical": Kind(video_r1.numerical, measures_accuracy=True),
+    "math": Kind(video_r1.math_equal, measures_accuracy=True),
+    "ocr": Kind(video_r1.ocr, measures_accuracy=True),
+    "free_form": Kind(video_r1.free_form, measures_accuracy=True),
+    "regression": Kind(video_r1.regression, measures_accuracy=True),
+    "temporal_iou": Kind(grounding.temporal_iou, measures_accuracy=True),
+    "glue_iou": Kind(grounding.glue_iou),
+    "box_iou": Kind(grounding.box_iou, measures_accuracy=True),
+    "tiny_llava": Kind(video_r1.tiny_llava, range=(-2.0, 2.0)),
     "format": Kind(tag_format),
     "length": Kind(length),
-    "model": Kind(None, range=(float("-inf"), float("inf")), check=check_reward_model),
+    "model": Kind(None, range=UNLIMITED, check=check_reward_model),
+    "similarity": Kind(similarity.similarity),
+    "custom": Kind(custom.custom, check=custom.check_custom, is_rule=False),
+    "endpoint": Kind(custom.endpoint, is_rule=False, waits=True),
+    "judge": Kind(None),
 }
 
 
@@ -117,6 +138,12 @@ def check_rewards(rewards: Sequence[RewardPart]) -> None:
     Raises:
         UserError: a part cannot be used.
     """
+    needing = [cfg.label for cfg in rewards if cfg.needs_right]
+    if needing and not any(part.measures_accuracy for part in make_parts(rewards)):
+        raise UserError(
+            f"rewards: {needing[0]} rewards right answers only, and no part says which are right: add one, for example "
+            f"of kind exact, choice or number"
+        )
     for index, cfg in enumerate(rewards):
         try:
             KINDS[cfg.kind].check(cfg)
