@@ -6,6 +6,8 @@ The owner calls `step()` as long as there is work; this class keeps no thread. P
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.vision import shuffle_frames
 from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
 from rlvid.rollout.engine import Sampling
@@ -112,8 +115,8 @@ class VllmEngine:
         self.family, self._count = family, 0
         self._prompts: dict[str, Prompt] = {}
         self.is_updating = False  # between the first and the last bucket no model is complete
-        self._arrived: list[Bucket] = []  # of adapters, which are loaded all at once
-        self._lora = lora
+        self._taking: int | None = None  # the version of which some buckets have come
+        self._lora, self._arrived = lora, list[Bucket]()  # adapters, which are loaded all at once
         self._adapter: Any = None  # vLLM's LoRARequest for new requests
 
     @property
@@ -125,6 +128,11 @@ class VllmEngine:
         """Version of the weights; -1 before the first update."""
         return _version(self.engine.get_weight_version())
 
+    def weight_digest(self) -> str:
+        """A hash of the weights that the engine holds, by vLLM's own checksums of its tensors."""
+        (digests, *_) = self.engine.collective_rpc("compute_weight_checksums")
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
     def submit(self, prompt: Prompt, sampling: Sampling) -> str:
         """Queue a prompt; the returned id comes back from `step` with its rollouts.
 
@@ -133,6 +141,8 @@ class VllmEngine:
         """
         from vllm.sampling_params import RequestOutputKind
 
+        if sampling.shuffles_frames:
+            prompt = shuffle_frames(prompt)
         request = self._add(
             prompt,
             n=sampling.n,
@@ -173,8 +183,10 @@ class VllmEngine:
         bans = dict.fromkeys(self.family.banned_tokens, BAN)
         params = SamplingParams(**parameters, logit_bias=bans, detokenize=False)
         request, self._count = str(self._count), self._count + 1
+        # The prefix cache is of one version of the weights: the salt is part of its keys.
+        given = {**self.family.engine_input(prompt), "cache_salt": str(self.weight_version)}
         try:
-            self.engine.add_request(request, self.family.engine_input(prompt), params, lora_request=self._adapter)
+            self.engine.add_request(request, given, params, lora_request=self._adapter)
         except VLLMClientError as e:
             raise ValueError(str(e)) from e
         return request
@@ -194,7 +206,10 @@ class VllmEngine:
         rlvid/rollout/weights)."""
         if version <= self.weight_version:
             return
+        if self._taking not in (None, version):
+            raise RuntimeError(f"weights {version} came before the last of weights {self._taking}")
         is_last = buckets[-1].is_last
+        self._taking = None if is_last else version
         if self._lora:
             self._arrived += buckets
             if is_last:
@@ -226,7 +241,8 @@ class VllmEngine:
             self.is_updating = False
         self.engine.set_weight_version(str(version))
         self.engine.reset_encoder_cache()
-        self.engine.reset_prefix_cache(reset_running_requests=self.is_busy)
+        if not self.is_busy:  # those that run keep their keys and values; new ones cannot match them (see `_add`)
+            self.engine.reset_prefix_cache()
 
     def _take_adapter(self, lora: LoraConfig) -> None:
         """Replace the adapters by those that arrived. vLLM reads them from a folder only."""

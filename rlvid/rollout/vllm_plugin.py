@@ -35,9 +35,10 @@ def keep_plain_weights() -> None:
 def keep_pixels() -> None:
     """Leave the pixels of a request with the worker as long as the request runs.
 
-    vLLM 0.32 strips those that the prefix cache covers when a request joins. New weights reset that cache and let the
-    requests in flight start again: the vision tower then needs the pixels, and without them the engine fails with
-    "Expected number of multimodal embeddings to match number of input items".
+    vLLM 0.32 strips those that the prefix cache covers when a request joins. A request may start again, where the
+    engine preempts it for lack of memory and its prefix is no longer in the cache: the vision tower then needs the
+    pixels, and without them the engine fails with "Expected number of multimodal embeddings to match number of input
+    items".
     """
     from vllm.v1.core.sched import output
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlvid.errors import UserError
+from rlvid.models.families.vision import shuffle_frames
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.packing import normalise
@@ -103,6 +104,37 @@ def test_weights_change_between_two_steps_of_a_request(both: Both) -> None:
     assert [s.version for s in rollout.versions] == [old, both.version]
     assert rollout.versions[0].end == rollout.versions[1].start
     assert rollout.versions[1].end == len(rollout.token_ids)
+
+
+def test_requests_in_flight_keep_what_they_have_and_new_ones_see_no_old_prefix(both: Both) -> None:
+    both.sync()
+    prompt = prompt_of(both.family, (8, 56, 56), seed=4)
+    old = both.engine.submit(prompt, Sampling(2, 1.0, 40))
+    for _ in range(4):
+        assert not both.engine.step()
+    both.move_weights(seed=5)
+    both.sync()
+    new = both.engine.submit(prompt, Sampling(2, 1.0, 4))  # the same prompt, while the first is still answered
+    ended: dict[str, list[Rollout]] = {}
+    steps = 0
+    while both.engine.is_busy:
+        ended |= dict(both.engine.step())
+        steps += 1
+    assert steps <= 40 - 4 + 2  # what was generated was not generated again
+    assert both.gap(prompt, ended[new]) < 1e-4
+    assert {tuple(s.version for s in r.versions) for r in ended[old] if len(r.token_ids) > 6} <= {
+        (both.version - 1, both.version)
+    }
+
+
+def test_shuffled_frames_are_those_of_the_trainer(both: Both) -> None:
+    both.sync()
+    prompt = prompt_of(both.family, (8, 56, 56), seed=6)
+    request = both.engine.submit(prompt, Sampling(2, 1.0, 6, shuffles_frames=True))
+    ended: dict[str, list[Rollout]] = {}
+    while both.engine.is_busy:
+        ended |= dict(both.engine.step())
+    assert both.gap(shuffle_frames(prompt), ended[request]) < 1e-4 < both.gap(prompt, ended[request])
 
 
 def test_weights_change_while_requests_from_the_prefix_cache_are_in_flight(both: Both) -> None:
