@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import ObjectRef
@@ -20,6 +20,9 @@ from actors.fleet_state import Fleet, ReplicaId, State
 from actors.generator import EngineFailed
 from actors.pump import Pump
 from rlvid.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.trainer import TrainerGroup
 
 PING_EVERY_S = 10.0
 
@@ -47,6 +50,7 @@ class Replicas:
     """Makes the calls and reports to the state machine `fleet` what came of them.
 
     Args:
+        leave: a dead replica leaves the fleet, if that is what has become of it; otherwise it is restarted.
         on_given_up: called with the work items that failed too often, and why.
         on_event: called with one line on what happens to a replica.
 
@@ -59,21 +63,25 @@ class Replicas:
         fleet: Fleet[int],
         pump: Pump,
         start: Callable[[ReplicaId], tuple[ActorHandle[Any], ObjectRef[str]]],
+        leave: Callable[[ReplicaId], bool],
         on_given_up: Callable[[Sequence[int], str], None],
         on_event: Callable[[str], None],
     ):
-        self._fleet, self._pump, self._start = fleet, pump, start
+        self._fleet, self._pump, self._start, self._leave = fleet, pump, start, leave
         self._on_given_up, self._on_event = on_given_up, on_event
         self.actors: dict[ReplicaId, ActorHandle[Any]] = {}
         self.nodes: dict[ReplicaId, str] = {}
         self.calls: set[Call] = set()
+        self.start_s = 0.0  # that the last engine took to start
         self._pinged_s = time.monotonic()
 
     def start(self, replica: ReplicaId) -> None:
         self.actors[replica], ref = self._start(replica)
 
+        begin = time.monotonic()
+
         def started(node: str) -> None:
-            self.nodes[replica] = node
+            self.nodes[replica], self.start_s = node, time.monotonic() - begin
             self._fleet.started(replica)
 
         self.track(ref, "start", replica, self._fleet.deadlines.start_s, started)
@@ -119,11 +127,40 @@ class Replicas:
         self._fleet.died(replica)
         ray.kill(self.actors.pop(replica))
         self.calls = {call for call in self.calls if call.replica != replica}
+        if self._leave(replica):
+            return
         restarted, most = self._fleet.restart(replica), self._fleet.max_restarts
         what = f"restart {restarted.restarts} of {most}" if restarted else f"not restarted, rollout.max_restarts={most}"
         self._on_event(f"generator {replica} failed ({what}): {cause}; its log: logs/{log_name(replica)}")
         if restarted:
             self.start(restarted)
+
+    def send_directly(self, trainer: TrainerGroup, timeout_s: float) -> None:
+        """The trainer sends its weights from GPU to GPU to all stale replicas at once; in the thread that may call it.
+
+        Args:
+            timeout_s: for all of it.
+        """
+        assert self._fleet.version is not None
+        version = self._fleet.version
+        calls: list[Call] = []  # the trainer makes them; in our table they have a deadline and hold pings back
+
+        def begin() -> dict[str, ActorHandle[Any]]:
+            calls.extend(Call("sync", replica, timeout_s) for replica in self._fleet.members(State.STALE))
+            self.calls.update(calls)
+            return {str(call.replica): self.actors[call.replica] for call in calls}
+
+        def end(failed: dict[str, str]) -> None:
+            self.calls.difference_update(calls)
+            for call in calls:
+                if reason := failed.get(str(call.replica)):
+                    self.replace_dead(call.replica, f"weights {version} were not taken: {reason}")
+                else:
+                    self._fleet.synced(call.replica, version)
+
+        if replicas := self._pump.run_in_thread(begin):
+            failed = trainer.send_weights(version, replicas, timeout_s)
+            self._pump.run_in_thread(lambda: end(failed))
 
     def stop(self) -> None:
         for actor in self.actors.values():

@@ -103,7 +103,7 @@ class Fleet(Generic[Work]):
         self._replicas: dict[ReplicaId, _Replica[Work]] = {}  # one per slot
         self._queue: deque[Work] = deque()
         self._attempts: dict[Work, int] = {}  # failed attempts of all work that is not done yet
-        self._next_slot = 0
+        self.next_slot = 0  # of the next replica to join
         for _ in range(replicas):
             self.join()
 
@@ -134,8 +134,8 @@ class Fleet(Generic[Work]):
         """A new slot, STARTING. Raises ValueError at max_replicas."""
         if len(self.members()) >= self.max_replicas:
             raise ValueError(f"the fleet is full: {self.max_replicas} replicas")
-        replica = ReplicaId(self._next_slot)
-        self._next_slot += 1
+        replica = ReplicaId(self.next_slot)
+        self.next_slot += 1
         self._begin(replica)
         return replica
 
@@ -192,11 +192,8 @@ class Fleet(Generic[Work]):
         self._alive(replica)
 
     def ping(self, replica: ReplicaId, version: int | None) -> None:
-        """The replica answered and says which weights it holds.
-
-        A SUSPECT one is READY again only with the current weights, confirmed by `synced` since its restart. A READY one
-        that holds others (its process restarted without us) is STALE.
-        """
+        """The replica answered and says which weights it holds. A SUSPECT one is READY again only with the current
+        ones, confirmed by `synced` since its restart. A READY one with others (restarted without us) is STALE."""
         record = self._alive(replica)
         if record is None or record.state is State.STARTING:
             return
@@ -215,10 +212,8 @@ class Fleet(Generic[Work]):
             self._move(record, State.SUSPECT)
 
     def failed(self, replica: ReplicaId, work: Iterable[Work]) -> list[Work]:
-        """A call failed and its work will not be answered: it returns to the queue, the replica is SUSPECT.
-
-        Returns the work that has now failed `max_attempts` times. It is given up; the caller reports it.
-        """
+        """A call failed and its work will not be answered: it returns to the queue, the replica is SUSPECT. Returns the
+        work that has now failed `max_attempts` times: it is given up, the caller reports it."""
         record = self._replicas.get(replica)
         if record is None:
             return []
@@ -257,9 +252,7 @@ class Fleet(Generic[Work]):
 
     def assign(self, work: Iterable[Work] = ()) -> dict[ReplicaId, list[Work]]:
         """Queue new work, then give the queue to READY replicas, least loaded first. With none READY it stays queued.
-
-        Raises ValueError for work that is queued or assigned already.
-        """
+        Raises ValueError for work that is queued or assigned already."""
         new: dict[Work, int] = {}
         for item in work:
             if item in self._attempts or item in new:
@@ -290,6 +283,13 @@ class Fleet(Generic[Work]):
         record.seen_s = self._clock()
         del record.work[work], self._attempts[work]
         return True
+
+    def cancel(self) -> None:
+        """Forget all work; answers to it are late."""
+        self._queue.clear()
+        self._attempts.clear()
+        for record in self._replicas.values():
+            record.work.clear()
 
     @property
     def queued(self) -> tuple[Work, ...]:

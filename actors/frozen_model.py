@@ -7,20 +7,23 @@ VideoScore's kinds judge generated videos against their prompts, and a policy th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.actor_process import enter_process
 from actors.placement import Placement, Slot
-from actors.ranks import GroupRef, LogProbs, Rank, RankGroup, fetch
+from actors.ranks import GroupRef, LogProbs, Rank, RankGroup, RanksLost, fetch
 from rlvid.config import JobConfig
+from rlvid.errors import UserError
 from rlvid.rewards.part import Group, NoReward, Values
+
+TRIES = 2
 
 
 class ReferenceRank(Rank):
@@ -39,22 +42,71 @@ class ReferenceRank(Rank):
 class ReferenceGroup(RankGroup):
     """All ranks of the reference: as many as the trainer has, sharded as it is (ZeRO-3)."""
 
-    def __init__(self, folder: Path, cfg: JobConfig, slots: Sequence[Slot], placement: Placement, logs: Path):
+    def __init__(
+        self,
+        folder: Path,
+        cfg: JobConfig,
+        slots: Sequence[Slot],
+        placement: Placement,
+        logs: Path,
+        on_event: Callable[[str], None],
+    ):
         super().__init__(ReferenceRank, folder, cfg, slots, placement, logs)
+        self._on_event, self._restarts, self._max_restarts = on_event, 0, cfg.train.max_failures
+        self._reference: Path | None = None
+        self._lock = threading.Lock()  # of the processes: two threads may find them lost
+
+    def wait_ready(self) -> None:
+        restarts = self._restarts
+        try:
+            super().wait_ready()
+        except RanksLost as e:
+            self._replace(restarts, e)
+            self.wait_ready()
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint folder, in the background: what is asked next waits for it."""
-        self._loaded = self._begin("load", [(folder,)] * len(self._ranks))
+        with self._lock:
+            self._begin_load(folder)
 
     def begin_logprobs(self, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
-        """Log-probs, one array [sum R] per group, in the order given. The function that is returned waits for them."""
-        wait = self._begin_scoring("logprobs", groups)
+        """Log-probs, one array [sum R] per group, in the order given. The function that is returned waits for them;
+        where a rank was lost it starts all of them again, with the same model."""
+        with self._lock:
+            restarts, loaded, wait = self._restarts, self._loaded, self._begin_scoring("logprobs", groups)
 
         def collect() -> LogProbs:
-            self._loaded()  # raises what loading raised
-            return wait()
+            try:
+                loaded()  # raises what loading raised
+                return wait()
+            except RanksLost as e:
+                self._replace(restarts, e)
+                return self.begin_logprobs(groups)()
 
         return collect
+
+    def _begin_load(self, folder: Path) -> None:
+        self._reference = folder
+        self._loaded = self._begin("load", [(folder,)] * len(self._ranks))
+
+    def _replace(self, restarts: int, lost: RanksLost) -> None:
+        """Start all ranks again, unless that was done since `restarts` was read.
+
+        Raises:
+            UserError: too often.
+        """
+        with self._lock:
+            if restarts != self._restarts:
+                return
+            self._restarts += 1
+            if self._restarts > self._max_restarts:
+                raise UserError(
+                    f"{lost}, too often (train.max_failures={self._max_restarts}); see {self._log}"
+                ) from lost
+            self._on_event(f"{lost}; all of them start again ({self._restarts} of {self._max_restarts})")
+            self.restart()
+            if self._reference is not None:
+                self._begin_load(self._reference)
 
 
 class RewardModel:
@@ -84,26 +136,52 @@ class RewardModel:
         return values
 
 
-def start_reward_model(
-    folder: Path, cfg: JobConfig, slot: Slot, placement: Placement, logs: Path
-) -> tuple[ActorHandle[Any], Callable[[], object]]:
-    """Start the actor in the background.
+class RewardModelProcess:
+    """The actor of a reward model. One that dies, or does not answer in time, is replaced: a late call blocks no other.
 
-    Returns:
-        Its handle, and a function that waits until it is ready and raises what it raised.
+    It starts in the background.
     """
-    actor = (
-        ray.remote(RewardModel)
-        .options(**placement.options(slot))
-        .remote(logs / f"{slot.name}.log", cfg.placement.threads)
-    )
-    return actor, partial(ray.get, actor.start.remote(folder.resolve(), cfg, slot.gpus > 0))
 
+    def __init__(
+        self,
+        folder: Path,
+        cfg: JobConfig,
+        slot: Slot,
+        placement: Placement,
+        logs: Path,
+        on_event: Callable[[str], None],
+    ):
+        self._folder, self._cfg, self._slot, self._placement = folder.resolve(), cfg, slot, placement
+        self._log, self._on_event = logs / f"{slot.name}.log", on_event
+        self._start()
 
-def ask_reward_model(actor: ActorHandle[Any], timeout_s: float, groups: Sequence[Group]) -> list[Values]:
-    """As `RewardModel.score`; where the call fails or takes too long, the reason for every response."""
-    try:
-        values: list[Values] = ray.get(actor.score.remote(groups), timeout=timeout_s)
-    except RayError as e:
-        return [[NoReward(f"reward model: {type(e).__name__}")] * len(group.responses) for group in groups]
-    return values
+    def _start(self) -> None:
+        options = self._placement.options(self._slot)
+        self._actor: ActorHandle[Any] = (
+            ray.remote(RewardModel).options(**options).remote(self._log, self._cfg.placement.threads)
+        )
+        self._started = self._actor.start.remote(self._folder, self._cfg, self._slot.gpus > 0)
+
+    def wait_ready(self) -> None:
+        """Wait until the model is loaded; raises what loading raised."""
+        ray.get(self._started)
+
+    def score(self, groups: Sequence[Group]) -> list[Values]:
+        """As `RewardModel.score`; where the call fails or takes too long twice, the reason for every response."""
+        reason = ""
+        for _ in range(TRIES):
+            try:
+                values: list[Values] = ray.get(self._actor.score.remote(groups), timeout=self._cfg.deadlines.model_s)
+                return values
+            except RayTaskError as e:
+                reason = f"{self._slot.name}: {e.cause}"  # it runs, and would say the same again
+                break
+            except RayError as e:
+                reason = f"{self._slot.name}: {type(e).__name__}"
+                self._on_event(f"{reason}; it starts again, its log: {self._log}")
+                self.stop()
+                self._start()
+        return [[NoReward(reason)] * len(group.responses) for group in groups]
+
+    def stop(self) -> None:
+        ray.kill(self._actor)

@@ -131,6 +131,10 @@ class Generator:
         )
         return values
 
+    def weight_digest(self) -> str:
+        """A hash of the weights that the engine holds."""
+        return self._call(lambda engine: engine.weight_digest())
+
     @ray.method(concurrency_group="ping")
     def ping(self) -> int:
         """The weight version held. Answers while the engine computes: the first video compiles kernels for a minute."""

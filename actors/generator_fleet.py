@@ -12,15 +12,14 @@ therefore waits until a caller waits.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,9 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.fleet_replicas import Call, Replicas, log_name
+from actors.fleet_growth import Growth
+from actors.fleet_replicas import Replicas, log_name
+from actors.fleet_requests import Requests
 from actors.fleet_state import Fleet, ReplicaId, State
 from actors.generator import CONCURRENCY_GROUPS, Generator, SentBucket
 from actors.gpu_weight_sync import weight_backend
@@ -41,15 +42,13 @@ from rlvid.errors import UserError
 from rlvid.rollout.engine import Refused
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
-from rlvid.types import Encoded, Prompt, Rollout
+from rlvid.types import Encoded, Rollout
 
 logger = logging.getLogger(__name__)
 CHECK_EVERY_S = 0.5  # deadlines
 WAIT_S = 0.2  # how long a caller waits before it looks whether the pump needs the trainer
 MESSAGES = 16  # that a replica answers at a time; more wait in its process
 CHECKPOINT_VERSION = -1  # what an engine calls the weights of its start
-
-Question: TypeAlias = tuple[str, tuple[Any, ...]]  # method of a generator, and its arguments after the prompts
 
 
 @ray.remote(num_cpus=0)
@@ -63,15 +62,6 @@ def _digest_of(sent: SentBucket) -> ObjectRef[str]:
         return _digest.remote(sent)
     there = NodeAffinitySchedulingStrategy(sent.machine, soft=False)
     return _digest.options(scheduling_strategy=there).remote(sent)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One prompt for `Generator.generate` or `first_logprobs`. Those with equal questions share a message."""
-
-    question: Question
-    prompt: ObjectRef[Prompt]
-    future: Future[Any]
 
 
 class GeneratorFleet:
@@ -95,10 +85,13 @@ class GeneratorFleet:
         on_event: Callable[[str], None] = logger.warning,
     ):
         self._folder, self._cfg, self._placement, self._logs, self._seed = folder, cfg, placement, logs, seed
-        self._slots = slots
-        self.fleet: Fleet[int] = Fleet(len(slots), max_restarts=cfg.rollout.max_restarts, deadlines=cfg.deadlines)
-        self._requests: dict[int, _Request] = {}
-        self._numbers = itertools.count()
+        self.fleet: Fleet[int] = Fleet(
+            len(slots),
+            min_replicas=len(slots),
+            max_replicas=max(cfg.rollout.max_replicas or 0, len(slots)),
+            max_restarts=cfg.rollout.max_restarts,
+            deadlines=cfg.deadlines,
+        )
         self._backend = weight_backend(cfg)
         self._trainer: TrainerGroup | None = None
         self._updates = 0  # of the trainer, when it gave the current version
@@ -107,31 +100,36 @@ class GeneratorFleet:
         self._checked: set[ReplicaId] = set()  # their first weights had the right checksum
         self._needs_trainer = False
         self._checked_s = time.monotonic()
+        self._owner = threading.get_ident()  # the thread that may call the trainer
+        self.version = CHECKPOINT_VERSION  # of the weights that replicas have or are taking
         self._pump = Pump("generator fleet", self._act)
-        self._replicas = Replicas(self.fleet, self._pump, self._start, self._give_up, on_event)
+        self._growth = Growth(self.fleet, cfg, slots, placement, on_event)
+        # Encoders start with the first prompts: when these are answered they have their CPUs, and others may join.
+        self._requests = Requests(self.fleet, self._pump, cfg.deadlines.generate_s, self._growth.open)
+        self._replicas = Replicas(
+            self.fleet, self._pump, self._start, self._growth.leave, self._requests.give_up, on_event
+        )
+        self._growth.replicas = self._requests.replicas = self._replicas
         for replica in self.fleet.members():
             self._pump.post(partial(self._replicas.start, replica))
         self._pump.start()
 
-    # --- for the job --------------------------------------------------------------------------------------------------
-
     def wait_ready(self) -> None:
         """Wait until no replica is starting."""
-        self._wait(self._pump.when(lambda: not self.fleet.members(State.STARTING)))
+        self.wait(self._pump.when(lambda: not self.fleet.members(State.STARTING)))
 
     def serve_checkpoint(self) -> None:
         """Serve the weights that the replicas were started with."""
         self._pump.run_in_thread(lambda: self.fleet.publish(CHECKPOINT_VERSION))
-        self._wait(self._pump.when(lambda: bool(self.fleet.members(State.READY))))
+        self.wait(self._pump.when(lambda: bool(self.fleet.members(State.READY))))
 
-    def sync(self, trainer: TrainerGroup, version: int) -> None:
+    def sync(self, trainer: TrainerGroup, step: int) -> None:
         """Send the trainer's weights to every replica; returns when all running replicas have taken them.
 
-        Requests in flight continue; each token keeps the version that made it (`Rollout.versions`).
-
-        Args:
-            version: counts up; the number of training steps behind the weights.
+        Requests in flight continue; each token keeps the version that made it (`Rollout.versions`). Versions count up:
+        they are the number of training steps, and larger where a lost trainer started from an earlier step again.
         """
+        version = self.version = max(step, self.version + 1)
 
         def publish() -> tuple[bool, set[str]]:
             self.fleet.publish(version)
@@ -141,13 +139,13 @@ class GeneratorFleet:
             return any(r not in self._checked for r in members), {node_of[r] for r in members if r in node_of}
 
         # A replica that came late still reads the previous version, from the memory where the next one is written.
-        is_checked, nodes = self._wait(self._pump.when(lambda: not self._replicas.is_syncing(), publish))
+        is_checked, nodes = self.wait(self._pump.when(lambda: not self._replicas.is_syncing(), publish))
         if self._backend == "buckets":
             for sent in trainer.put_weights(is_checked, nodes):  # replicas load a bucket while the next is written
                 self._pump.post(partial(self._weights.append, sent))
         else:
             self._send_directly()
-        self._wait(self._pump.when(self._is_current))
+        self.wait(self._pump.when(self._is_current))
 
     def submit(self, prompts: Sequence[Encoded], sampling: Any) -> list[Future[list[Rollout] | Refused]]:
         """Ask for `sampling.n` responses to each prompt; returns at once. Lost work is done again, none counts twice.
@@ -155,26 +153,40 @@ class GeneratorFleet:
         Requests that come while weights change are answered by the first replica that has taken them. Wait with
         `collect`: a replica that comes late may need the trainer meanwhile.
         """
-        return self._submit(("generate", (sampling,)), prompts)
+        return self._requests.submit(("generate", (sampling,)), prompts)
 
     def collect(self, futures: Sequence[Future[list[Rollout] | Refused]]) -> list[list[Rollout] | Refused]:
         """Wait for what was submitted, in the order given."""
-        return [self._wait(future) for future in futures]
+        return [self.wait(future) for future in futures]
 
     def generate(self, prompts: Sequence[Encoded], sampling: Any) -> list[list[Rollout] | Refused]:
         """`sampling.n` responses to each prompt, in the order given; `ClipStore.answered` separates those refused."""
         return self.collect(self.submit(prompts, sampling))
+
+    def abandon(self) -> None:
+        """Give up all requests; who waits for one gets an error. For a caller that will not sync the weights any more
+        that the requests may wait for."""
+        self._pump.run_in_thread(self._requests.abandon)
 
     def first_logprobs(
         self, prompts: Sequence[Encoded], tokens: Sequence[int], temperature: float
     ) -> list[npt.NDArray[np.float32]]:
         """Log-probs [tokens] of `tokens` as first response token to each prompt (parity check)."""
         question = ("first_logprobs", (tuple(tokens), temperature))
-        return [self._wait(future) for future in self._submit(question, prompts)]
+        return [self.wait(future) for future in self._requests.submit(question, prompts)]
+
+    def weight_digests(self) -> dict[str, str]:
+        """Hash of the weights that each ready replica holds; equal where all have taken the same."""
+        actors = self._pump.run_in_thread(
+            lambda: {str(r): self._replicas.actors[r] for r in self.fleet.members(State.READY)}
+        )
+        digests = ray.get([a.weight_digest.remote() for a in actors.values()], timeout=self._cfg.deadlines.sync_s)
+        return dict(zip(actors, digests, strict=True))
 
     def metrics(self) -> dict[str, float]:
         ready = self._pump.run_in_thread(lambda: len(self.fleet.members(State.READY)))
-        return {"fleet/ready": ready} | {f"fleet/{name}": n for name, n in vars(self.fleet.counters).items()}
+        counters = {f"fleet/{name}": n for name, n in vars(self.fleet.counters).items()}
+        return {"fleet/ready": ready, "fleet/start_s": self._replicas.start_s} | counters
 
     def stop(self) -> None:
         """End the pump and the replicas. Comes before Ray is shut down."""
@@ -183,21 +195,13 @@ class GeneratorFleet:
 
     # --- in the caller's thread ---------------------------------------------------------------------------------------
 
-    def _submit(self, question: Question, prompts: Sequence[Encoded]) -> list[Future[Any]]:
-        requests = [_Request(question, p.prompt, self._pump.future()) for p in prompts]
-
-        def queue() -> None:
-            new = dict(zip(self._numbers, requests, strict=False))
-            self._requests |= new
-            self._hand_out(list(new))
-
-        self._pump.post(queue)
-        return [request.future for request in requests]
-
-    def _wait(self, future: Future[Any]) -> Any:
-        """The future's result. Signal handlers run while this waits, and the trainer is called if the pump needs it."""
+    def wait(self, future: Future[Any]) -> Any:
+        """The future's result. Signal handlers run while this waits, and the trainer is called if the pump needs it: by
+        the thread that made the fleet, and no other."""
         while not future.done():
             concurrent.futures.wait([future], timeout=WAIT_S)
+            if threading.get_ident() != self._owner:
+                continue
             # Weights that the trainer no longer has cannot be sent again: a late replica waits for the next version.
             if self._needs_trainer and self._trainer is not None and self._trainer.updates == self._updates:
                 self._put_again() if self._backend == "buckets" else self._send_directly()
@@ -219,27 +223,8 @@ class GeneratorFleet:
     def _send_directly(self) -> None:
         """From GPU to GPU, to all stale replicas at once."""
         assert self._trainer is not None
-        assert self.fleet.version is not None
-        version, timeout_s = self.fleet.version, self._cfg.deadlines.sync_s
-        calls: list[Call] = []  # the trainer makes them; in our table they have a deadline and hold pings back
-
-        def begin() -> dict[str, ActorHandle[Any]]:
-            self._needs_trainer = False
-            calls.extend(Call("sync", replica, timeout_s) for replica in self.fleet.members(State.STALE))
-            self._replicas.calls.update(calls)
-            return {str(call.replica): self._replicas.actors[call.replica] for call in calls}
-
-        def end(failed: dict[str, str]) -> None:
-            self._replicas.calls.difference_update(calls)
-            for call in calls:
-                if reason := failed.get(str(call.replica)):
-                    self._replicas.replace_dead(call.replica, f"weights {version} were not taken: {reason}")
-                else:
-                    self.fleet.synced(call.replica, version)
-
-        if replicas := self._pump.run_in_thread(begin):
-            failed = self._trainer.send_weights(version, replicas, timeout_s)
-            self._pump.run_in_thread(lambda: end(failed))
+        self._needs_trainer = False
+        self._replicas.send_directly(self._trainer, self._cfg.deadlines.sync_s)
 
     # --- in the pump's thread -----------------------------------------------------------------------------------------
 
@@ -249,14 +234,15 @@ class GeneratorFleet:
         if now - self._checked_s >= CHECK_EVERY_S:
             self._checked_s = now
             self._replicas.check()
+            self._growth.grow()
         self._update_stale()
-        self._hand_out()
+        self._requests.hand_out()
         if self.fleet.is_lost:
             most = self.fleet.max_restarts
             raise UserError(f"no generator is left, rollout.max_restarts={most} each; see {self._logs}/generator-*.log")
 
     def _start(self, replica: ReplicaId) -> tuple[ActorHandle[Any], ObjectRef[str]]:
-        slot = self._slots[replica.slot]
+        slot = self._growth.slots[replica.slot]
         actor = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Generator)
             .options(max_concurrency=MESSAGES, **self._placement.options(slot))
@@ -301,25 +287,3 @@ class GeneratorFleet:
             ref = self._replicas.actors[replica].update_weights.remote(version, [sent])
             self._replicas.track(ref, "sync", replica, self._cfg.deadlines.sync_s, taken)
         self._sent[replica] = (version, len(self._weights))
-
-    def _hand_out(self, new: Sequence[int] = ()) -> None:
-        """One message per replica and question, however many prompts it has."""
-        for replica, items in self.fleet.assign(new).items():
-            for question, group in itertools.groupby(items, key=lambda item: self._requests[item].question):
-                self._ask(replica, question, list(group))
-
-    def _ask(self, replica: ReplicaId, question: Question, items: Sequence[int]) -> None:
-        def answered(values: Sequence[Any]) -> None:
-            for item, value in zip(items, values, strict=True):
-                if self.fleet.done(replica, item):
-                    self._requests.pop(item).future.set_result(value)
-
-        method, arguments = question
-        prompts = [self._requests[item].prompt for item in items]
-        ref = getattr(self._replicas.actors[replica], method).remote(prompts, *arguments)
-        self._replicas.track(ref, method, replica, self._cfg.deadlines.generate_s, answered, items)
-
-    def _give_up(self, items: Sequence[int], cause: str) -> None:
-        for item in items:
-            error = UserError(f"the same prompts failed on every generator that tried them: {cause}")
-            self._requests.pop(item).future.set_exception(error)

@@ -28,7 +28,8 @@ def weight_backend(cfg: JobConfig) -> WeightBackend:
     if not place.gpus or cfg.model.lora:
         return "buckets"
     if place.colocate:
-        return "ipc" if cfg.rollout.replicas <= place.trainer_workers else "buckets"
+        is_fixed = (cfg.rollout.max_replicas or 0) <= cfg.rollout.replicas
+        return "ipc" if is_fixed and cfg.rollout.replicas <= place.trainer_workers else "buckets"
     return "nccl" if place.gpus >= 1 else "buckets"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Protocol, TypeAlias
 from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
 from actors.roles import Roles
-from rlvid.config import IsrtJobConfig, JudgeConfig
+from rlvid.config import JobConfig, JudgeConfig
 from rlvid.errors import UserError
 from rlvid.files import RowFile, remembered_sha256
 from rlvid.rewards.judge_prompts import (
@@ -66,16 +67,27 @@ class Judged:
     answers: tuple[str | None, ...]
 
 
+@dataclass(frozen=True)
+class Rating:
+    """A number, or why there is none."""
+
+    value: float | None
+    reason: str = ""
+
+
 class Judge:
     """Asks a backend, reads its answers, counts the verdicts.
 
     Args:
         cache: answers of earlier questions, by a hash of judge, prompt, videos and texts.
         max_invalid_fraction: largest share of unparsed and failed verdicts.
+        key: of its config, for messages.
     """
 
-    def __init__(self, backend: Backend, clips: ClipStore, cache: RowFile, max_invalid_fraction: float):
-        self._backend, self._clips, self._cache = backend, clips, cache
+    def __init__(
+        self, backend: Backend, clips: ClipStore, cache: RowFile, max_invalid_fraction: float, key: str = "isrt.judge"
+    ):
+        self._backend, self._clips, self._cache, self._key = backend, clips, cache, key
         self._max_invalid_fraction = max_invalid_fraction
         self.counters: Counter[str] = Counter()  # verdicts by state; answers "asked" and "cached"
 
@@ -97,19 +109,36 @@ class Judge:
             judged.append(Judged(pair_verdict(*both), self.id, asked[i][0].hash, tuple(a.text for a in both)))
         return self._counted(judged)
 
+    def rate(self, prompts: Sequence[tuple[Template, Sample]], parse: Callable[[str], float | None]) -> list[Rating]:
+        """One number for each prompt.
+
+        Raises:
+            UserError: as `compare`.
+        """
+        ratings = []
+        for answer in self._answers(prompts):
+            value = None if answer.text is None else parse(answer.text)
+            unread = answer.failure if answer.text is None else f"no single rating in {answer.text!r:.200}"
+            ratings.append(Rating(value, unread if value is None else ""))
+            self.counters["consistent" if value is not None else "failed" if answer.text is None else "unparsed"] += 1
+        self._check_invalid(next((r.reason for r in ratings if r.value is None), ""))
+        return ratings
+
     def _counted(self, judged: list[Judged]) -> list[Judged]:
         self.counters.update(j.verdict.state for j in judged)
+        self._check_invalid(next((j.verdict.reason for j in judged if not j.verdict.is_valid), ""))
+        return judged
+
+    def _check_invalid(self, reason: str) -> None:
         valid = sum(self.counters[state] for state in ("consistent", "inconsistent"))
         invalid = self.counters["unparsed"] + self.counters["failed"]
         if invalid > self._max_invalid_fraction * (valid + invalid):
-            reason = next(j.verdict.reason for j in judged if not j.verdict.is_valid)
             raise UserError(
                 f"{invalid} of {valid + invalid} verdicts of judge {self.id} are invalid ({self.counters['unparsed']} "
-                f"unparsed, {self.counters['failed']} failed), more than isrt.judge.max_invalid_fraction="
+                f"unparsed, {self.counters['failed']} failed), more than {self._key}.max_invalid_fraction="
                 f"{self._max_invalid_fraction:g} allows. The first of these: {reason}. Fix the judge or name another "
-                f"one in isrt.judge; the same command then resumes here"
+                f"one in {self._key}; the same command then resumes here"
             )
-        return judged
 
     def _answers(self, asked: Sequence[tuple[Template, Sample]]) -> list[Answer]:
         encoded = {e.sample.id: e for e in self._clips.encode([sample for _, sample in asked])}
@@ -172,35 +201,51 @@ def checkpoint_id(folder: Path, memory: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
+class PolicyBackend(FleetBackend):
+    """The policy in training: with other weights it is another judge."""
+
+    def __init__(self, fleet: GeneratorFleet, cfg: JudgeConfig, seed: int):
+        super().__init__("", fleet, cfg, seed)
+        self._process = uuid.uuid4().hex[:8]  # versions of another process may be other weights
+
+    @property
+    def id(self) -> str:  # type: ignore[override]
+        return f"policy {self._process}, weights {self._fleet.version}"
+
+
 @contextmanager
 def open_judge(
-    cfg: IsrtJobConfig,
-    model: Path,
+    judge: JudgeConfig,
+    cfg: JobConfig,
     fleet: GeneratorFleet,
     clips: ClipStore,
     cache: RowFile,
     logs: Path,
     seed: int,
     on_event: Callable[[str], None],
+    model: Path | None = None,
 ) -> Iterator[Judge]:
-    """The judge that `isrt.judge` names. A local model gets generators of its own, stopped at the end.
+    """The judge that a config names. A local model gets generators of its own, stopped at the end.
 
     Args:
-        model: the policy's checkpoint, which `fleet` serves.
+        cfg: of the job, whose engines a local judge's are like.
+        fleet: of the policy.
         clips: of the policy.
         on_event: called with one line on what is waited for, and on what fails and is restarted.
+        model: the checkpoint that `fleet` serves, unless it serves weights in training.
     """
-    judge = cfg.isrt.judge
+    limit = judge.max_invalid_fraction, judge.key
     if judge.backend == "endpoint":
         from actors.judge_endpoint import EndpointBackend, probe_endpoint
 
         probe_endpoint(judge, on_event)
-        endpoint = EndpointBackend(judge, seed, clips.strips, on_event)
-        yield Judge(endpoint, clips, cache, judge.max_invalid_fraction)
+        yield Judge(EndpointBackend(judge, seed, clips.strips, on_event), clips, cache, *limit)
         return
     if judge.backend == "policy":
-        backend = FleetBackend(f"policy {checkpoint_id(model, cfg.data.cache_dir)}", fleet, judge, seed)
-        yield Judge(backend, clips, cache, judge.max_invalid_fraction)
+        name = model and f"policy {checkpoint_id(model, cfg.data.cache_dir)}"
+        yield Judge(
+            FleetBackend(name, fleet, judge, seed) if name else PolicyBackend(fleet, judge, seed), clips, cache, *limit
+        )
         return
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})
@@ -210,7 +255,6 @@ def open_judge(
             roles.wait_ready()
             roles.fleet.serve_checkpoint()
             name = f"local {checkpoint_id(judge.path, cfg.data.cache_dir)}"
-            backend = FleetBackend(name, roles.fleet, judge, seed, own_clips)
-            yield Judge(backend, clips, cache, judge.max_invalid_fraction)
+            yield Judge(FleetBackend(name, roles.fleet, judge, seed, own_clips), clips, cache, *limit)
         finally:
             own_clips.close()

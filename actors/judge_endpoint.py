@@ -40,7 +40,7 @@ class EndpointBackend:
     """Each question has a deadline for all its tries.
 
     Args:
-        frames: asked for with `isrt.judge.send_frames`.
+        frames: asked for with `send_frames`.
         on_event: called with one line on what is waited for.
     """
 
@@ -122,9 +122,10 @@ class EndpointBackend:
             self._n_unanswered += 1
         if is_refused or self._n_unanswered >= self._cfg.concurrency:
             raise UserError(
-                f"isrt.judge.url: {self.id} answers no more, {self._n_unanswered} questions in a row had no answer "
-                f"within isrt.judge.deadline_s={self._cfg.deadline_s:g}. The last failure: {answer.failure}. Start the "
-                f"server again; the same command resumes with the questions that have no answer"
+                f"{self._cfg.key}.url: {self.id} answers no more, {self._n_unanswered} questions in a row had no "
+                f"answer within {self._cfg.key}.deadline_s={self._cfg.deadline_s:g}. The last failure: "
+                f"{answer.failure}. Start the server again; the same command resumes with the questions that have no "
+                f"answer"
             )
         return answer
 
@@ -185,7 +186,7 @@ def probe_endpoint(cfg: JudgeConfig, on_event: Callable[[str], None]) -> None:
             return
         except httpx.HTTPError as e:
             raise UserError(
-                f"isrt.judge.url: no judge answers at {cfg.url} ({type(e).__name__}: {e}); start it, or correct the URL"
+                f"{cfg.key}.url: no judge answers at {cfg.url} ({type(e).__name__}: {e}); start it, or correct the URL"
             ) from e
     if response.status_code == 401:
         key = (
@@ -193,7 +194,7 @@ def probe_endpoint(cfg: JudgeConfig, on_event: Callable[[str], None]) -> None:
             if os.environ.get(cfg.api_key_env)
             else f"no key, {cfg.api_key_env} is empty"
         )
-        raise UserError(f"isrt.judge.api_key_env: {cfg.url} answers HTTP 401 to {key}")
+        raise UserError(f"{cfg.key}.api_key_env: {cfg.url} answers HTTP 401 to {key}")
     if response.status_code == 200:
         parse_json(cfg, response, response.content)
 
@@ -208,7 +209,7 @@ def parse_json(cfg: JudgeConfig, response: httpx.Response, content: bytes) -> An
     except ValueError:
         kind = response.headers.get("content-type", "a body of no stated type")
         raise UserError(
-            f"isrt.judge.url: {response.url} answers with {kind} where JSON is expected "
+            f"{cfg.key}.url: {response.url} answers with {kind} where JSON is expected "
             f"({content[:60].decode(errors='replace')!r}). Give the URL where the API begins, as http://localhost:8000/v1"
         ) from None
 
@@ -238,10 +239,8 @@ def open_client(cfg: JudgeConfig, kind: Callable[..., Any], timeout: float | Non
         )
     except ImportError as e:  # httpx reads the proxies of all schemes, also those that this host would not use
         raise UserError(
-            f"isrt.judge.url: the environment names a SOCKS proxy (all_proxy), for which httpx needs a package: "
+            f"{cfg.key}.url: the environment names a SOCKS proxy (all_proxy), for which httpx needs a package: "
             f"pip install socksio, or add {host} to no_proxy"
         ) from e
     except ValueError as e:
-        raise UserError(
-            f"isrt.judge.url: a proxy of the environment (http_proxy, all_proxy) cannot be used: {e}"
-        ) from e
+        raise UserError(f"{cfg.key}.url: a proxy of the environment (http_proxy, all_proxy) cannot be used: {e}") from e

@@ -22,7 +22,7 @@ from rlvid.config import JobConfig, ParityConfig
 from rlvid.errors import UserError
 from rlvid.rollout.engine import Refused, Sampling
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import sampled_group
+from rlvid.training.policy_batch import sampled_group
 from rlvid.types import Encoded, Sample
 
 N_RESPONSES = 4

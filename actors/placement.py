@@ -133,15 +133,24 @@ class Placement:
             ),
         }
 
+    def has_room(self, slot: Slot) -> bool:
+        """Ask for a slot's group, if that is not done yet, without waiting: an autoscaler sees what is pending."""
+        if slot.group not in self._groups:
+            self._groups[slot.group] = placement_group([_bundle([slot])], strategy="STRICT_PACK")
+        return bool(self._groups[slot.group].wait(0.01))
+
+    def free(self, slot: Slot) -> None:
+        """Give back a slot's group."""
+        if group := self._groups.pop(slot.group, None):
+            remove_placement_group(group)
+
     def remove(self) -> None:
         for group in self._groups.values():
             remove_placement_group(group)
         self._groups.clear()
 
     def _create(self, name: str, slots: list[Slot]) -> None:
-        bundle = {"CPU": sum(s.cpus for s in slots)}
-        if gpus := sum(s.gpus for s in slots):
-            bundle["GPU"] = gpus
+        bundle = _bundle(slots)
         group = placement_group([bundle], strategy="STRICT_PACK")
         if not group.wait(self._timeout_s):
             remove_placement_group(group)
@@ -150,3 +159,10 @@ class Placement:
                 f"placement.* keys or start a larger node"
             )
         self._groups[name] = group
+
+
+def _bundle(slots: list[Slot]) -> dict[str, float]:
+    """What the slots of one group need together."""
+    bundle = {"CPU": sum(s.cpus for s in slots)}
+    gpus = sum(s.gpus for s in slots)
+    return bundle | ({"GPU": gpus} if gpus else {})

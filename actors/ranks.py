@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +28,7 @@ from rlvid.types import Prompt
 logger = logging.getLogger(__name__)
 
 GroupRef: TypeAlias = Group[ObjectRef[Prompt]]  # the prompt stays in the object store until a rank needs it
+DEATH_KNOWN_S = 10.0  # after the first error of a rank, until Ray knows that another one is gone
 LogProbs = list[npt.NDArray[np.float32]]  # one array [sum R] per group
 
 
@@ -60,12 +63,19 @@ class Rank:
         self._checkpoint, self._cfg = folder, cfg
 
 
+class RanksLost(Exception):
+    """A rank's process is gone; the others wait for it in a collective. `RankGroup.restart` starts all again."""
+
+
 class RankGroup:
     """All ranks. Every call goes to all of them at once, since they meet in collectives.
 
     Args:
         kind: the class of the actors.
         folder: checkpoint folder of the model.
+
+    Raises (from every method that waits):
+        RanksLost: a rank's process is gone.
     """
 
     def __init__(
@@ -77,22 +87,36 @@ class RankGroup:
         placement: Placement,
         logs: Path,
     ):
-        self._ranks: list[ActorHandle[Any]] = [
-            ray.remote(kind)
-            .options(**placement.options(slot))
-            .remote(logs / f"{slot.name}.log", cfg.placement.threads, slot.gpus > 0)
-            for slot in slots
-        ]
+        self._kind, self._folder, self._cfg, self._slots = kind, folder, cfg, slots
+        self._placement, self._logs = placement, logs
         self._role, self._log = slots[0].role, logs / f"{slots[0].name}.log"
         self._timeout_s = cfg.deadlines.train_s
-        address, n = ray.get(self._ranks[0].address.remote()), len(self._ranks)
-        self._started = [rank.start.remote(address, i, n, folder, cfg) for i, rank in enumerate(self._ranks)]
+        self._launch()
+
+    def _launch(self) -> None:
+        """Start the processes, in the background."""
+        self._ranks: list[ActorHandle[Any]] = [
+            ray.remote(self._kind)
+            .options(**self._placement.options(slot))
+            .remote(self._logs / f"{slot.name}.log", self._cfg.placement.threads, slot.gpus > 0)
+            for slot in self._slots
+        ]
+        (address,) = self._get([self._ranks[0].address.remote()], self._cfg.deadlines.room_s)
+        n = len(self._ranks)
+        self._started = [
+            rank.start.remote(address, i, n, self._folder, self._cfg) for i, rank in enumerate(self._ranks)
+        ]
+
+    def restart(self) -> None:
+        """Start all ranks again, as they were at the start, after one was lost."""
+        self.stop()
+        self._launch()
 
     def wait_ready(self) -> None:
         """Ranks start in the background, as the engines do; this waits for them and raises what they raised."""
         for minutes in itertools.count(1):
             try:
-                ray.get(self._started, timeout=60)
+                self._get(self._started, timeout_s=60)
                 return
             except ray.exceptions.GetTimeoutError:
                 logger.warning(
@@ -111,22 +135,33 @@ class RankGroup:
         each = arguments or [()] * len(self._ranks)
         calls = [getattr(rank, method).remote(*own) for rank, own in zip(self._ranks, each, strict=True)]
 
-        def wait() -> list[Any]:
-            try:
-                return list(ray.get(calls, timeout=self._timeout_s))
-            except ray.exceptions.RayTaskError as e:
-                raise e.as_instanceof_cause() from e
+        return partial(self._get, calls)
 
-        return wait
+    def _get(self, calls: Sequence[ObjectRef[Any]], timeout_s: float | None = None) -> list[Any]:
+        """What the calls return, one of each rank."""
+        try:
+            return list(ray.get(list(calls), timeout=timeout_s or self._timeout_s))
+        except ray.exceptions.RayActorError as e:
+            raise RanksLost(f"a rank of the {self._role} was lost") from e
+        except ray.exceptions.RayTaskError as e:
+            # A rank that loses its connection to a dead one says so before Ray knows of the death.
+            ray.wait(list(calls), num_returns=len(calls), timeout=DEATH_KNOWN_S)
+            for call in calls:
+                with suppress(ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
+                    try:
+                        ray.get(call, timeout=0)
+                    except ray.exceptions.RayActorError as death:
+                        raise RanksLost(f"a rank of the {self._role} was lost") from death
+            raise e.as_instanceof_cause() from e
 
-    def _begin_scoring(self, method: str, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
+    def _begin_scoring(self, method: str, groups: Sequence[GroupRef], *arguments: Any) -> Callable[[], list[Any]]:
         """Score groups, spread over the ranks; returns a function that waits for the results, in the order given."""
         given = list(groups) + [groups[0]] * (len(self._ranks) - len(groups))  # every rank takes part in the forward
         order = balance_indices([g.cost for g in given], len(self._ranks))
-        wait = self._begin(method, [([given[i] for i in indices],) for indices in order])
+        wait = self._begin(method, [([given[i] for i in indices], *arguments) for indices in order])
 
-        def collect() -> LogProbs:
-            values: dict[int, npt.NDArray[np.float32]] = {}
+        def collect() -> list[Any]:
+            values: dict[int, Any] = {}
             for indices, part in zip(order, wait(), strict=True):
                 values |= zip(indices, part, strict=True)
             return [values[i] for i in range(len(groups))]

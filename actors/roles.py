@@ -6,13 +6,10 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-import ray
-
-from actors.frozen_model import ReferenceGroup, ask_reward_model, start_reward_model
+from actors.frozen_model import ReferenceGroup, RewardModelProcess
 from actors.generator_fleet import GeneratorFleet
 from actors.placement import Placement, plan
 from actors.ranks import GroupRef, LogProbs
@@ -69,10 +66,10 @@ class Roles:
                 self._ready.append(self._fleet.wait_ready)
                 models = {}
                 for part, slot in zip(cfg.reward_models, by_role.get("reward_model", ()), strict=True):
-                    scorer, wait = start_reward_model(part.path, cfg, slot, placement, logs)
-                    stack.callback(ray.kill, scorer)
-                    self._ready.append(wait)
-                    models[part.label] = partial(ask_reward_model, scorer, cfg.deadlines.model_s)
+                    scorer = RewardModelProcess(part.path, cfg, slot, placement, logs, on_event)
+                    stack.callback(scorer.stop)
+                    self._ready.append(scorer.wait_ready)
+                    models[part.label] = scorer.score
                 place, parts = cfg.placement, make_parts(cfg.rewards)
                 opening = load_family(model).opening
                 self._rewards = Rewards(
@@ -80,7 +77,7 @@ class Roles:
                 )
                 stack.callback(self._rewards.stop)
             if "reference" in roles:
-                self._reference = ReferenceGroup(model, cfg, by_role["reference"], placement, logs)
+                self._reference = ReferenceGroup(model, cfg, by_role["reference"], placement, logs, on_event)
                 stack.callback(self._reference.stop)
                 self._ready.append(self._reference.wait_ready)
             self._stack = stack.pop_all()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
 
@@ -18,6 +20,9 @@ from rlvid.errors import UserError
 from rlvid.rollout.weights.buckets import BUCKET_BYTES, Bucket, to_buckets
 from rlvid.rollout.weights.shared_memory import SharedBuckets
 from rlvid.training.objectives import Objective
+
+LOGPROBS, VALUES = "old_logprobs", "values"  # arrays of tokens that the trainer computes
+CRITIC = "critic"  # folder, in a checkpoint and in a run
 
 
 class TrainerRank(Rank):
@@ -32,24 +37,52 @@ class TrainerRank(Rank):
     def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
         super().start(address, rank, world_size, folder, cfg)
         from rlvid.models.families import load_family
+        from rlvid.models.heads import VALUE
         from rlvid.training.learner import Learner
 
-        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train)
+        head = VALUE if cfg.critic == "shared" else None
+        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, head, is_policy=True)
+        self._critic: Learner | None = None
+        if cfg.critic == "own":
+            self._critic_folder = cfg.critic_path or folder
+            family = load_family(self._critic_folder)
+            if family.tokenizer.get_vocab() != load_family(folder).tokenizer.get_vocab():
+                raise UserError(
+                    f"ppo.critic_path: {self._critic_folder} has another tokenizer than the policy in {folder}, whose "
+                    f"prompts and responses the critic reads: give a model of the same family"
+                )
+            self._critic = Learner(self._critic_folder, family, cfg.model, cfg.train, VALUE)
 
-    def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
-        return self._learner.step(fetch(groups), objective, lr)
+    def step(
+        self, groups: Sequence[GroupRef], objective: Objective, lr: float, head_lr: float | None = None
+    ) -> dict[str, float]:
+        return self._learner.step(fetch(groups), objective, lr, head_lr)
 
-    def logprobs(self, groups: Sequence[GroupRef]) -> LogProbs:
-        return self._learner.outputs(fetch(groups))
+    def critic_step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
+        assert self._critic is not None
+        return self._critic.step(fetch(groups), objective, lr)
+
+    def scores(self, groups: Sequence[GroupRef], names: Collection[str]) -> list[dict[str, npt.NDArray[np.float32]]]:
+        """Log-probs and values, in one pass where one network has both."""
+        loaded = fetch(groups)
+        found: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in loaded]
+        if LOGPROBS in names or self._critic is None:
+            for own, outputs in zip(found, self._learner.outputs(loaded), strict=True):
+                own |= zip((LOGPROBS, VALUES), outputs.reshape(len(outputs), -1).T, strict=False)
+        if VALUES in names and self._critic is not None:
+            for own, outputs in zip(found, self._critic.outputs(loaded), strict=True):
+                own[VALUES] = outputs[:, 0]
+        return [{name: np.ascontiguousarray(own[name]) for name in names} for own in found]
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> LogProbs:
-        return self._learner.reference_logprobs(fetch(groups))
+        outputs = self._learner.reference_logprobs(fetch(groups))
+        return [own if own.ndim == 1 else np.ascontiguousarray(own[:, 0]) for own in outputs]
 
     def freeze_reference(self, file: Path) -> None:
-        self._learner.freeze_reference(file)
+        self._learner.reference.freeze(file)
 
     def load_reference(self, file: Path) -> None:
-        self._learner.load_reference(file)
+        self._learner.reference.load(file)
 
     def put_weights(self, is_checked: bool, nodes: Collection[str]) -> Iterator[tuple[SentBucket, str | None]]:
         """Put the weights where the nodes can read them: (bucket, digest if asked for), each reported as soon as it is
@@ -88,18 +121,28 @@ class TrainerRank(Rank):
 
     def begin_save(self, folder: Path) -> None:
         self._learner.begin_save(folder)
+        if self._critic is not None:
+            self._critic.begin_save(folder / CRITIC)
 
     def is_saved(self) -> bool:
-        return self._learner.is_saved
+        return self._learner.is_saved and (self._critic is None or self._critic.is_saved)
 
     def end_save(self) -> None:
         self._learner.end_save()
+        if self._critic is not None:
+            self._critic.end_save()
 
     def load(self, folder: Path) -> None:
         self._learner.load(folder)
+        if self._critic is not None:
+            self._critic.load(folder / CRITIC)
 
     def export(self, folder: Path) -> None:
         self._learner.export(folder, self._checkpoint)
+
+    def export_critic(self, folder: Path) -> None:
+        assert self._critic is not None
+        self._critic.export(folder, self._critic_folder)
 
 
 class TrainerGroup(RankGroup):
@@ -108,16 +151,29 @@ class TrainerGroup(RankGroup):
     def __init__(self, folder: Path, cfg: JobConfig, slots: Sequence[Slot], placement: Placement, logs: Path):
         super().__init__(TrainerRank, folder, cfg, slots, placement, logs)
         self.updates = 0  # how often the weights have changed
+        self.has_own_critic = cfg.critic == "own"
 
-    def step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
-        """One optimizer step on a mini-batch. Statistics are those of `Learner.step`."""
+    def step(
+        self, groups: Sequence[GroupRef], objective: Objective, lr: float, head_lr: float | None = None
+    ) -> dict[str, float]:
+        """One optimizer step of the policy on a mini-batch. Statistics are those of `Learner.step`."""
         self.updates += 1
         shares = balance(groups, len(self._ranks))
-        return dict(self._all("step", [(share, objective, lr) for share in shares])[0])
+        return dict(self._all("step", [(share, objective, lr, head_lr) for share in shares])[0])
+
+    def critic_step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
+        """The same of a critic of its own."""
+        shares = balance(groups, len(self._ranks))
+        return dict(self._all("critic_step", [(share, objective, lr) for share in shares])[0])
+
+    def scored(self, groups: Sequence[GroupRef], *names: str) -> list[GroupRef]:
+        """The groups with arrays of their tokens under the current weights: `LOGPROBS`, `VALUES`, or both."""
+        scores = self._begin_scoring("scores", groups, names)()
+        return [group.with_tokens(**own) for group, own in zip(groups, scores, strict=True)]
 
     def logprobs(self, groups: Sequence[GroupRef]) -> LogProbs:
         """Log-probs under the current weights, one array [sum R] per group, in the order given."""
-        return self._begin_scoring("logprobs", groups)()
+        return [group.tokens[LOGPROBS] for group in self.scored(groups, LOGPROBS)]
 
     def begin_reference_logprobs(self, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
         """Log-probs under the reference, which with adapters is part of the trainer. The function that is returned
@@ -143,9 +199,10 @@ class TrainerGroup(RankGroup):
         try:
             for sent in streams[0]:
                 yield ray.get(sent)
-            ray.get([stream.completed() for stream in streams], timeout=self._timeout_s)
-        except ray.exceptions.RayTaskError as e:
-            raise e.as_instanceof_cause() from e
+        except ray.exceptions.RayError:
+            self._get([stream.completed() for stream in streams])  # raises it as what it is
+            raise
+        self._get([stream.completed() for stream in streams])
 
     def send_weights(self, version: int, replicas: Mapping[str, ActorHandle[Any]], timeout_s: float) -> dict[str, str]:
         """Send the weights from GPU to GPU. Returns the replicas that did not take them, with the reason.
@@ -155,7 +212,7 @@ class TrainerGroup(RankGroup):
         """
         calls = [rank.send_weights.remote(version, replicas) for rank in self._ranks]
         try:
-            failed: dict[str, str] = ray.get(calls, timeout=timeout_s)[0]
+            failed: dict[str, str] = self._get(calls, timeout_s)[0]
         except ray.exceptions.GetTimeoutError as e:
             raise RuntimeError(
                 f"weights {version} were not taken within deadlines.sync_s={timeout_s:g} by "
@@ -180,6 +237,9 @@ class TrainerGroup(RankGroup):
 
     def export(self, folder: Path) -> None:
         self._all("export", [(folder,)] * len(self._ranks))
+
+    def export_critic(self, folder: Path) -> None:
+        self._all("export_critic", [(folder,)] * len(self._ranks))
 
 
 def balance(groups: Sequence[GroupRef], n: int) -> list[list[GroupRef]]:

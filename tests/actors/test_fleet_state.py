@@ -444,3 +444,19 @@ FleetHistory.TestCase.settings = settings(
     max_examples=150, stateful_step_count=60, deadline=None, derandomize=True, database=None
 )
 test_random_histories_keep_every_invariant = FleetHistory.TestCase
+
+
+def test_cancelled_work_is_forgotten_and_its_answers_are_late() -> None:
+    fleet: Fleet[str] = Fleet(1)
+    (replica,) = fleet.members()
+    fleet.started(replica)
+    fleet.publish(1)
+    fleet.synced(replica, 1)
+    fleet.assign(["a", "b"])
+    fleet.missed(replica)
+    fleet.assign(["c"])  # queued: no replica is ready
+    fleet.cancel()
+    assert not fleet.queued and not fleet.in_flight
+    assert not fleet.done(replica, "a") and fleet.counters.dropped_late == 1
+    fleet.ping(replica, 1)
+    assert fleet.assign(["a"]) == {replica: ["a"]}  # the name is free again

@@ -16,13 +16,14 @@ import ray
 from actors.clip_store import ClipStore
 from actors.fleet_state import State
 from actors.generator import CONCURRENCY_GROUPS, Generator
+from actors.ranks import RanksLost
 from actors.roles import Roles
 from rlvid.config import GrpoJobConfig
 from rlvid.data.manifest import load_manifest
 from rlvid.errors import UserError
 from rlvid.rollout.engine import Refused, Sampling
 from rlvid.rollout.weights.buckets import Bucket
-from rlvid.training.grpo_batch import sampled_group
+from rlvid.training.policy_batch import sampled_group
 from rlvid.types import Encoded, Prompt
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
@@ -189,6 +190,43 @@ def test_killed_replica_is_replaced_in_mid_run_and_no_sample_is_lost(stage: Stag
     groups = fleet.generate(stage.prompts, Sampling(2, 1.0, 8))
     assert {s.version for g in groups for r in g for s in r.versions} == {stage.version}
     assert gap(stage, groups) < 1e-4
+    digests = fleet.weight_digests()  # of what the engines hold
+    assert len(digests) == 2 and len(set(digests.values())) == 1
+
+
+def test_a_lost_rank_of_the_reference_starts_again_with_the_same_model(stage: Stage, tmp_path: Path) -> None:
+    team = stage.team
+    groups = [
+        sampled_group(p, g, 1.0)
+        for p, g in zip(stage.prompts, team.fleet.generate(stage.prompts, Sampling(2, 1.0, 8)), strict=True)
+    ]
+    team.freeze_reference(tmp_path / "reference", is_resumed=False)
+    before = team.begin_reference_logprobs(groups)()
+    assert team._reference is not None
+    ray.kill(team._reference._ranks[0])
+    after = team.begin_reference_logprobs(groups)()
+    assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    assert "a rank of the reference was lost" in stage.events[-1]
+
+
+def test_a_lost_rank_of_the_trainer_is_said_and_all_start_again(stage: Stage, tmp_path: Path) -> None:
+    team = stage.team
+    groups = [
+        sampled_group(p, g, 1.0)
+        for p, g in zip(stage.prompts, team.fleet.generate(stage.prompts, Sampling(2, 1.0, 8)), strict=True)
+    ]
+    before = team.trainer.logprobs(groups)
+    team.trainer.begin_save(tmp_path / "checkpoint")
+    team.trainer.end_save()
+    ray.kill(team.trainer._ranks[0])
+    with pytest.raises(RanksLost, match="a rank of the trainer was lost"):
+        team.trainer.logprobs(groups)
+    team.trainer.restart()
+    team.trainer.wait_ready()
+    team.trainer.load(tmp_path / "checkpoint")
+    assert all(np.array_equal(one, other) for one, other in zip(before, team.trainer.logprobs(groups), strict=True))
+    stage.sync()  # versions count on
+    assert team.fleet.version == stage.version
 
 
 def test_fleet_without_a_replica_left_is_an_error(stage: Stage) -> None:

@@ -59,3 +59,19 @@ def test_what_the_prompt_has_begun_counts_as_part_of_the_response() -> None:
         ((reward,),) = rewards([sample_of()], [rollouts("it moves</think><answer>left</answer>")])
         rewards.stop()
         assert reward.total == value
+
+
+def sleep_at_one(part: ExactPart, group: Group) -> Values:
+    if group.sample.id == "1":
+        time.sleep(60)
+    return [1.0] * len(group.responses)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_group_that_hangs_takes_no_other_along() -> None:
+    rewards = Rewards([Part(ExactPart(kind="exact"), Kind(sleep_at_one))], 1, cpus=0.1, timeout_s=4.0)
+    samples = [sample_of(sample_id=str(i)) for i in range(4)]
+    found = rewards(samples, [rollouts("a")] * 4)
+    rewards.stop()
+    assert [group[0].is_valid for group in found] == [True, False, True, True]
+    assert "no values within deadlines.reward_s=4" in str(found[1][0].invalid_reason)

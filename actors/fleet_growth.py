@@ -1,0 +1,66 @@
+"""Replicas that join while a run continues, where the cluster has room, and leave with their node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import ray
+
+from actors.fleet_state import Fleet, ReplicaId
+from actors.placement import Placement, Slot, generator_slot
+from rlvid.config import JobConfig
+
+if TYPE_CHECKING:
+    from actors.fleet_replicas import Replicas
+
+
+class Growth:
+    """Decides who joins and who leaves; runs in the thread of the fleet's pump.
+
+    Attributes:
+        slots: the places of the replicas, by the number of their slot.
+        replicas: starts those that join.
+    """
+
+    replicas: Replicas
+
+    def __init__(
+        self,
+        fleet: Fleet[int],
+        cfg: JobConfig,
+        slots: Sequence[Slot],
+        placement: Placement,
+        on_event: Callable[[str], None],
+    ):
+        self._fleet, self._cfg, self._placement, self._on_event = fleet, cfg, placement, on_event
+        self.slots = dict(enumerate(slots))
+        self._is_open = False
+        self._coming: Slot | None = None  # waits for room in the cluster
+
+    def open(self) -> None:
+        """From now on others may join."""
+        self._is_open = True
+
+    def grow(self) -> None:
+        """Let a replica join where the cluster has room for one more."""
+        if not self._is_open:
+            return
+        if self._coming is None and len(self._fleet.members()) < self._fleet.max_replicas:
+            self._coming = generator_slot(self._cfg, self._fleet.next_slot, None)
+        if self._coming is not None and self._placement.has_room(self._coming):
+            replica = self._fleet.join()
+            self.slots[replica.slot], self._coming = self._coming, None
+            self._on_event(f"generator {replica} joins: {len(self._fleet.members())} of {self._fleet.max_replicas}")
+            self.replicas.start(replica)
+
+    def leave(self, replica: ReplicaId) -> bool:
+        """A dead replica whose node is gone leaves, if enough others are left, and one may join elsewhere."""
+        node = self.replicas.nodes.get(replica)
+        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+        if node is None or node in alive or len(self._fleet.members()) <= self._fleet.min_replicas:
+            return False
+        self._fleet.leave(replica)
+        self._placement.free(self.slots.pop(replica.slot))
+        self._on_event(f"generator {replica} leaves with its node: {len(self._fleet.members())} are left")
+        return True
