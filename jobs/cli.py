@@ -40,6 +40,7 @@ A job that is started again with the same run folder resumes from the newest che
 
 _FLAGS = {
     "only_data": "build the preference pairs of the first iteration and train on none",
+    "only_rollouts": "generate and score, train nothing",
     "dry_run": "check everything, print the resolved config and the placement, start nothing",
 }
 
@@ -103,6 +104,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data.add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     data.add_data(commands.add_parser("data", help="make a manifest of a published set"))
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
+    replay = commands.add_parser("replay", help="train steps of a run again from their dumps, and say what differs")
+    replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    replay.add_argument("step", type=int, metavar="STEP")
+    replay.add_argument("--count", type=int, default=1, metavar="N", help="steps in a row, 1")
+    replay.set_defaults(run=_main_of("jobs.replay"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.set_defaults(run=_write_report)

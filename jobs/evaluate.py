@@ -31,7 +31,7 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
     if not inputs.held_out:
         return {}
     cfg = inputs.cfg
-    parts = [part for part in make_parts(cfg.rewards) if part.kind.measures_accuracy]
+    parts = [part for part in make_parts(cfg.rewards) if part.measures_accuracy]
     benchmark = HeldOut(inputs.held_out[: cfg.evaluate.max_samples], parts, inputs.family.opening)
     with run.stage("evaluation"):
         answer = FleetAnswers(roles.fleet, inputs.clips, cfg.rollout.max_tokens)

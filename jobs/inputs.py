@@ -109,7 +109,8 @@ class PromptStream:
     """Prompts of an endless shuffled stream of samples, encoded one batch ahead.
 
     `position` is the data cursor: the number of samples taken so far. The order is a function of seed and position, so
-    a resumed run sees the samples that the interrupted one would have seen.
+    a resumed run sees the samples that the interrupted one would have seen. `used` is the position that checkpoints
+    keep: it is smaller while samples are taken ahead of their use.
 
     Samples of one problem type with one answer are spread evenly over an epoch. A batch that has more "left" than
     "right" by chance teaches to say "left" whatever is seen, and that noise hides what the clips teach
@@ -117,19 +118,29 @@ class PromptStream:
     """
 
     def __init__(self, samples: Sequence[Sample], seed: int, clips: ClipStore):
-        self.position = 0
+        self.position = self.used = 0
         self._strata = Strata.of([(sample.problem_type, sample.answer) for sample in samples])
         self._samples, self._seed, self._clips = samples, seed, clips
         self._ahead: tuple[int, list[Future[Encoded | None]]] | None = None  # position after it, what is encoded
 
-    def take(self, count: int) -> list[Encoded]:
-        """Prompts of the next `count` samples; those that cannot be used are left out."""
+    def take(self, count: int, is_ahead: bool = False) -> list[Encoded]:
+        """Prompts of the next `count` samples; those that cannot be used are left out.
+
+        Args:
+            is_ahead: the caller sets `used` later.
+        """
         self.position += count
+        if not is_ahead:
+            self.used = self.position
         if self._ahead is None or self._ahead[0] != self.position:
             self._ahead = (self.position, self._submit(self.position - count, count))
         pending = self._ahead[1]
         self._ahead = (self.position + count, self._submit(self.position, count))
         return self._clips.collect(pending)
+
+    def rewind(self, position: int) -> None:
+        """Continue from there."""
+        self.position = self.used = position
 
     def _submit(self, start: int, count: int) -> list[Future[Encoded | None]]:
         indices = batch_indices(len(self._samples), self._seed, start, count, self._strata)
@@ -216,14 +227,15 @@ class Inputs:
         """Data cursors and clip counts, for a checkpoint."""
         metrics = self.clip_metrics()
         return {
-            "position": self.prompts.position,
-            "warm_up_position": self.warm_up_prompts.position,
+            "position": self.prompts.used,
+            "warm_up_position": self.warm_up_prompts.used,
             "clips": {name: metrics[f"video/{name}"] for name in self._clips_before},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.prompts.position, self.warm_up_prompts.position = state["position"], state["warm_up_position"]
-        self._clips_before = state["clips"]
+        self.prompts.rewind(state["position"])
+        self.warm_up_prompts.rewind(state["warm_up_position"])
+        self._clips_before = {name: n - getattr(self.clips, name) for name, n in state["clips"].items()}
 
     def _load_warm_up(self, spec: JobSpec, train: Path | None) -> Path | None:
         """Load `warm_up`; returns its own manifest, where it has one."""

@@ -143,7 +143,8 @@ class Iteration:
             return
         cache = RowFile(run.folder.judge_cache_file, key="key")
         logs, seed = run.folder.logs_dir, self.seed("judgements")
-        with open_judge(cfg, model, roles.fleet, self.inputs.clips, cache, logs, seed, run.console.message) as judge:
+        judge_cfg, clips = cfg.isrt.judge, self.inputs.clips
+        with open_judge(judge_cfg, cfg, roles.fleet, clips, cache, logs, seed, run.console.message, model) as judge:
             judge.counters.update(row["state"] for row in self.judgements)
             self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
 
@@ -312,7 +313,7 @@ def judge_accuracy(iteration: Iteration, decided: Sequence[Row]) -> dict[str, fl
 
     It is only reported: training does not use it.
     """
-    parts = [part for part in make_parts(iteration.cfg.rewards) if part.kind.measures_accuracy]
+    parts = [part for part in make_parts(iteration.cfg.rewards) if part.measures_accuracy]
     if not parts:
         return {}
     samples = {s.id: s for s in iteration.samples}

@@ -59,6 +59,7 @@ class Run:
         self.state: dict[str, Any] = {}
         self.interrupted = False
         self._parts: list[Resumable] = []
+        self._initial: dict[str, Any] = {}  # state of the parts at the start
         self._times: dict[str, float] = defaultdict(float)
         self._started_s = time.monotonic()
         self._saved_step = -1
@@ -141,14 +142,17 @@ class Run:
         Raises:
             UserError: the checkpoint cannot be continued with this config.
         """
+        self._initial = self._initial or self.state_of_parts()
+        self._stage, self._logged, self._saved_step = "", None, -1  # what was done since, if the trainer was lost
         checkpoint = self.folder.checkpoints.newest()
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.cfg)
+        self.state = {} if checkpoint is None else state_of(checkpoint)
+        for part in self._parts:
+            part.restore(self.state or self._initial)
         if checkpoint is None:
             self.folder.rewind(None)
             return None
-        check_resumable(checkpoint, self.cfg)
-        self.state = state_of(checkpoint)
-        for part in self._parts:
-            part.restore(self.state)
         self._saved_step = checkpoint.step
         self.folder.rewind(*place_of(checkpoint)[::-1])
         self.console.message(f"resuming after {describe_step(checkpoint)} ({checkpoint.path})")
@@ -292,12 +296,14 @@ class Run:
 
 
 def export_policy(run_dir: Path, trainer: TrainerGroup) -> None:
-    """Write `policy/`, and replace an earlier one once it is whole."""
-    policy = (run_dir / "policy").resolve()
-    part = policy.with_name("policy.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    trainer.export(part)
-    replace_folder(part, policy)
+    """Write `policy/`, and `critic/` if it is a model of its own; replace earlier ones once they are whole."""
+    exports = {"policy": trainer.export} | ({"critic": trainer.export_critic} if trainer.has_own_critic else {})
+    for name, export in exports.items():
+        folder = (run_dir / name).resolve()
+        part = folder.with_name(f"{name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        export(part)
+        replace_folder(part, folder)
 
 
 def check_resumable(checkpoint: Checkpoint, cfg: JobConfig) -> None:

@@ -18,6 +18,8 @@ from rlvid.config import (
     GrpoJobConfig,
     IsrtJobConfig,
     JobConfig,
+    PolicyGradientJobConfig,
+    PpoJobConfig,
     RewardModelJobConfig,
     SftJobConfig,
     TuneJobConfig,
@@ -146,9 +148,8 @@ def _reward_models(cfg: JobConfig) -> tuple[str, ...]:
     return ("reward_model",) if cfg.reward_models else ()
 
 
-def _grpo_roles(cfg: GrpoJobConfig) -> tuple[str, ...]:
-    """No reference model without a KL term, nor with adapters: the trainer without its adapters is the reference."""
-    reference = ("reference",) if cfg.grpo.kl_coef > 0 and cfg.model.lora is None else ()
+def _policy_gradient_roles(cfg: PolicyGradientJobConfig) -> tuple[str, ...]:
+    reference = ("reference",) if cfg.has_reference else ()
     return ("trainer", "generator", *reference, *_reward_models(cfg))
 
 
@@ -169,11 +170,22 @@ JOBS: dict[str, JobSpec] = {
     "grpo": JobSpec(
         config=GrpoJobConfig,
         module="jobs.grpo",
-        help="group relative policy optimisation on videos",
-        roles=_grpo_roles,
+        help="group relative policy optimisation and its relatives on videos",
+        roles=_policy_gradient_roles,
         load=lambda cfg: SAMPLES,
         scored=("data.train", "data.eval"),
         warm_start=lambda cfg: cfg.warm_start,
+        flags=("only_rollouts",),
+    ),
+    "ppo": JobSpec(
+        config=PpoJobConfig,
+        module="jobs.ppo",
+        help="proximal policy optimisation with a critic on videos",
+        roles=_policy_gradient_roles,
+        load=lambda cfg: SAMPLES,
+        scored=("data.train", "data.eval"),
+        warm_start=lambda cfg: cfg.warm_start,
+        flags=("only_rollouts",),
     ),
     "sft": JobSpec(
         config=SftJobConfig,

@@ -29,6 +29,7 @@ def warm_start(run: Run, inputs: Inputs, trainer: TrainerGroup, cfg: WarmStartCo
     """
     start = run.state.get(f"{PHASE}_steps", 0)
     if start >= cfg.steps:
+        run.state.pop("phase", None)  # of a checkpoint of its last step
         return
     run.console.phase("warm start", cfg.steps, start)
     for step in run.steps(start, cfg.steps):

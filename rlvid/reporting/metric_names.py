@@ -55,6 +55,14 @@ METRICS: dict[str, Metric] = {
     "policy/clip_fraction": Metric("Clipped tokens", "percent"),
     "policy/kl_to_old": Metric("KL to the rollout policy"),
     "policy/ratio": Metric("Importance ratio"),
+    "policy/staleness": Metric("Age of the sampling weights", unit="updates", series="mean over tokens"),
+    "policy/max_staleness": Metric("Age of the sampling weights", unit="updates", series="oldest token"),
+    "policy/correction": Metric("Importance weight of the correction"),
+    "critic/loss": Metric("Value loss"),
+    "critic/explained_variance": Metric("Returns explained by the critic", "percent"),
+    "critic/return": Metric("Return"),
+    "groups/order_helps": Metric("Groups that the order of the frames helps", "percent"),
+    "groups/draws": Metric("Batches generated for a step", "tenths", is_exact=True),
     "train/loss": Metric("Policy loss"),
     "train/grad_norm": Metric("Gradient norm before clipping"),
     "train/lr": Metric("Learning rate", column="lr", is_exact=True),
@@ -72,7 +80,7 @@ METRICS: dict[str, Metric] = {
 
 def metric_of(key: str) -> Metric:
     """The metric of that name. One that is not known has its name as title; the stages of a step are in seconds."""
-    stage = key.removeprefix("time/")
+    stage = key.removeprefix("time/").removeprefix("behind/")
     unknown = Metric(key) if stage == key else Metric(key, "seconds", column=f"s/{stage}")
     return METRICS.get(key, unknown)
 
@@ -106,22 +114,28 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(("judge/consistency", "judge/accuracy", "judge/longer_wins")),
         Chart(("pairs/kept", "response/truncated")),
         Chart(("response/length", "response/length_chosen", "response/length_rejected")),
-        *_each("groups/zero_variance", "train/skipped"),
+        *_each("groups/zero_variance", "groups/draws", "groups/order_helps", "train/skipped"),
     ),
     "Policy": (
         *_each("policy/kl", "policy/entropy"),
         Chart(("policy/logprob_gap",), allow_log=True),
+        Chart(("policy/staleness", "policy/max_staleness")),
+        *_each("policy/correction", "critic/loss", "critic/explained_variance", "critic/return"),
         *_each("policy/clip_fraction", "policy/kl_to_old", "policy/ratio", "train/loss", "train/grad_norm", "train/lr"),
     ),
     "Speed": (
         Chart(("samples_per_s",)),
         Chart(("time/evaluation", "time/checkpoint")),
         Chart(("time/*",), "Seconds per stage", "seconds", is_stacked=True),
+        Chart(("behind/*",), "Seconds per stage, while the trainer works", "seconds"),
         Chart(("video/decodes", "video/cache_hits")),
     ),
 }
 WARM_START_CHARTS = (Chart(("warm_start/loss", "warm_start/*")), Chart(("train/accuracy", "eval/accuracy")))
-NO_CHART = ("step", "phase", "time_s", "eval/n", "time/step", "eval/accuracy_low95", "eval/accuracy_high95")
+NO_CHART = (
+    *("step", "phase", "time_s", "time/step", "fleet/start_s", "groups/samples"),
+    *("eval/n", "eval/accuracy_low95", "eval/accuracy_high95"),
+)
 
 # Console columns after the metric that selects them: the first one that a step has. "" is in every step.
 COLUMNS: dict[str, tuple[str, ...]] = {

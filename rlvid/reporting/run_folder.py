@@ -172,6 +172,10 @@ class RunFolder:
     def read_bad_clips(self) -> list[dict[str, Any]]:
         return read_rows(self.bad_clips_file)
 
+    def dump_dir(self, step: int) -> Path:
+        """What a step was trained on (`rlvid/training/dumps.py`)."""
+        return self.dir / "dumps" / f"step_{step}"
+
     def rewind(self, step: int | None, phase: str = "train") -> None:
         """Remove all rows and files after step `step` of `phase`, from which the run resumes. None: remove all.
 
@@ -188,6 +192,9 @@ class RunFolder:
             for number, file in rollout_tables.files_by_step(self.dir / folder).items():
                 if number > last:
                     file.unlink()
+        for dump in (self.dir / "dumps").glob("step_*"):
+            if not dump.name.removeprefix("step_").isdecimal() or int(dump.name.removeprefix("step_")) > last:
+                shutil.rmtree(dump)
 
     # --- parts of the start -------------------------------------------------------------------------------------------
 

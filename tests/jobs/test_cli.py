@@ -41,7 +41,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[JobConfig]]:
     def install(result: dict[str, Any] | BaseException | None = None, name: str = "jobs.grpo") -> list[JobConfig]:
         seen: list[JobConfig] = []
 
-        def run(cfg: JobConfig) -> dict[str, Any]:
+        def run(cfg: JobConfig, **flags: bool) -> dict[str, Any]:
             seen.append(cfg)
             if isinstance(result, BaseException):
                 raise result

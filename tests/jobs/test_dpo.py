@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from jobs.cli import main
-from tests.jobs.test_grpo import ROOT, finish, metrics_of, wait_for
+from tests.jobs.runs import ROOT, finish, metrics_of, wait_for
 
 pytestmark = pytest.mark.timeout(1500)
 

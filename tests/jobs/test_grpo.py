@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.jobs.runs import finish, metrics_of, start, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
@@ -32,34 +27,6 @@ placement: {{threads: 1}}
 """
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.grpo", "--config", str(config), *overrides]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out + err
-    assert "Setting accelerator" not in err, "DeepSpeed guessed its device in the driver"
-    return dict(json.loads(out.splitlines()[-1]))
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 480
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail("".join(filter(None, process.communicate())))
-        time.sleep(0.05)
-
-
 def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     shutil.copytree(real_clips, clips)
@@ -73,7 +40,7 @@ def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> N
     config.write_text(SMALL.format(data=data, steps=3, video="{frames: 8, max_pixels: 25088}"))
 
     first = tmp_path / "first"
-    result = finish(start(config, f"run.dir={first}", "train.batch_size=10"))
+    result = finish(start("grpo", config, f"run.dir={first}", "train.batch_size=10"))
     assert result["steps"] == 3 and Path(result["report"]).is_file()
     bad = {
         Path(row["path"]).name: row["reason"]
@@ -89,12 +56,12 @@ def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> N
     second = tmp_path / "second"
     lora = (f"run.dir={second}", "train.batch_size=10", "train.steps=1", "model.lora={rank: 4}")
     lora += ("grpo.kl_coef=0.1", "grpo.old_logprobs=trainer")
-    finish(start(config, *lora))
+    finish(start("grpo", config, *lora))
     assert metrics_of(second)[-1]["video/decodes"] == 0  # all from the first run's cache
     assert (second / "policy" / "adapter" / "adapter_model.safetensors").is_file()
     (step,) = (row for row in metrics_of(second) if "policy/kl" in row)
     assert step["policy/logprob_gap"] < 1e-4 and step["policy/kl"] == pytest.approx(0.0, abs=1e-9)
-    process = start(config, *lora, "grpo.group_size=4")
+    process = start("grpo", config, *lora, "grpo.group_size=4")
     _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "grpo.group_size" in err and "Traceback" not in err
@@ -118,7 +85,7 @@ def test_run_resumes_after_ctrl_c_in_warm_start_and_training_and_after_kill_9(tm
         )
 
     def interrupt_when(condition: Callable[[], bool]) -> str:
-        process = start(config, *arguments)
+        process = start("grpo", config, *arguments)
         wait_for(condition, process)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=600)
@@ -135,13 +102,13 @@ def test_run_resumes_after_ctrl_c_in_warm_start_and_training_and_after_kill_9(tm
     assert metrics_of(run)[-1]["step"] == stopped  # Ctrl-C saved the step it waited for
     seen = {(r.get("phase"), r["step"]): r for r in metrics_of(run)}
 
-    process = start(config, *arguments)
+    process = start("grpo", config, *arguments)
     wait_for(lambda: newest() >= stopped + 2, process)
     process.kill()  # kill -9
     process.communicate(timeout=60)
     killed = newest()
 
-    result = finish(start(config, *arguments, f"train.steps={killed + 2}"))
+    result = finish(start("grpo", config, *arguments, f"train.steps={killed + 2}"))
     assert result["steps"] == killed + 2
     rows = [r for r in metrics_of(run) if "reward/mean" in r]
     assert [r["step"] for r in rows] == list(range(1, killed + 3))  # each step once

@@ -56,6 +56,8 @@ def test_an_error_outside_of_the_trainer_loses_no_step(tmp_path: Path, stage: st
 class SlowDisk:
     """A trainer whose files are on the disk when `is_done` says so."""
 
+    has_own_critic = False
+
     def __init__(self) -> None:
         self.is_done = False
         self.exported: list[str] = []

@@ -16,7 +16,7 @@ import pytest
 
 from rlvid.config import SyntheticConfig
 from rlvid.synthetic.moving_shapes import make_synthetic
-from tests.jobs.test_grpo import metrics_of, wait_for
+from tests.jobs.runs import metrics_of, wait_for
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,8 +20,8 @@ from rlvid.config import TuneJobConfig
 from rlvid.config.load import load_config
 from rlvid.errors import UserError
 from rlvid.reporting.report.sweep import TrialRow
+from tests.jobs.runs import ROOT, finish, wait_for
 from tests.jobs.test_dpo import CONFIG
-from tests.jobs.test_grpo import ROOT, finish, wait_for
 
 pytestmark = pytest.mark.timeout(1500)
 
