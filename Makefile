@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: .venv demo bench test test-slow lint format docs size lock clean help
+.PHONY: .venv demo demo-ppo bench bench-algorithms test test-slow lint format docs size lock clean help
 
 # cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
@@ -53,6 +53,13 @@ demo: .venv  ## teach a tiny model from videos: warm start, GRPO, report (SEED=7
 bench: .venv  ## run the benchmarks, write their table into docs/performance.md (NAMES="driver memory" for some)
 	@python -c 'import trl' 2>/dev/null || uv pip install --quiet --python .venv/bin/python trl  # for comparison; rlvid does not depend on it
 	python -m benchmarks $(NAMES)
+
+demo-ppo: .venv  ## the same with PPO, a critic on the policy's network (SEED=7 for another seed)
+	@rm -rf runs/ppo_demo
+	exec rlvid ppo jobs/configs/ppo_demo.yaml $(if $(SEED),seed=$(SEED))
+
+bench-algorithms: .venv  ## PPO, GRPO and its relatives on three seeds each (ARGS="--seeds 1" for one)
+	@python -m benchmarks.algorithms $(ARGS)
 
 test: .venv  ## run the tests without the slow ones (ARGS="-k fleet" for some of them)
 	@$(PYTEST) -m "not slow" $(ARGS)

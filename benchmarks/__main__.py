@@ -49,6 +49,17 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
         "load_bytes_ratio": ("<=", 1.3),
         "export_bytes_ratio": ("<=", 1.3),
     },
+    "critic": {
+        "ratio_shared_trunk": ("<=", 1.15),
+        "ratio_own_critic": ("<=", 2.0),
+        "max_value_diff": ("<=", 1e-5),
+        "grad_rel_diff": ("<=", 1e-5),
+    },
+    "temporal": {"ratio": ("<=", 1.1), "max_diff": ("<=", 1e-5), "accuracy_ordered": (">=", 0.9)},
+    "overlap": {"time_ratio": ("<=", 0.7), "max_staleness": ("<=", 1)},
+    "resume": {"max_loss_diff": ("<=", 0)},
+    "faults": {"samples_lost": ("<=", 0), "samples_doubled": ("<=", 0), "weights_equal": (">=", 1)},
+    "algorithms": {"min_gain": (">=", 0.15)},
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 

@@ -48,11 +48,11 @@ from actors.clip_store import ClipStore, Outcome, Source
 from actors.roles import Roles
 from benchmarks.harness import finish, machine, medians
 from benchmarks.tiny import tiny_model, video_sample
-from jobs.grpo import optimize
+from jobs.update import GrpoUpdate
 from rlvid.config import GrpoJobConfig
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.reporting.tracker import Tracker
-from rlvid.training.grpo_batch import advantages_of, sampled_groups, summarize, with_advantages
+from rlvid.training.policy_batch import Experience, summarize
 from rlvid.types import Prompt, Rollout, Sample, Span, WeightSpan
 
 PROMPTS = (256, 1024)  # in a step: 4 and 16 per replica of the largest fleet
@@ -204,10 +204,8 @@ class Steps:
             prompts, groups = self.clips.answered(prompts, roles.fleet.generate(prompts, sampling))
         with self.stage("reward"):
             rewards = roles.rewards([p.sample for p in prompts], groups)
-            advantages = advantages_of(rewards, self.cfg.grpo)
         with self.stage("train"):
-            batch = sampled_groups(prompts, groups, self.cfg.rollout.temperature)
-            stats = optimize(self.cfg, roles.trainer, self.step, with_advantages(batch, advantages))
+            _, stats = GrpoUpdate(self.cfg, roles.trainer)(self.step, Experience(prompts, groups, rewards))
         self.step += 1
         with self.stage("sync"):
             roles.fleet.sync(roles.trainer, self.step)

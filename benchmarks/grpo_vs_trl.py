@@ -39,8 +39,8 @@ from actors.actor_process import start_ray
 from actors.roles import Roles
 from benchmarks.harness import finish, median_ratio, medians, require_trl
 from benchmarks.tiny import QUESTION, family_of, tiny_model
-from jobs.grpo import optimize
 from jobs.specs import JOBS
+from jobs.update import GrpoUpdate
 from rlvid.config import GrpoJobConfig
 from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import CHAT_TEMPLATE
@@ -48,9 +48,9 @@ from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
 from rlvid.rollout.engine import Refused, Sampling
 from rlvid.training.batch import Group
-from rlvid.training.grpo_batch import advantages_of, sampled_groups, with_advantages
-from rlvid.training.objectives import Grpo
+from rlvid.training.objectives import PolicyGradient
 from rlvid.training.packing import PackedPolicy, pack
+from rlvid.training.policy_batch import Experience
 from rlvid.types import Clip, Encoded, Medium, Message, Prompt, Reward, Rollout, Sample
 
 N_PROMPTS, GROUP, RESPONSE, LR = 4, 8, 32, 1e-5
@@ -110,8 +110,7 @@ class RlvidSide:
         answers = self.roles.fleet.generate(prompts, Sampling(GROUP, 1.0, RESPONSE))
         groups = [group for group in answers if not isinstance(group, Refused)]
         rewards = [[Reward({"even": r}, r) for r in (reward_of(x.token_ids) for x in g)] for g in groups]
-        batch = with_advantages(sampled_groups(prompts, groups, 1.0), advantages_of(rewards, self.cfg.grpo))
-        stats = optimize(self.cfg, self.roles.trainer, 0, batch)
+        _, stats = GrpoUpdate(self.cfg, self.roles.trainer)(0, Experience(prompts, groups, rewards))
         assert np.isfinite(stats["train/loss"])
         self.steps += 1
         self.roles.fleet.sync(self.roles.trainer, self.steps)
@@ -276,8 +275,8 @@ def first_loss(model: Path, family: QwenVL, setting: str, batch: dict[str, Any])
     row = pack(groups)
     logprobs = policy(row)[0]
     old = iter(np.split(logprobs.detach().numpy(), np.cumsum([g.n_tokens for g in groups])[:-1]))
-    groups = [group.with_tokens(old_logprobs=next(old)) for group in groups]  # the policy has not changed: ratio 1
-    loss, _ = Grpo(GrpoJobConfig.model_fields["grpo"].default)(logprobs, groups)
+    groups = [group.with_tokens(rollout_logprobs=next(old)) for group in groups]  # the policy has not changed: ratio 1
+    loss, _ = PolicyGradient(GrpoJobConfig.model_fields["grpo"].default)(logprobs, groups)
     loss.backward()
     return float(loss), _norm(policy)
 

@@ -223,16 +223,16 @@ def prompt(folder: Path) -> dict[str, float]:
 def prompt_bytes(team: Any, clips: Any, samples: Any, cfg: Any, group_size: int) -> tuple[float, int, float, float]:
     """One GRPO step. Per prompt: raw bytes, tokens, bytes in the store after the step, largest within the step."""
     from rlvid.rollout.engine import Sampling
-    from rlvid.training.grpo_batch import make_minibatch, sampled_groups, with_advantages
-    from rlvid.training.objectives import Grpo
+    from rlvid.training.objectives import PolicyGradient
+    from rlvid.training.policy_batch import make_minibatch, sampled_groups
 
     before = settled_bytes()
     with StorePeak() as peak:
         prompts = clips.encode(samples)
         groups = team.fleet.generate(prompts, Sampling(group_size, 1.0, cfg.rollout.max_tokens))
-        advantages = np.ones((len(prompts), group_size), np.float32)
-        batch = with_advantages(sampled_groups(prompts, groups, cfg.rollout.temperature), advantages)
-        team.trainer.step(make_minibatch(batch, cfg.grpo), Grpo(cfg.grpo), 0.0)
+        batch = sampled_groups(prompts, groups, cfg.rollout.temperature)
+        batch = [group.with_tokens(advantages=np.ones(group.n_tokens, np.float32)) for group in batch]
+        team.trainer.step(make_minibatch(batch, cfg.grpo, cfg.rollout.max_tokens), PolicyGradient(cfg.grpo), 0.0)
     del groups, batch  # the driver's views of what the engines returned
     held = settled_bytes() - before
     n = len(prompts)
