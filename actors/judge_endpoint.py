@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import json
 import os
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -24,13 +21,13 @@ from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.rewards.judge_prompts import TIMED_OUT, Answer
 from rlvid.rollout.engine import Sampling
+from rlvid.servers import may_recover, open_client
 from rlvid.types import Encoded, Sample
 
 Frames = Callable[[Sequence[Sample]], Mapping[str, list[bytes]]]  # JPEG files of each sample, by its id
 
 FIRST_PAUSE_S = 0.5  # before the second try; doubled each time
 LONGEST_PAUSE_S = 30.0
-RETRIED = frozenset({408, 409, 425, 429})  # and all from 500 on: the server may recover
 MAX_ANSWER_BYTES = 2**20
 PROBE_S = 5.0
 SILENCE_S = 10.0  # without an answer, before a line says so; doubled each time up to a minute
@@ -74,7 +71,7 @@ class EndpointBackend:
             self._n_done += 1
             keep([(prompt, answer)])
 
-        async with open_client(self._cfg, httpx.AsyncClient) as client:
+        async with _client(self._cfg, httpx.AsyncClient) as client:
             reports = asyncio.create_task(self._report_silence(len(prompts)))
             try:
                 await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
@@ -148,7 +145,7 @@ class EndpointBackend:
             self._tokens_key = "max_completion_tokens"  # what newer servers call it
             return await self._try(client, sample, frames)
         if status != 200:
-            return Answer(None, f"HTTP {status}: {said}"), status < 500 and status not in RETRIED
+            return Answer(None, f"HTTP {status}: {said}"), not may_recover(status)
         answer = parse_json(cfg, response, content)
         try:
             text = answer["choices"][0]["message"]["content"]
@@ -178,7 +175,7 @@ def probe_endpoint(cfg: JudgeConfig, on_event: Callable[[str], None]) -> None:
     Raises:
         UserError: nothing answers, something that is no API answers, or the key is refused.
     """
-    with open_client(cfg, httpx.Client, timeout=PROBE_S) as client:
+    with _client(cfg, httpx.Client, timeout=PROBE_S) as client:
         try:
             response = client.get(f"{base_url(cfg)}/models")
         except (httpx.ReadTimeout, httpx.PoolTimeout):
@@ -218,29 +215,5 @@ def base_url(cfg: JudgeConfig) -> str:
     return (cfg.url or "").rstrip("/")
 
 
-def open_client(cfg: JudgeConfig, kind: Callable[..., Any], timeout: float | None = None) -> Any:
-    """An `httpx.Client` or `httpx.AsyncClient` with the key. Proxies of the environment are used except for this
-    machine and the hosts of `no_proxy`.
-
-    Raises:
-        UserError: a proxy of the environment cannot be used.
-    """
-    key, host = os.environ.get(cfg.api_key_env), urlsplit(base_url(cfg)).hostname or ""
-    try:
-        is_direct = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_direct = host == "localhost" or host.endswith(".localhost")
-    try:
-        return kind(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            follow_redirects=False,
-            timeout=timeout,
-            trust_env=not (is_direct or urllib.request.proxy_bypass(host)),
-        )
-    except ImportError as e:  # httpx reads the proxies of all schemes, also those that this host would not use
-        raise UserError(
-            f"{cfg.key}.url: the environment names a SOCKS proxy (all_proxy), for which httpx needs a package: "
-            f"pip install socksio, or add {host} to no_proxy"
-        ) from e
-    except ValueError as e:
-        raise UserError(f"{cfg.key}.url: a proxy of the environment (http_proxy, all_proxy) cannot be used: {e}") from e
+def _client(cfg: JudgeConfig, kind: Callable[..., Any], timeout: float | None = None) -> Any:
+    return open_client(base_url(cfg), cfg.api_key_env, f"{cfg.key}.url", kind, timeout)

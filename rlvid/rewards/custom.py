@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -14,9 +13,9 @@ from typing import Any
 from rlvid.config import CustomPart, EndpointPart
 from rlvid.errors import UserError
 from rlvid.rewards.part import Group, NoReward, Values
+from rlvid.servers import may_recover, open_client
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between the tries of a request; doubled each time
-RETRIED = frozenset({408, 409, 425, 429})  # and all from 500 on: the server may recover
 
 
 def fields_of(group: Group) -> dict[str, Any]:
@@ -102,26 +101,30 @@ def endpoint(part: EndpointPart, group: Group) -> Values:
     """
     import httpx
 
-    key = os.environ.get(part.api_key_env)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     responses = [response.text for response in group.responses]
     body = {**fields_of(group), "prompt": group.sample.question, "responses": responses}
-    end_s, pause_s, failure = time.monotonic() + part.deadline_s, FIRST_PAUSE_S, "no answer"
-    while True:
-        try:
-            timeout_s = min(part.timeout_s, max(end_s - time.monotonic(), 0.1))
-            response = httpx.post(part.url, json=body, headers=headers, timeout=timeout_s)
-            if response.status_code == 200:
-                try:
-                    return values_of(response.json()["values"], len(responses), part.url)
-                except (ValueError, LookupError, TypeError):
-                    raise NoReward(f'{part.url} did not answer {{"values": [...]}}') from None
-            failure = f"HTTP {response.status_code}"
-            if response.status_code < 500 and response.status_code not in RETRIED:
-                raise NoReward(f"{part.url}: {failure}")
-        except httpx.HTTPError as e:
-            failure = f"{type(e).__name__}: {e}"
-        if time.monotonic() + pause_s >= end_s:
-            raise NoReward(f"{part.url}: no values within deadline_s={part.deadline_s:g}: {failure}")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    end_s, pause_s = time.monotonic() + part.deadline_s, FIRST_PAUSE_S
+    with open_client(part.url, part.api_key_env, f"rewards ({part.label}): url", httpx.Client) as client:
+        while True:
+            try:
+                timeout_s = min(part.timeout_s, max(end_s - time.monotonic(), 0.1))
+                response = client.post(part.url, json=body, timeout=timeout_s)
+                failure = f"HTTP {response.status_code}"
+                if response.status_code == 200:
+                    return _values_in(response, len(responses), part.url)
+                if not may_recover(response.status_code):
+                    raise NoReward(f"{part.url}: {failure}")
+            except httpx.HTTPError as e:
+                failure = f"{type(e).__name__}: {e}"
+            if time.monotonic() + pause_s >= end_s:
+                raise NoReward(f"{part.url}: no values within deadline_s={part.deadline_s:g}: {failure}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _values_in(response: Any, n: int, url: str) -> Values:
+    try:
+        returned = response.json()["values"]
+    except (ValueError, LookupError, TypeError):
+        raise NoReward(f'{url} did not answer {{"values": [...]}}') from None
+    return values_of(returned, n, url)
