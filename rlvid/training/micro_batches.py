@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from rlvid.training.batch import Group
 from rlvid.training.depth_first import PromptPass
@@ -93,7 +92,7 @@ def repeated(items: Sequence[T], spare: T, most: Count) -> Iterator[tuple[T, boo
 
 @torch.no_grad()
 def score(
-    model: nn.Module,
+    model: Any,
     groups: Sequence[Group[Prompt]],
     budget: int,
     is_shared: bool = True,
@@ -111,10 +110,7 @@ def score(
 
     def keep(output: torch.Tensor, row: Sequence[int]) -> None:
         chosen = [batches.parts[i][1] for i in row]
-        of_tokens = [part.n_tokens for part in chosen]
-        of_responses = [max(1, len(part.responses)) for part in chosen]
-        # Equally many only where each response is one token: then they are the same.
-        sizes = of_tokens if len(output) == sum(of_tokens) else of_responses
+        sizes = [part.n_tokens if model.per_token else max(1, len(part.responses)) for part in chosen]
         for i, own in zip(row, output.float().cpu().split(sizes), strict=True):
             values[i] = own.numpy()
 

@@ -160,6 +160,7 @@ class PackedPolicy(nn.Module):
         head: of a critic on the same network.
     """
 
+    per_token = True  # the outputs; those of a scorer are one per response
     most: Count = staticmethod(lambda count: count)  # this rank's count -> the largest of all ranks; under ZeRO-3
 
     def __init__(self, network: PreTrainedModel, family: ChatFamily, head: Head | None = None):
@@ -244,7 +245,7 @@ class PackedScorer(nn.Module):
         self.network = network
         self.family = family
         self.head = build_head(head, network)
-        self._is_critic = head.is_critic
+        self.per_token = head.is_critic
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Scores [S, D] float32 at the row's ends, or a critic's values [M, 1]. The second is empty, where the policy
@@ -252,7 +253,7 @@ class PackedScorer(nn.Module):
         hidden = hidden_states(self.network, self.family, row, self.most)
         if row.layout.kept is not None:
             return kept_for_later(hidden)
-        scores = self.head(hidden[row.source if self._is_critic else row.ends]).float()
+        scores = self.head(hidden[row.source if self.per_token else row.ends]).float()
         return scores, scores.new_zeros(0)
 
 

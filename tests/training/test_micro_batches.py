@@ -74,6 +74,8 @@ def test_ranks_with_fewer_rows_repeat_their_smallest_part(groups: list[Group[Pro
     seen = []
 
     class Policy(torch.nn.Linear):
+        per_token = True
+
         def forward(self, row) -> tuple[torch.Tensor]:  # type: ignore[no-untyped-def,override]
             seen.append(len(row.target))
             return (torch.arange(len(row.target)),)
