@@ -33,7 +33,7 @@ def group_advantages(rewards: Floats, normalise_std: bool) -> npt.NDArray[np.flo
     Raises:
         ValueError: An infinite reward.
     """
-    valid, has_signal = _valid_and_signal(rewards)
+    valid, differ = _valid_and_signal(rewards)
     values = np.where(valid, rewards, 0.0).astype(np.float64)
     n_valid = valid.sum(axis=1, keepdims=True)
     mean = values.sum(axis=1, keepdims=True) / np.maximum(n_valid, 1)
@@ -42,7 +42,7 @@ def group_advantages(rewards: Floats, normalise_std: bool) -> npt.NDArray[np.flo
         variance = np.square(centred).sum(axis=1, keepdims=True) / np.maximum(n_valid - 1, 1)
         centred = centred / (np.sqrt(variance) + EPS)
     # Rounding of the mean leaves 1e-17 in a group of equal rewards. Such a group must have no gradient at all.
-    return np.where(has_signal[:, None], centred, 0.0).astype(np.float32)
+    return np.where(differ[:, None], centred, 0.0).astype(np.float32)
 
 
 def leave_one_out(rewards: Floats, normalise_std: bool = False) -> npt.NDArray[np.float32]:
@@ -77,9 +77,8 @@ def whitened(values: Sequence[npt.NDArray[np.float32]], shift: bool = True) -> l
     valid = flat[~np.isnan(flat)]
     if not len(valid):
         return [own.copy() for own in values]
-    mean, std = valid.mean(), valid.std()
-    moved = [(own - mean) / (std + WHITEN_EPS) + (0.0 if shift else mean / (std + WHITEN_EPS)) for own in values]
-    return [own.astype(np.float32) for own in moved]
+    mean = valid.mean() if shift else 0.0
+    return [((own - mean) / (valid.std() + WHITEN_EPS)).astype(np.float32) for own in values]
 
 
 def returns_to_go(rewards: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -43,6 +43,6 @@ def correction_weights(
     """
     log_ratio = logprobs.detach().float() - rollout_logprobs.float()
     if mode == "truncate":
-        return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
-    whole = per_response(log_ratio, lengths).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    return torch.repeat_interleave((whole <= cap).float(), lengths)
+        return importance_ratio(log_ratio).clamp(max=cap)
+    of_response = importance_ratio(per_response(log_ratio, lengths))
+    return torch.repeat_interleave((of_response <= cap).float(), lengths)

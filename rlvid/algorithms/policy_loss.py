@@ -44,8 +44,8 @@ def policy_loss(
 
     Returns:
         The loss [n_tokens] float32, and sums over tokens (0-d float32, no gradient) that can be added over
-        micro-batches and ranks: `clip_low` and `clip_high`, the number of tokens whose ratio the clip
-        replaces, to the loss's effect; `ratio`; `kl_to_old`, the k3 estimate of KL(old || policy).
+        micro-batches and ranks: `clip_low` and `clip_high`, the number of tokens where the clip of
+        "clip" takes effect; `ratio`; `kl_to_old`, the k3 estimate of KL(old || policy).
 
     Raises:
         ValueError: The shapes differ or have more than one axis.

@@ -139,10 +139,10 @@ class GrpoConfig(PolicyGradientConfig):
     """Further batches that are generated, at most, until a step has `train.batch_size` groups whose rewards differ.
     Groups of equal rewards, which have no gradient, are replaced (DAPO). 0: off."""
     temporal: Literal["off", "code", "paper"] = "off"
-    """A second group, half as large, answers from frames in another order (T-GRPO). If the share of right answers is
-    higher with the frames in order, right answers get `temporal_bonus`. paper: it has to be at least as high, and right
-    answers are those of a part that measures accuracy. code: at least 0.8 times as high, and right answers have more
-    than 0.1 (Video-R1's published code)."""
+    """T-GRPO: a second group, half as large, answers from frames in another order, and right answers of the first group
+    get `temporal_bonus` if that does not do better. paper: the share of right answers with the frames in order is at
+    least that of the second group. code: the mean accuracy is at least 0.8 times that of the second group, and answers
+    with an accuracy above 0.1 are right (Video-R1's published code)."""
     temporal_bonus: float = Field(0.3, ge=0)
     """Added to the reward of a right answer where the order of the frames helps."""
 
