@@ -242,10 +242,10 @@ def open_judge(
         yield Judge(EndpointBackend(judge, seed, clips.strips, on_event), clips, cache, *limit)
         return
     if judge.backend == "policy":
-        name = model and f"policy {checkpoint_id(model, cfg.data.cache_dir)}"
-        yield Judge(
-            FleetBackend(name, fleet, judge, seed) if name else PolicyBackend(fleet, judge, seed), clips, cache, *limit
-        )
+        backend: FleetBackend = PolicyBackend(fleet, judge, seed)
+        if model is not None:
+            backend = FleetBackend(f"policy {checkpoint_id(model, cfg.data.cache_dir)}", fleet, judge, seed)
+        yield Judge(backend, clips, cache, *limit)
         return
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})

@@ -26,12 +26,9 @@ def judged_rewards(
     """The rewards of `roles` have the values of the judges that the config names."""
     with ExitStack() as stack:
         answers = RowFile(cache, "key")
-        for part in cfg.rewards:
-            if isinstance(part, JudgePart):
-                judge = stack.enter_context(
-                    open_judge(part.judge, cfg, roles.fleet, clips, answers, logs, cfg.seed, on_event)
-                )
-                roles.rewards.models[part.label] = JudgeReward(part, judge)
+        for part in cfg.judges:
+            opened = open_judge(part.judge, cfg, roles.fleet, clips, answers, logs, cfg.seed, on_event)
+            roles.rewards.models[part.label] = JudgeReward(part, stack.enter_context(opened))
         yield
 
 

@@ -103,8 +103,9 @@ class ExperienceStream:
         times: dict[str, float] = {}
         stage = partial(_timed, times)
         if self._cfg.policy_gradient.draws > 1:  # whether another draw is needed depends on the rewards
+            experience = self._make(step, stage)
             done: Future[Experience] = Future()
-            done.set_result(replace(experience := self._make(step, stage), metrics=experience.metrics | times))
+            done.set_result(replace(experience, metrics=experience.metrics | times))
             return done
         draw = self._generate(step, 0, stage)
 

@@ -153,6 +153,19 @@ def _policy_gradient_roles(cfg: PolicyGradientJobConfig) -> tuple[str, ...]:
     return ("trainer", "generator", *reference, *_reward_models(cfg))
 
 
+def _policy_gradient(config: type[PolicyGradientJobConfig], help: str) -> JobSpec:
+    return JobSpec(
+        config=config,
+        module=f"jobs.{config.__name__.removesuffix('JobConfig').lower()}",
+        help=help,
+        roles=_policy_gradient_roles,
+        load=lambda cfg: SAMPLES,
+        scored=("data.train", "data.eval"),
+        warm_start=lambda cfg: cfg.warm_start,
+        flags=("only_rollouts",),
+    )
+
+
 def _policy_of(run_dir: Path) -> tuple[Path, list[str]]:
     """Evaluates the policy that a run has exported, on the run's own held-out samples."""
     overrides = [
@@ -167,26 +180,8 @@ def _policy_of(run_dir: Path) -> tuple[Path, list[str]]:
 
 
 JOBS: dict[str, JobSpec] = {
-    "grpo": JobSpec(
-        config=GrpoJobConfig,
-        module="jobs.grpo",
-        help="group relative policy optimisation and its relatives on videos",
-        roles=_policy_gradient_roles,
-        load=lambda cfg: SAMPLES,
-        scored=("data.train", "data.eval"),
-        warm_start=lambda cfg: cfg.warm_start,
-        flags=("only_rollouts",),
-    ),
-    "ppo": JobSpec(
-        config=PpoJobConfig,
-        module="jobs.ppo",
-        help="proximal policy optimisation with a critic on videos",
-        roles=_policy_gradient_roles,
-        load=lambda cfg: SAMPLES,
-        scored=("data.train", "data.eval"),
-        warm_start=lambda cfg: cfg.warm_start,
-        flags=("only_rollouts",),
-    ),
+    "grpo": _policy_gradient(GrpoJobConfig, "group relative policy optimisation and its relatives on videos"),
+    "ppo": _policy_gradient(PpoJobConfig, "proximal policy optimisation with a critic on videos"),
     "sft": JobSpec(
         config=SftJobConfig,
         module="jobs.sft",

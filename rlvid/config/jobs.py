@@ -64,6 +64,11 @@ class JobConfig(Section):
         return tuple(part for part in self.rewards if isinstance(part, ModelPart))
 
     @property
+    def judges(self) -> tuple[JudgePart, ...]:
+        """The parts of the reward that are a judge's opinion."""
+        return tuple(part for part in self.rewards if isinstance(part, JudgePart))
+
+    @property
     def critic(self) -> Literal["shared", "own"] | None:
         """Whether the trainer has a critic: on the policy's network, or a network of its own."""
         return None
