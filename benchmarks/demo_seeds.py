@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +26,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.harness import finish, machine
+from benchmarks.runs import CONFIGS, run, seconds_of
 
-CONFIG = Path(__file__).parents[1] / "jobs" / "configs" / "demo.yaml"
 ALL = "all"
 
 
@@ -53,21 +50,6 @@ class SeedResult:
     kinds: Mapping[str, KindRow]  # by kind of question, and `ALL`
 
 
-def run_demo(seed: int, folder: Path, overrides: Sequence[str]) -> None:
-    """Run the demo in a process of its own, unless `folder` has a complete run.
-
-    Raises:
-        subprocess.CalledProcessError: the run failed.
-    """
-    seconds_file = folder / "wall_seconds.json"
-    if seconds_file.exists():
-        return
-    settings = [f"seed={seed}", f"run.dir={folder}", "run.wandb=disabled", *overrides]
-    begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "jobs.cli", "grpo", str(CONFIG), *settings], check=True, stdout=sys.stderr)
-    seconds_file.write_text(json.dumps(time.monotonic() - begin))
-
-
 def read_result(seed: int, folder: Path) -> SeedResult:
     """Read the result of a complete run folder."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -76,7 +58,7 @@ def read_result(seed: int, folder: Path) -> SeedResult:
     responses: list[dict[str, Any]] = []
     for file in sorted((folder / "rollouts").glob("*.parquet")):
         responses += pq.read_table(file).to_pylist()
-    return SeedResult(seed, json.loads((folder / "wall_seconds.json").read_text()), by_kind(rows, responses, kind_of))
+    return SeedResult(seed, seconds_of(folder), by_kind(rows, responses, kind_of))
 
 
 def by_kind(
@@ -155,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         for seed in (int(seed) for seed in args.seeds.split(",")):
             folder = (args.dir or Path(tmp)) / f"seed{seed}"
-            run_demo(seed, folder, args.overrides)
+            run("grpo", CONFIGS / "demo.yaml", folder, [f"seed={seed}", *args.overrides])
             results.append(read_result(seed, folder))
             print(show(results[-1]), flush=True)
     finish(figures(results))

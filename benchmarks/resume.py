@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import finish
-from benchmarks.runs import CONFIGS, run, steps_of
+from benchmarks.runs import CONFIGS, SECONDS, run, steps_of
 
 STOPS = (2, 4, 6, 8, 10, 12)
 KEYS = ("train/loss", "train/grad_norm", "reward/mean", "policy/entropy", "policy/kl")
@@ -34,7 +34,7 @@ def main() -> None:
         run("grpo", config, quiet, [*SMALL, f"train.steps={STOPS[-1]}"])
         for stop in STOPS:
             run("grpo", config, resumed, [*SMALL, f"train.steps={stop}"])
-            (resumed / "wall_seconds.json").unlink()
+            (resumed / SECONDS).unlink()
         one, other = (
             {row["step"]: row for row in steps_of(folder) if "train/loss" in row} for folder in (quiet, resumed)
         )
