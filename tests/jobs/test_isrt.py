@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +26,8 @@ from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judge_prompts import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Encoded, Sample
+from tests.jobs.runs import finish, start
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("contexts", "responses", "judgements", "pairs")
 CONFIG = """
 model: {{tiny: {{layers: {layers}, vision_layers: 1}}}}
@@ -40,20 +38,6 @@ rollout: {{max_tokens: 6, max_model_len: 512, max_sequences: 32}}
 train: {{batch_size: 4, lr: 1.0e-4}}
 placement: {{threads: 1}}
 """
-
-
-def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.isrt", "--config", str(config), *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out + err
-    return dict(json.loads(out.splitlines()[-1]))
 
 
 def pairs_made(process: subprocess.Popen[str]) -> int:
@@ -129,7 +113,7 @@ def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpo
 
     whole = tmp_path / "whole"
     learned = "warm_start={steps: 30, batch_size: 16, lr: 2.0e-3, warmup_steps: 5}"  # until most responses end
-    result = finish(start(config, *shared, f"run.dir={whole}", learned, "--only-data"))
+    result = finish(start("isrt", config, *shared, f"run.dir={whole}", learned, "--only-data"))
     shared += (f"model.path={whole}/sft", "data.synthetic=null", f"data.train={whole}/data/train.jsonl")
     shared += (f"data.eval={whole}/data/eval.jsonl",)
     files = {stage: whole / "iterations" / "01" / f"{stage}.jsonl" for stage in STAGES}
@@ -151,19 +135,19 @@ def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpo
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     for stage in STAGES[:2]:
-        kill_when(start(config, *arguments), lambda stage=stage: count(stage) >= 3)  # type: ignore[misc]
+        kill_when(start("isrt", config, *arguments), lambda stage=stage: count(stage) >= 3)  # type: ignore[misc]
         assert 3 <= count(stage) < len(rows_of(files[stage])), f"not killed within the {stage}"
         with (folder / f"{stage}.jsonl").open("a") as file:
             file.write('{"id": "train-0000')  # an incomplete line, as after a kill during a write
     endpoint.down_after = endpoint.asked + 13  # within the fourth chunk: two samples each, judged in both orders
-    out, err = (down := start(config, *arguments, "isrt.chunk_size=2")).communicate(timeout=600)
+    out, err = (down := start("isrt", config, *arguments, "isrt.chunk_size=2")).communicate(timeout=600)
     assert down.returncode == 2 and "HTTP 503" in err and "judge-1" in err, out + err
     assert count("judgements") % 2 == 0 and 2 <= count("judgements") < len(judged)  # whole chunks that were answered
     endpoint.down_after = math.inf
-    kill_when(start(config, *arguments), lambda: any(folder.glob("checkpoints/step_[1-9]*")))
+    kill_when(start("isrt", config, *arguments), lambda: any(folder.glob("checkpoints/step_[1-9]*")))
     assert not (folder / "model").exists()
     asked = endpoint.asked
-    result = finish(start(config, *arguments))
+    result = finish(start("isrt", config, *arguments))
     assert endpoint.asked == asked  # nothing is judged twice
     for stage, path in files.items():
         assert (folder / f"{stage}.jsonl").read_bytes() == path.read_bytes(), stage
@@ -185,7 +169,7 @@ def test_a_model_judges_itself(tmp_path: Path) -> None:
         f"isrt={{context_tokens: 16, judge: {{{judge}}}}}",
         "--only-data",
     )
-    n_pairs = pairs_made(start(config, *arguments))  # such a small model may always choose the first response
+    n_pairs = pairs_made(start("isrt", config, *arguments))  # such a small model may always choose the first response
     folder = run / "iterations" / "01"
     judged = rows_of(folder / "judgements.jsonl")
     assert judged and all(row["judge"].startswith("policy ") for row in judged)
@@ -197,13 +181,14 @@ def test_a_model_judges_itself(tmp_path: Path) -> None:
     metrics = rows_of(run / "metrics.jsonl")
     assert [row["step"] for row in metrics if "eval/n" in row] == [0]
 
-    assert pairs_made(start(config, *arguments)) == n_pairs  # the run is complete
+    assert pairs_made(start("isrt", config, *arguments)) == n_pairs  # the run is complete
     assert rows_of(run / "metrics.jsonl") == metrics
 
     other = tmp_path / "other"
     local = f"{{backend: local, path: {run}/sft, {judge}}}"
     data = (f"model.path={run}/sft", "data.synthetic=null", f"data.train={run}/data/train.jsonl")
-    pairs_made(start(config, f"run.dir={other}", *data, f"isrt={{context: none, judge: {local}}}", "--only-data"))
+    isrt = f"isrt={{context: none, judge: {local}}}"
+    pairs_made(start("isrt", config, f"run.dir={other}", *data, isrt, "--only-data"))
     (name,) = {row["judge"] for row in rows_of(other / "iterations" / "01" / "judgements.jsonl")}
     assert name == f"local {checkpoint_id(run / 'sft', run)}"
     assert not (other / "iterations" / "01" / "contexts.jsonl").exists()
