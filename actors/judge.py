@@ -39,7 +39,9 @@ UNREADABLE = "a clip cannot be read"
 class Backend(Protocol):
     """Answers prompts."""
 
-    id: str
+    @property
+    def id(self) -> str:
+        """Of the model that answers: answers are cached by it."""
 
     def ask(self, prompts: Sequence[Encoded], keep: Keep) -> None:
         """Give `keep` one answer to each prompt, some or all at a time, in any order.
@@ -183,9 +185,12 @@ class FleetBackend:
     """
 
     def __init__(self, id: str, fleet: GeneratorFleet, cfg: JudgeConfig, seed: int, clips: ClipStore | None = None):
-        self.id = id
-        self._fleet, self._clips = fleet, clips
+        self._id, self._fleet, self._clips = id, fleet, clips
         self._sampling = Sampling(1, cfg.temperature, cfg.max_tokens, seed=seed)
+
+    @property
+    def id(self) -> str:
+        return self._id
 
     def ask(self, prompts: Sequence[Encoded], keep: Keep) -> None:
         own = prompts if self._clips is None else self._clips.encode([p.sample for p in prompts])
@@ -209,7 +214,7 @@ class PolicyBackend(FleetBackend):
         self._process = uuid.uuid4().hex[:8]  # versions of another process may be other weights
 
     @property
-    def id(self) -> str:  # type: ignore[override]
+    def id(self) -> str:
         return f"policy {self._process}, weights {self._fleet.version}"
 
 
