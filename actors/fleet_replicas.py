@@ -38,7 +38,7 @@ def cause_of(error: BaseException) -> str:
 class Call:
     """A message to a replica that is not answered yet."""
 
-    kind: str  # "start" | "sync" | "ping" | "generate" | "first_logprobs"
+    kind: str  # "start" | "sync" | "sleep" | "ping" | "generate" | "first_logprobs"
     replica: ReplicaId
     timeout_s: float
     on_answer: Callable[[Any], None] = lambda _: None
@@ -100,8 +100,9 @@ class Replicas:
         self.calls.add(call)
         ref.future().add_done_callback(lambda answer: self._pump.post(lambda: self._answered(call, answer)))
 
-    def is_syncing(self) -> bool:
-        return any(call.kind == "sync" for call in self.calls)
+    def awaits(self, kind: str) -> bool:
+        """Whether a call of this kind is not answered yet."""
+        return any(call.kind == kind for call in self.calls)
 
     def check(self) -> None:
         """Apply the deadlines and ping; call it about twice a second."""
@@ -124,9 +125,7 @@ class Replicas:
         """Stop what is left of a dead replica and restart it."""
         if replica not in self.actors:
             return
-        self._fleet.died(replica)
-        ray.kill(self.actors.pop(replica))
-        self.calls = {call for call in self.calls if call.replica != replica}
+        self.kill(replica)
         if self._leave(replica):
             return
         restarted, most = self._fleet.restart(replica), self._fleet.max_restarts
@@ -134,6 +133,12 @@ class Replicas:
         self._on_event(f"generator {replica} failed ({what}): {cause}; its log: logs/{log_name(replica)}")
         if restarted:
             self.start(restarted)
+
+    def kill(self, replica: ReplicaId) -> None:
+        """End its process; its work returns to the queue."""
+        self._fleet.died(replica)
+        ray.kill(self.actors.pop(replica))
+        self.calls = {call for call in self.calls if call.replica != replica}
 
     def send_directly(self, trainer: TrainerGroup, timeout_s: float) -> None:
         """The trainer sends its weights from GPU to GPU to all stale replicas at once; in the thread that may call it.

@@ -71,7 +71,15 @@ class Generator:
             set_threads(self._threads)
             backend = weight_backend(cfg)
             return VllmEngine(
-                folder, load_family(folder), cfg.rollout, cfg.model.dtype, seed, on_gpu, cfg.model.lora, backend
+                folder,
+                load_family(folder),
+                cfg.rollout,
+                cfg.model.dtype,
+                seed,
+                on_gpu,
+                cfg.model.lora,
+                backend,
+                cfg.engines_sleep,
             )
 
         self._engine = self._pump.run_in_thread(build)
@@ -111,6 +119,10 @@ class Generator:
 
         return self._call(take)
 
+    def sleep(self) -> None:
+        """See `VllmEngine.sleep`; the next weights wake the engine."""
+        self._call(lambda engine: engine.sleep())
+
     @ray.method(concurrency_group="weights")
     def transfer(self, step: TransferStep, *arguments: Any) -> None:
         """A step of a transfer from GPU to GPU (`actors/gpu_weight_sync.py`)."""
@@ -147,8 +159,9 @@ class Generator:
 
     @property
     def _has_no_step(self) -> bool:
-        """Nothing to generate, or no model to do it: between the first and the last bucket of an update."""
-        return self._engine is None or not self._engine.is_busy or self._engine.is_updating
+        """Nothing to generate, or no model to do it: asleep, or between the first and the last bucket of an update."""
+        engine = self._engine
+        return engine is None or not engine.is_busy or engine.is_updating or engine.is_asleep
 
     def _step(self) -> None:
         if self._engine is None or self._has_no_step:

@@ -110,6 +110,8 @@ class GeneratorFleet:
             self.fleet, self._pump, self._start, self._growth.leave, self._requests.give_up, on_event
         )
         self._growth.replicas = self._requests.replicas = self._replicas
+        if cfg.engines_sleep and not cfg.placement.gpus:
+            on_event("rollout.sleep: engines on CPU have no GPU memory to give up, they only wait for the trainer")
         for replica in self.fleet.members():
             self._pump.post(partial(self._replicas.start, replica))
         self._pump.start()
@@ -139,13 +141,26 @@ class GeneratorFleet:
             return any(r not in self._checked for r in members), {node_of[r] for r in members if r in node_of}
 
         # A replica that came late still reads the previous version, from the memory where the next one is written.
-        is_checked, nodes = self.wait(self._pump.when(lambda: not self._replicas.is_syncing(), publish))
+        is_checked, nodes = self.wait(self._pump.when(lambda: not self._replicas.awaits("sync"), publish))
         if self._backend == "buckets":
             for sent in trainer.put_weights(is_checked, nodes):  # replicas load a bucket while the next is written
                 self._pump.post(partial(self._weights.append, sent))
         else:
             self._send_directly()
         self.wait(self._pump.when(self._is_current))
+
+    def sleep(self) -> None:
+        """Idle engines give up their GPU memory until `sync`, where the job's engines sleep."""
+        if not self._cfg.engines_sleep:
+            return
+
+        def ask() -> None:
+            for replica in self.fleet.members(State.READY):
+                call = self._replicas.actors[replica].sleep.remote()
+                self._replicas.track(call, "sleep", replica, self._cfg.deadlines.sync_s, lambda _: None)
+
+        self._pump.run_in_thread(ask)
+        self.wait(self._pump.when(lambda: not self._replicas.awaits("sleep")))
 
     def submit(self, prompts: Sequence[Encoded], sampling: Any) -> list[Future[list[Rollout] | Refused]]:
         """Ask for `sampling.n` responses to each prompt; returns at once. Lost work is done again, none counts twice.
@@ -262,7 +277,7 @@ class GeneratorFleet:
                 self.fleet.synced(replica, version)
             elif self._backend == "buckets":
                 self._send(replica, version)
-            elif not self._replicas.is_syncing():
+            elif not self._replicas.awaits("sync"):
                 self._needs_trainer = True
 
     def _send(self, replica: ReplicaId, version: int) -> None:

@@ -77,6 +77,7 @@ def train(
                 run.console.message(f"step {done} is left out: only {n} of its prompts can be used")
                 run.checkpoint_if_due(done, roles.trainer)
                 continue
+            roles.fleet.sleep()
             with run.stage("train"):
                 groups, stats = update(step, experience)
             ages = staleness(experience.rollouts, roles.fleet.version) if cfg.policy_gradient.async_steps else {}

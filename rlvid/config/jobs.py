@@ -79,6 +79,11 @@ class JobConfig(Section):
         return None
 
     @property
+    def engines_sleep(self) -> bool:
+        """Whether the engines give up their memory while the trainer works."""
+        return False
+
+    @property
     def last_step(self) -> int:
         """The `step` of the last metrics of a complete run."""
         return self.train.steps
@@ -289,6 +294,12 @@ class PolicyGradientJobConfig(JobConfig):
         """Whether a reference model has ranks of its own. With adapters, the trainer without them is the reference."""
         return self.policy_gradient.kl_coef > 0 and self.model.lora is None
 
+    @property
+    def engines_sleep(self) -> bool:
+        place = self.placement
+        shares = place.colocate and place.gpus > 0
+        return (shares and not self.policy_gradient.async_steps) if self.rollout.sleep is None else self.rollout.sleep
+
     @model_validator(mode="after")
     def _steps_can_run(self) -> PolicyGradientJobConfig:
         _check_engine(self)
@@ -296,6 +307,11 @@ class PolicyGradientJobConfig(JobConfig):
         batch, n_parts, n_ranks = self.train.batch_size, cfg.minibatches, self.placement.trainer_workers
         refuse_if(self.train.max_workers is not None, f"train.max_workers: {name} is not elastic, leave it empty")
         self._check_rewards(name)
+        refuse_if(
+            self.engines_sleep and cfg.async_steps > 0,
+            f"{name}.async_steps={cfg.async_steps} generates while the trainer works, when rollout.sleep=true takes "
+            f"the memory of the engines: set one of them to 0 or false",
+        )
         refuse_if(batch % n_parts, f"{name}.minibatches={n_parts} must divide train.batch_size={batch}")
         refuse_if(
             batch < n_ranks * n_parts,

@@ -368,6 +368,9 @@ class RolloutConfig(Section):
     """Key-value cache of an engine on CPU."""
     gpu_memory_utilization: float = changeable(0.45, "memory of an engine", gt=0, le=1)
     """Share of a GPU's memory for an engine."""
+    sleep: bool | None = changeable(None, "memory of an engine")
+    """An engine gives up its GPU memory while the trainer works, and has it again with the next weights (vLLM's sleep
+    mode). Empty: where it shares a trainer's GPU, in jobs that do not generate meanwhile (`async_steps` 0)."""
     weight_transfer: Literal["auto", "buckets", "nccl", "ipc"] = changeable("auto", "transport of the same weights")
     """How weights reach the engines. buckets: through Ray's object store, on CPU and GPU. nccl: from GPU to GPU. ipc:
     between processes on the same GPU. auto: buckets on CPU and for adapters; ipc where trainer and engine share a GPU;

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,7 @@ class VllmEngine:
     """One engine replica.
 
     Args:
+        sleeps: on a GPU, whether `sleep` frees memory.
         lora: the checkpoint's own weights are served unchanged, and `update_weights` takes adapters.
         weight_backend: of vLLM's weight transfer. With vLLM's own ones an update comes in steps, from `init_transfer`
             to `finish_update`.
@@ -68,6 +69,7 @@ class VllmEngine:
         on_gpu: bool,
         lora: LoraConfig | None = None,
         weight_backend: str = vllm_plugin.WEIGHT_BACKEND,
+        sleeps: bool = False,
     ):
         if family.vllm_module is None:
             raise UserError(f"model.path: vLLM does not serve {family.architecture} ({folder}): give a model it serves")
@@ -103,6 +105,7 @@ class VllmEngine:
                     mm_processor_cache_gb=0,  # prompts arrive processed
                     weight_transfer_config=WeightTransferConfig(backend=weight_backend),
                     disable_log_stats=True,
+                    enable_sleep_mode=sleeps and on_gpu,  # vLLM refuses it on CPU
                     enable_lora=lora is not None,
                     max_loras=1,
                     max_lora_rank=min(r for r in get_args(MaxLoRARanks) if lora is None or r >= lora.rank),
@@ -122,6 +125,10 @@ class VllmEngine:
     @property
     def is_busy(self) -> bool:
         return bool(self._prompts)
+
+    @property
+    def is_asleep(self) -> bool:
+        return bool(self.engine.is_sleeping())
 
     @property
     def weight_version(self) -> int:
@@ -213,6 +220,7 @@ class VllmEngine:
         if self._lora:
             self._arrived += buckets
             if is_last:
+                self._wake("weights")
                 self._take_adapter(self._lora)
         else:
             if not self.is_updating:
@@ -227,7 +235,19 @@ class VllmEngine:
         self.engine.collective_rpc("shutdown_weight_transfer_engine")  # an earlier group had other members
         self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
+    def sleep(self) -> None:
+        """Give up weights and cache, and generate nothing until the next weights have come. Ignored while there are
+        requests. vLLM's CPU engine frees no memory.
+        """
+        if not self.is_busy and not self.is_asleep:
+            self.engine.sleep(1 if self._lora else 2)  # 1: the weights are kept on the host, adapters alone come
+
+    def _wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        if self.is_asleep:
+            self.engine.wake_up([what])
+
     def start_update(self) -> None:
+        self._wake("weights")
         self.engine.collective_rpc("start_weight_update")
         self.is_updating = True
 
@@ -239,6 +259,7 @@ class VllmEngine:
         if self.is_updating:
             self.engine.collective_rpc("finish_weight_update")
             self.is_updating = False
+        self._wake("kv_cache")
         self.engine.set_weight_version(str(version))
         self.engine.reset_encoder_cache()
         if not self.is_busy:  # those that run keep their keys and values; new ones cannot match them (see `_add`)

@@ -282,3 +282,17 @@ def test_a_variant_sets_keys_that_are_not_given(variant: str) -> None:
     assert GrpoConfig.model_validate(cfg.model_dump()) == cfg  # a saved config says the same
     given = GrpoConfig.model_validate({"variant": variant, "clip_high": 0.5})
     assert given.clip_high == 0.5 and given.kl_in == "loss"  # without a KL term there is none to place
+
+
+def test_engines_sleep_where_they_share_a_gpu_and_wait_for_the_trainer() -> None:
+    def sleeps(**values: Any) -> bool:
+        return GrpoJobConfig.model_validate({**TINY, **values}).engines_sleep
+
+    gpu, ahead = {"gpus": 1}, {"async_steps": 1}
+    assert sleeps(placement=gpu)
+    assert not sleeps()
+    assert not sleeps(placement={**gpu, "colocate": False})
+    assert not sleeps(placement=gpu, grpo=ahead)
+    assert not sleeps(placement=gpu, rollout={"sleep": False})
+    said = refusal(GrpoJobConfig, {**TINY, "rollout": {"sleep": True}, "grpo": ahead})
+    assert "grpo.async_steps=1 generates while the trainer works" in said

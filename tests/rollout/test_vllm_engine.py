@@ -127,6 +127,29 @@ def test_requests_in_flight_keep_what_they_have_and_new_ones_see_no_old_prefix(b
     }
 
 
+def test_an_engine_that_sleeps_answers_after_the_next_weights_and_with_them(both: Both) -> None:
+    """On CPU vLLM frees no memory; the rest is as on a GPU."""
+    both.sync()
+    prompt = prompt_of(both.family, (8, 56, 56), seed=8)
+    both.engine.submit(prompt, Sampling(1, 1.0, 4))
+    both.engine.sleep()
+    assert not both.engine.is_asleep  # it has work
+    while both.engine.is_busy:
+        both.engine.step()
+    both.engine.sleep()
+    both.engine.sleep()
+    assert both.engine.is_asleep
+    request = both.engine.submit(prompt, Sampling(2, 1.0, 4))
+    assert both.engine.step() == []
+    both.move_weights(seed=9)
+    both.sync()
+    assert not both.engine.is_asleep
+    ended: dict[str, list[Rollout]] = {}
+    while both.engine.is_busy:
+        ended |= dict(both.engine.step())
+    assert both.gap(prompt, ended[request]) < 1e-4
+
+
 def test_shuffled_frames_are_those_of_the_trainer(both: Both) -> None:
     both.sync()
     prompt = prompt_of(both.family, (8, 56, 56), seed=6)
