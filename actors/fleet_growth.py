@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import ray
@@ -13,6 +13,13 @@ from rlvid.config import JobConfig
 
 if TYPE_CHECKING:
     from actors.fleet_replicas import Replicas
+
+
+def draining_nodes() -> Collection[str]:
+    """Nodes that will be taken away, as their provider has announced. No public module of Ray says it; Ray Train asks
+    like this too."""
+    nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return nodes.keys()
 
 
 class Growth:
@@ -37,6 +44,7 @@ class Growth:
         self.slots = dict(enumerate(slots))
         self._is_open = False
         self._coming: Slot | None = None  # waits for room in the cluster
+        self._told: set[ReplicaId] = set()  # those whose node will go away
 
     def open(self) -> None:
         """From now on others may join."""
@@ -54,13 +62,28 @@ class Growth:
             self._on_event(f"generator {replica} joins: {len(self._fleet.members())} of {self._fleet.max_replicas}")
             self.replicas.start(replica)
 
+    def shrink(self) -> None:
+        """Replicas on a node that will go away, as a cloud announces before it takes a machine back, finish their work,
+        get no more, and leave, as far as enough others are running."""
+        nodes = draining_nodes()
+        going = {r for r in self._fleet.members() if self.replicas.nodes.get(r) in nodes}
+        for replica in going - self._told:
+            self._on_event(f"the node of generator {replica} will go away")
+        self._told |= going
+        for replica in self._fleet.drain(going):
+            self.replicas.kill(replica)
+            self._remove(replica)
+
     def leave(self, replica: ReplicaId) -> bool:
-        """A dead replica whose node is gone leaves, if enough others are left, and one may join elsewhere."""
+        """A dead replica whose node is gone, or will be, leaves, if enough others are left; one may join elsewhere."""
         node = self.replicas.nodes.get(replica)
-        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-        if node is None or node in alive or len(self._fleet.members()) <= self._fleet.min_replicas:
+        staying = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - set(draining_nodes())
+        if node is None or node in staying or len(self._fleet.members()) <= self._fleet.min_replicas:
             return False
+        self._remove(replica)
+        return True
+
+    def _remove(self, replica: ReplicaId) -> None:
         self._fleet.leave(replica)
         self._placement.free(self.slots.pop(replica.slot))
         self._on_event(f"generator {replica} leaves with its node: {len(self._fleet.members())} are left")
-        return True

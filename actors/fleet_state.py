@@ -4,7 +4,7 @@
 The transition that must not exist is DEAD -> READY: a restarted engine holds the weights of its start, so every
 restarted replica passes STARTING -> STALE and becomes READY only through `synced`. Guarded invariants:
 
-- only READY replicas, which hold the current weights, are given work;
+- only READY replicas, which hold the current weights, are given work, and not if they are about to leave;
 - each work item is in the queue or with one replica until it is done or given up: none is lost, none counts twice.
 
                  started         synced             missed, failed (STALE too)
@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
@@ -103,6 +103,7 @@ class Fleet(Generic[Work]):
         self._replicas: dict[ReplicaId, _Replica[Work]] = {}  # one per slot
         self._queue: deque[Work] = deque()
         self._attempts: dict[Work, int] = {}  # failed attempts of all work that is not done yet
+        self._draining: set[ReplicaId] = set()  # they get no more work
         self.next_slot = 0  # of the next replica to join
         for _ in range(replicas):
             self.join()
@@ -147,6 +148,14 @@ class Fleet(Generic[Work]):
         if len(self.members()) <= self.min_replicas:
             raise ValueError(f"replica {replica} cannot leave: the fleet is at its minimum of {self.min_replicas}")
         self._end(record, State.RETIRED)
+
+    def drain(self, leaving: Collection[ReplicaId]) -> list[ReplicaId]:
+        """These will have to leave. They get no more work, as far as `min_replicas` others run; an earlier call is
+        void. Returns those of them that have no work left: the caller may stop them."""
+        running = self.members(State.STALE, State.READY, State.SUSPECT)
+        n = max(0, len(running) - self.min_replicas)
+        self._draining = set([r for r in running if r in leaving][:n])
+        return [r for r in sorted(self._draining) if not self._replicas[r].work]
 
     def restart(self, replica: ReplicaId) -> ReplicaId | None:
         """Restart a DEAD replica: its new id, STARTING; None if its restarts are used up, it is RETIRED then."""
@@ -264,7 +273,8 @@ class Fleet(Generic[Work]):
         if not self._queue:
             return handed_out
         # A heap, least loaded first and among equals the lowest slot: 64 replicas cost no more than one.
-        least_loaded = [(len(self._replicas[r].work), r.slot, r) for r in self.members(State.READY)]
+        serving = [replica for replica in self.members(State.READY) if replica not in self._draining]
+        least_loaded = [(len(self._replicas[r].work), r.slot, r) for r in serving]
         heapq.heapify(least_loaded)
         while self._queue and least_loaded:
             load, slot, replica = least_loaded[0]

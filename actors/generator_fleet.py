@@ -249,6 +249,7 @@ class GeneratorFleet:
         if now - self._checked_s >= CHECK_EVERY_S:
             self._checked_s = now
             self._replicas.check()
+            self._growth.shrink()
             self._growth.grow()
         self._update_stale()
         self._requests.hand_out()

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from actors.clip_store import ClipStore
 from actors.fleet_state import State
@@ -34,6 +36,14 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
+
+
+def announce_end(node: str) -> None:
+    """What a cloud's autoscaler tells Ray before it takes a machine back."""
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    is_accepted, refusal = client.drain_node(node, reason, "the machine is needed", int((time.time() + 300) * 1000))
+    assert is_accepted, refusal
 
 
 def test_generators_join_with_a_node_and_leave_with_it(
@@ -73,6 +83,19 @@ def test_generators_join_with_a_node_and_leave_with_it(
 
         wait_until(is_ready, "the joiner is not ready")
         fleet.sync(roles.trainer, 2)
+        # an announced end: the replica there finishes its work before it leaves, and nothing is done twice
+        pending = fleet.submit(prompts * 4, Sampling(2, 1.0, 8))
+        announce_end(node.node_id)
+        answered = [group for group in fleet.collect(pending) if isinstance(group, list)]
+        assert [len(group) for group in answered] == [2] * (4 * len(prompts))
+        wait_until(lambda: len(fleet.fleet.members()) == 1, "the replica did not leave its node")
+        assert fleet.fleet.counters.reassigned == 0
+        cluster.remove_node(node)
+        answer_all()
+
+        # one without a word
+        node = cluster.add_node(num_cpus=2)
+        wait_until(is_ready, "no other replica joined")
         pending = fleet.submit(prompts * 4, Sampling(2, 1.0, 8))
         cluster.remove_node(node)
         answered = [group for group in fleet.collect(pending) if isinstance(group, list)]
@@ -82,4 +105,5 @@ def test_generators_join_with_a_node_and_leave_with_it(
         fleet.sync(roles.trainer, 3)
         answer_all()
         clips.close()
-    assert any("joins" in event for event in events) and any("leaves with its node" in event for event in events)
+    for what, times in (("joins", 2), ("will go away", 1), ("leaves with its node", 2)):
+        assert sum(what in event for event in events) == times, events

@@ -256,6 +256,28 @@ def test_join_and_leave_keep_to_the_limits() -> None:
     assert fleet.join() == ReplicaId(2), "a slot is not used twice"
 
 
+def test_a_replica_that_has_to_leave_finishes_its_work_and_gets_none() -> None:
+    fleet, [first, second, third], _ = ready_fleet(3, min_replicas=2, max_replicas=3)
+    fleet.assign([1, 2, 3])
+    assert fleet.drain([first, second]) == [], "only one may go, and it has work"
+    assert fleet.assign([4, 5]) == {second: [4], third: [5]}
+    assert fleet.done(first, 1)
+    assert fleet.drain([first, second]) == [first]
+    fleet.leave(first)
+    assert fleet.drain([second]) == [], "it serves to the end: without it too few are left"
+    assert fleet.assign([6, 7]) == {second: [6], third: [7]}
+
+
+def test_a_replica_leaves_only_when_another_one_runs_in_its_place() -> None:
+    fleet, [first], _ = ready_fleet(1, max_replicas=2)
+    second = fleet.join()
+    assert fleet.drain([first]) == [], "the other one is still starting"
+    fleet.started(second)
+    assert fleet.drain([first]) == [first]
+    assert fleet.assign([1]) == {}, "the other one has no weights yet"
+    assert fleet.drain([]) == [] and fleet.assign() == {first: [1]}, "its node stays after all"
+
+
 def test_failed_call_returns_its_work_and_gives_up_after_max_attempts() -> None:
     fleet, [replica], _ = ready_fleet(1, max_attempts=2)
     fleet.assign([1, 2, 3])
@@ -307,6 +329,7 @@ class FleetHistory(RuleBasedStateMachine):
         self.submitted = 0
         self.answers: Counter[int] = Counter()
         self.given_up: set[int] = set()
+        self.draining: set[ReplicaId] = set()  # get no work
 
     def replica(self, index: int) -> ReplicaId:
         return self.replicas[index % len(self.replicas)]
@@ -320,7 +343,9 @@ class FleetHistory(RuleBasedStateMachine):
             assert work
             assert before[replica] is State.READY
             assert self.confirmed[replica] == self.version
-        assert not (self.fleet.queued and self.fleet.members(State.READY)), "nothing waits while somebody may serve"
+            assert replica not in self.draining
+        serving = [r for r in self.fleet.members(State.READY) if r not in self.draining]
+        assert not (self.fleet.queued and serving), "nothing waits while somebody may serve"
 
     @rule(index=st.integers(0, 50))
     def start_up(self, index: int) -> None:
@@ -398,6 +423,16 @@ class FleetHistory(RuleBasedStateMachine):
     def leave(self, index: int) -> None:
         if len(self.fleet.members()) > self.fleet.min_replicas:
             self.fleet.leave(self.replica(index))
+
+    @rule(indices=st.sets(st.integers(0, 50), max_size=3))
+    def announce_the_end_of_nodes(self, indices: set[int]) -> None:
+        running = self.fleet.members(State.STALE, State.READY, State.SUSPECT)
+        leaving = {self.replica(index) for index in indices}
+        idle = self.fleet.drain(leaving)
+        self.draining = set(sorted(leaving & set(running))[: max(0, len(running) - self.fleet.min_replicas)])
+        assert set(idle) == self.draining - set(self.fleet.in_flight)
+        for replica in idle:
+            self.fleet.leave(replica)
 
     @invariant()
     def work_is_in_one_place(self) -> None:
