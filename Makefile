@@ -12,7 +12,7 @@ EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
 LOCK := requirements/$(EXTRA).lock
 # Groups of tests (tests/conftest.py) run in parallel, more than there are CPUs: a whole run often waits for processes to start.
 WORKERS ?= 3
-PYTEST = pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 30
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_HTTP_TIMEOUT ?= 300

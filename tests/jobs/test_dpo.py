@@ -54,6 +54,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in metrics_of(run) if "rewards/margins" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(config: Path) -> None:
     """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and resumed."""
@@ -82,12 +83,13 @@ def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(confi
 
 
 @pytest.mark.engine
-def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path) -> None:
-    data = config.parent / "one" / "data"  # made by the first test
-    rows = [json.loads(line) for line in (data / "train_pairs.jsonl").read_text().splitlines()]
+def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path, synthetic: Path) -> None:
+    rows = [json.loads(line) for line in (synthetic / "train_pairs.jsonl").read_text().splitlines()[:12]]
     rows[0]["video"] = "clips/missing.mp4"
-    (data / "bad_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = (f"data.train={data}/bad_pairs.jsonl", "train.steps=2000", "run.checkpoint_every=1000")
+    pairs = config.parent / "bad_pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (f"data.train={pairs}", f"data.root={synthetic}", "data.synthetic=null")
+    options += ("train.steps=2000", "run.checkpoint_every=1000")
     process = start(config, "stopped", *options)
     run = config.parent / "stopped"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 3, process)

@@ -67,6 +67,7 @@ def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> N
     assert "grpo.group_size" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_run_resumes_after_ctrl_c_in_warm_start_and_training_and_after_kill_9(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     data = f"{{synthetic: {{train: 12, eval: 6}}, cache_dir: {tmp_path}/cache}}"

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 SMALL = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
-data: {{synthetic: {{train: 12, eval: 4}}, cache_dir: {cache}}}
+data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, root: {clips}, cache_dir: {folder}/cache}}
 run: {{wandb: disabled, checkpoint_every: 1, export_every: null, log_rollouts_every: 1}}
 video: {{frames: 4, height: 56, width: 56}}
 rollout: {{max_tokens: 4, max_model_len: 512, max_sequences: 32}}
@@ -40,9 +40,15 @@ def score(prompt, responses, id, **fields):
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, synthetic: Path) -> Path:
+    """Of a job on manifests with a question without a video after each question about one."""
+    for name, n in (("train", 6), ("eval", 2)):
+        rows = [json.loads(line) for line in (synthetic / f"{name}.jsonl").read_text().splitlines()[:n]]
+        texts = [{"id": f"{name}-text-{i}", "question": f"{name} {i} + 1?", "answer": "circle"} for i in range(n)]
+        mixed = [row for pair in zip(rows, texts, strict=True) for row in pair]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     file = tmp_path / "config.yaml"
-    file.write_text(SMALL.format(cache=tmp_path / "cache"))
+    file.write_text(SMALL.format(folder=tmp_path, clips=synthetic))
     return file
 
 
@@ -97,13 +103,14 @@ def test_rewards_of_the_users_own_and_of_a_judge(
         f"rewards=[{{kind: exact}}, {{kind: custom, path: '{code}:score'}}, {{kind: endpoint, url: '{score}'}}, "
         f"{{kind: judge, judge: {{backend: endpoint, url: '{judge}', model: m}}}}]"
     )
-    # T-GRPO as well: shuffled frames are answered and scored too
-    steps = ("grpo.variant=t_grpo", "grpo.group_size=2", "train.steps=3", "run.dump_every=1")
+    # T-GRPO as well: shuffled frames are answered and scored too; and the engine waits while the trainer works
+    steps = ("grpo.variant=t_grpo", "grpo.group_size=2", "train.steps=3", "run.dump_every=1", "rollout.sleep=true")
     finish(start("grpo", config, f"run.dir={run}", rewards, *steps))
     rows = steps_of(run)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["reward/endpoint"] == 0.5 and row["reward/judge"] == pytest.approx(6 / 9) for row in rows)
-    assert all(0 <= row["groups/order_helps"] <= 1 for row in rows)
+    helps = [row["groups/order_helps"] for row in rows if "groups/order_helps" in row]  # of questions about a video
+    assert helps and all(0 <= share <= 1 for share in helps)
     table = pq.read_table(run / "rollouts").to_pylist()
     failed = [row for row in table if row["sample_id"].endswith("1")]
     assert all(("no such shape" in str(row["invalid_reason"])) == (row in failed) for row in table)
