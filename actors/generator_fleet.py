@@ -131,10 +131,11 @@ class GeneratorFleet:
         Requests in flight continue; each token keeps the version that made it (`Rollout.versions`). Versions count up:
         they are the number of training steps, and larger where a lost trainer started from an earlier step again.
         """
-        version = self.version = max(step, self.version + 1)
+        version = max(step, self.version + 1)
 
         def publish() -> tuple[bool, set[str]]:
             self.fleet.publish(version)
+            self.version = version
             self._weights.clear()
             self._trainer, self._updates, self._needs_trainer = trainer, trainer.updates, False
             members, node_of = self.fleet.members(), self._replicas.nodes

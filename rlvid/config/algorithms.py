@@ -182,7 +182,7 @@ class JudgeConfig(Section):
 class RewardJudgeConfig(JudgeConfig):
     """The judge of a reward part."""
 
-    key: ClassVar[str] = "rewards.judge"
+    key: ClassVar[str] = "rewards.N.judge"
 
 
 class IsrtConfig(Section):

@@ -42,7 +42,7 @@ def values(
     folder: Path, mode: str, answer: Callable[[str], str | None], *texts: str, invalid: float = 1.0
 ) -> list[Any]:
     backend = Backend(answer)
-    judge = Judge(backend, Clips(), RowFile(folder / "cache.jsonl", "key"), invalid, "rewards.judge")  # type: ignore[arg-type]
+    judge = Judge(backend, Clips(), RowFile(folder / "cache.jsonl", "key"), invalid, "rewards.0.judge")  # type: ignore[arg-type]
     part = JudgePart.model_validate({"kind": "judge", "mode": mode})
     group = Group(sample_of(), tuple(Response(text, 1) for text in texts))
     return [list(own) for own in JudgeReward(part, judge)([group, group])]
@@ -61,7 +61,7 @@ def test_a_score_is_read_or_there_is_none(tmp_path: Path) -> None:
 
 
 def test_too_many_answers_that_cannot_be_read_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rewards.judge.max_invalid_fraction=0.25"):
+    with pytest.raises(UserError, match="rewards.0.judge.max_invalid_fraction=0.25"):
         values(tmp_path, "score", lambda question: "ten", "a", "b", invalid=0.25)
 
 

@@ -7,11 +7,9 @@ import json
 import math
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +24,7 @@ from rlvid.data.preferences import load_preferences
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judge_prompts import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Encoded, Sample
+from tests.http_server import chat_answer, serving
 from tests.jobs.runs import finish, start
 
 STAGES = ("contexts", "responses", "judgements", "pairs")
@@ -71,35 +70,20 @@ def endpoint() -> Iterator[SimpleNamespace]:
     """A judge that prefers the response with the larger hash, whatever the order."""
     state = SimpleNamespace(asked=0, down_after=math.inf)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = request["messages"][0]["content"]
-            one, two = (
-                hashlib.sha256(re.findall(rf"<response_{i}> (.*?) </response_{i}>", text, re.DOTALL)[0].encode())
-                for i in (1, 2)
-            )
-            if state.asked >= state.down_after:
-                self.send_error(503)
-                return
-            state.asked += 1
-            choice = 1 if one.digest() > two.digest() else 2
-            body = json.dumps({"choices": [{"message": {"content": f"<choice>{choice}</choice>"}}]})
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
+    def answer(_: str, request: dict[str, Any]) -> tuple[int, Any]:
+        text = request["messages"][0]["content"]
+        one, two = (
+            hashlib.sha256(re.findall(rf"<response_{i}> (.*?) </response_{i}>", text, re.DOTALL)[0].encode())
+            for i in (1, 2)
+        )
+        if state.asked >= state.down_after:
+            return 503, {}
+        state.asked += 1
+        return 200, chat_answer(f"<choice>{1 if one.digest() > two.digest() else 2}</choice>")
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serving(answer) as url:
+        state.url = f"{url}/v1"
+        yield state
 
 
 @pytest.mark.slow

@@ -6,9 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.http_server import chat_answer, serving
 from tests.jobs.runs import finish, metrics_of, start, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
@@ -58,35 +57,15 @@ def servers() -> Iterator[tuple[str, str, list[str]]]:
     read: list[str] = []
     failures = iter(range(2))
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(200, {"data": []})
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/score":
+            failing = next(failures, None) is not None
+            return 500 if failing else 200, {"values": [0.5] * len(body["responses"])}
+        read.append(body["messages"][0]["content"])
+        return 200, chat_answer("It is a square. <score>7</score>" if "response>" in read[-1] else "?")
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/score":
-                failing = next(failures, None) is not None
-                self._answer(500 if failing else 200, {"values": [0.5] * len(body["responses"])})
-                return
-            read.append(body["messages"][0]["content"])
-            said = "It is a square. <score>7</score>" if "response>" in read[-1] else "?"
-            self._answer(200, {"choices": [{"message": {"content": said}}]})
-
-        def _answer(self, status: int, said: Any) -> None:
-            content = json.dumps(said).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    yield f"{url}/score", f"{url}/v1", read
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as url:
+        yield f"{url}/score", f"{url}/v1", read
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import itertools
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rlvid.errors import UserError
 from rlvid.rewards.part import Group, NoReward, Response, combine, score_rules
 from rlvid.rewards.rules import check_rewards, make_parts
 from rlvid.types import Reward
+from tests.http_server import serving
 from tests.prompts import sample_of
 
 CODE = """
@@ -100,32 +100,13 @@ Answer = Callable[[dict[str, Any], int], tuple[int, Any]]
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answer], str]]:
-    servers = []
+    with ExitStack() as stack:
 
-    def start(answer: Answer) -> str:
-        count = iter(range(1000))
+        def start(answer: Answer) -> str:
+            count = itertools.count()
+            return f"{stack.enter_context(serving(lambda path, body: answer(body, next(count))))}/score"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, said = answer(body, next(count))
-                content = said if isinstance(said, bytes) else json.dumps(said).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None: ...
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/score"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def endpoint(url: str, **settings: Any) -> EndpointPart:
