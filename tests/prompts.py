@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
 from rlvid.models.families.chat import ChatFamily
 from rlvid.training.batch import Group
-from rlvid.types import Clip, Medium, Message, Prompt, Sample
+from rlvid.types import Clip, Medium, MediumRef, Message, Prompt, Sample
 
 
 def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -18,6 +21,13 @@ def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 def clip_of(frames: npt.NDArray[np.uint8], clip_id: str) -> Clip:
     n = len(frames)
     return Clip(clip_id, frames, np.arange(n) / 8.0, np.arange(n), n, 8.0, "test", "0" * 64)
+
+
+def sample_with(kinds: Sequence[Literal["video", "image"]], sample_id: str = "s") -> Sample:
+    """A sample with media of these kinds, each followed by some text."""
+    media = tuple(Medium(f"/media/{i}", kind) for i, kind in enumerate(kinds))
+    content = [part for i, kind in enumerate(kinds) for part in (MediumRef(i), f"The {kind} {i}. ")]
+    return Sample(sample_id, media, (Message("user", (*content, "Which shape is moving?")),), "square")
 
 
 def sample_of(n_videos: int = 1, question: str = "Which shape is moving?", sample_id: str = "s") -> Sample:
@@ -31,6 +41,14 @@ def prompt_of(
     """A prompt with one noise clip (t, h, w) per shape."""
     clips = [clip_of(noise(*shape, seed=seed + i), f"{shape}-{seed + i}") for i, shape in enumerate(shapes)]
     return family.encode(sample_of(len(shapes), question), clips)
+
+
+def mixed_prompt(family: ChatFamily, seed: int = 0) -> Prompt:
+    """A prompt with an image, a video, and another image."""
+    side = family.frame_multiple
+    shapes = (1, 2 * side, side), (6, side, 2 * side), (1, side, side)
+    clips = [clip_of(noise(*shape, seed=seed + i), f"mixed-{shape}-{seed + i}") for i, shape in enumerate(shapes)]
+    return family.encode(sample_with(("image", "video", "image"), "mixed"), clips)
 
 
 def group_of(

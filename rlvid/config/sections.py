@@ -230,6 +230,8 @@ class VideoConfig(Section):
     """Fixed width, pixels."""
     max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)
     """Largest area of a frame if no fixed size is given. The aspect ratio is kept."""
+    image_max_pixels: int = Field(1024 * 28 * 28, ge=28 * 28)
+    """Largest area of an image. The aspect ratio is kept, also where clips have a fixed size."""
     timeout_s: float = changeable(60.0, "a deadline", gt=0)
     """A clip that takes longer to read is bad. Its process is stopped, because native decoders cannot be
     interrupted."""

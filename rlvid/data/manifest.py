@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -86,9 +87,10 @@ def load_manifest(
 
 
 def count_media(samples: Sequence[Sample]) -> str:
-    """How many samples have a video, for the start of a run."""
-    n = sum(bool(sample.media) for sample in samples)
-    return f"{n} of {len(samples)} samples have a video"
+    """How many samples have a video, and an image, for the start of a run."""
+    n = Counter(kind for sample in samples for kind in {medium.kind for medium in sample.media})
+    images = f", {n['image']} an image" if n["image"] else ""
+    return f"{n['video']} of {len(samples)} samples have a video{images}"
 
 
 def _dialect_hint(path: Path, row: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def load_model(folder: Path, dtype: str, shares: Mapping[str, Any] | None = None
 
     try:
         family = load_family(folder)
-        kind = AutoModelForImageTextToText if family.media_kinds else AutoModelForCausalLM
+        kind = AutoModelForImageTextToText if family.placeholders else AutoModelForCausalLM
         if shares:
             model, missing = _load_shares(kind, folder, getattr(torch, dtype), shares)
         else:

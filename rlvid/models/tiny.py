@@ -36,7 +36,7 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: in
     family = FAMILIES[cfg.family]
     tokenizer = _train_tokenizer(texts, cfg.vocab_size, family)
     settings, processor = family.tiny(cfg, _text_settings(cfg, tokenizer), tokenizer)
-    auto = AutoModelForImageTextToText if family.media_kinds else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if family.placeholders else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = auto.from_config(AutoConfig.for_model(cfg.family, **settings))

@@ -44,14 +44,16 @@ class PlainEngine:
         ids = [np.pad(p.token_ids, (n, 0), constant_values=end) for p, n in zip(prompts, padding, strict=True)]
         positions = [np.pad(p.positions, ((0, 0), (n, 0))) for p, n in zip(prompts, padding, strict=True)]
         inputs: dict[str, Any] = {}
+        given = torch.from_numpy(np.stack(ids).astype(np.int64)).to(device)
         if isinstance(self.family, VisionFamily) and any(len(p.patches) for p in prompts):
+            given = self.family.as_videos(given)
             patches = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(device)
             grids = torch.from_numpy(np.concatenate([p.grid_thw for p in prompts])).to(device)
             inputs = self.family.network_inputs(normalise(patches, self.family, self._network.dtype), grids)
         axes = np.stack(positions, axis=1)  # [3, batch, tokens], or [1, batch, tokens]
         with _own_attention(self._network):
             out = self._network.generate(
-                input_ids=torch.from_numpy(np.stack(ids).astype(np.int64)).to(device),
+                input_ids=given,
                 attention_mask=(torch.arange(longest)[None] >= torch.tensor(padding)[:, None]).long().to(device),
                 position_ids=torch.from_numpy((axes if len(axes) > 1 else axes[0]).astype(np.int64)).to(device),
                 max_new_tokens=max_tokens,

@@ -135,8 +135,9 @@ def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow, 
         for tower in family.towers:
             network.get_submodule(f"model.{tower}").forward.passes = passes
         inputs = family.network_inputs(normalise(row.patches, family, network.dtype), row.grid_thw)
+    ids = family.as_videos(row.token_ids) if isinstance(family, VisionFamily) else row.token_ids
     inputs["position_ids"] = row.positions[:, None] if len(row.positions) > 1 else row.positions
-    output = network.model(input_ids=row.token_ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
+    output = network.model(input_ids=ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 

@@ -46,7 +46,7 @@ def ends_hung_process(media: Sequence[Medium], timeout_s: float) -> Iterator[Non
 
 
 class ClipReader:
-    """Reads clips through the frame cache. Can be pickled; not meant to be shared by threads.
+    """Reads clips and images through the frame cache. Can be pickled; not meant to be shared by threads.
 
     Args:
         video: How clips are sampled and resized.
@@ -64,7 +64,7 @@ class ClipReader:
         self.cache = cache
 
     def read(self, medium: Medium) -> tuple[Clip, bool]:
-        """The clip of one medium with read-only frames, and whether it came from the cache.
+        """The clip of one medium with read-only frames, and whether it came from the cache. An image has one frame.
 
         Raises:
             BadClip: The file is missing, no file, empty, cut short, damaged, no video, shorter than its part, or
@@ -73,11 +73,11 @@ class ClipReader:
         """
         path = medium.path
         content_sha256 = self._content_sha256(path)
-        reader = load_reader(self.video.reader)
+        reader = load_reader("image" if medium.kind == "image" else self.video.reader)
         clip_id = self.clip_id(medium, content_sha256, reader.NAME)
 
         def decode() -> Clip:
-            if missing := missing_bytes(path):
+            if medium.kind == "video" and (missing := missing_bytes(path)):
                 raise BadClip(path, f"is cut short ({missing} bytes are missing at its end)")
             decoded = reader.read_frames(medium, self._video_of(medium), self.multiple)
             return Clip(clip_id=clip_id, reader=reader.NAME, content_sha256=content_sha256, **vars(decoded))
@@ -92,18 +92,19 @@ class ClipReader:
         """sha256 of all that decides the frames: what the file holds, not what it is called.
 
         Raises:
-            UserError: The medium's `max_pixels` holds no frame of this model.
+            UserError: The largest area of the medium holds no frame of this model.
         """
         video = self._video_of(medium)
+        key = f"video.{'image_' if medium.kind == 'image' else ''}max_pixels"
         try:
-            target_size(self.multiple, self.multiple, video, self.multiple)
+            target_size(self.multiple, self.multiple, video, self.multiple, key)
         except UserError as error:
             raise UserError(f"{medium.name}: {error}") from None
         identity = {
             "version": IDENTITY_VERSION,
             "content": content_sha256,
             "part_s": [medium.start_s, medium.end_s],
-            "video": video.model_dump(exclude={"reader", "timeout_s"}),
+            "video": video.model_dump(exclude={"reader", "timeout_s", "image_max_pixels"}),
             "multiple": self.multiple,
             "reader": reader_name,
         }
@@ -111,6 +112,8 @@ class ClipReader:
 
     def _video_of(self, medium: Medium) -> VideoConfig:
         """The configuration with what the medium says itself: `video.frames` remains the cap of its frame rate."""
+        if medium.kind == "image":
+            return VideoConfig(max_pixels=self.video.image_max_pixels)
         own: dict[str, object] = {}
         if medium.fps is not None:
             own |= {"sampling": "fps", "fps": medium.fps}

@@ -8,7 +8,9 @@ from rlvid.config import VideoConfig
 from rlvid.errors import UserError
 
 
-def target_size(height: int, width: int, video: VideoConfig, multiple: int) -> tuple[int, int]:
+def target_size(
+    height: int, width: int, video: VideoConfig, multiple: int, key: str = "video.max_pixels"
+) -> tuple[int, int]:
     """Height and width that frames are resized to, pixels, both multiples of `multiple`.
 
     Without a fixed size this is Qwen2-VL's `smart_resize` without a lower limit: the nearest multiples, or if that area
@@ -20,9 +22,10 @@ def target_size(height: int, width: int, video: VideoConfig, multiple: int) -> t
         width: Likewise.
         video: Fixed size or largest area.
         multiple: Patch size times merge size of the model family, pixels.
+        key: Where the largest area is from, for messages.
 
     Raises:
-        UserError: The fixed size is no multiple of `multiple`, or `video.max_pixels` holds not one patch group.
+        UserError: The fixed size is no multiple of `multiple`, or the largest area holds not one patch group.
     """
     if video.height is not None and video.width is not None:
         for key, value in (("video.height", video.height), ("video.width", video.width)):
@@ -32,7 +35,7 @@ def target_size(height: int, width: int, video: VideoConfig, multiple: int) -> t
         return video.height, video.width
     if video.max_pixels < multiple**2:
         raise UserError(
-            f"video.max_pixels={video.max_pixels} is too small: the smallest frame of this model is "
+            f"{key}={video.max_pixels} is too small: the smallest frame of this model is "
             f"{multiple} x {multiple}, give at least {multiple**2}"
         )
     h, w = (max(multiple, round(side / multiple) * multiple) for side in (height, width))

@@ -13,9 +13,11 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.http_server import chat_answer, serving
 from tests.jobs.runs import finish, metrics_of, start, wait_for
+from tests.prompts import noise
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
@@ -40,11 +42,13 @@ def score(prompt, responses, id, **fields):
 
 @pytest.fixture
 def config(tmp_path: Path, synthetic: Path) -> Path:
-    """Of a job on manifests with a question without a video after each question about one."""
+    """Of a job on manifests with a question about an image and one about nothing after each question about a video."""
+    Image.fromarray(noise(1, 40, 60)[0]).save(synthetic / "picture.png")
     for name, n in (("train", 6), ("eval", 2)):
         rows = [json.loads(line) for line in (synthetic / f"{name}.jsonl").read_text().splitlines()[:n]]
         texts = [{"id": f"{name}-text-{i}", "question": f"{name} {i} + 1?", "answer": "circle"} for i in range(n)]
-        mixed = [row for pair in zip(rows, texts, strict=True) for row in pair]
+        images = [{**row, "id": f"{row['id']}-image", "image": "picture.png"} for row in texts]
+        mixed = [row for three in zip(rows, images, texts, strict=True) for row in three]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     file = tmp_path / "config.yaml"
     file.write_text(SMALL.format(folder=tmp_path, clips=synthetic))

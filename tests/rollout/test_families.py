@@ -16,7 +16,7 @@ from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.training.batch import Group
 from rlvid.training.packing import pack
 from rlvid.types import Prompt
-from tests.prompts import clip_of, noise, prompt_of, sample_of
+from tests.prompts import clip_of, mixed_prompt, noise, prompt_of, sample_of
 from tests.rollout.both import Both, run_check
 
 
@@ -39,6 +39,7 @@ def prompts_for(family: ChatFamily) -> list[Prompt]:
         prompt_of(family, (7, side, 2 * side), (4, 2 * side, side), seed=5),  # two clips, one with an odd length
         family.encode(sample_of(), [slow]),  # its patches are 0.8 s apart
         prompt_of(family),  # text alone, in one row with video
+        mixed_prompt(family),  # images too
     ]
 
 
@@ -68,13 +69,11 @@ def test_positions_are_the_engines_own(both: Both) -> None:
     for prompt in prompts_for(both.family):
         given = both.family.engine_input(prompt)
         features = [
-            MultiModalFeatureSpec(data=item, modality="video", identifier="", mm_position=place)
-            for item, place in zip(
-                given.get("mm_kwargs", {}).get("video", []),
-                given.get("mm_placeholders", {}).get("video", []),
-                strict=True,
-            )
+            MultiModalFeatureSpec(data=item, modality=kind, identifier="", mm_position=place)
+            for kind, places in given.get("mm_placeholders", {}).items()
+            for item, place in zip(given["mm_kwargs"][kind], places, strict=True)
         ]
+        features.sort(key=lambda feature: feature.mm_position.offset)
         (theirs,) = both.engine.engine.apply_model(
             lambda model, p=prompt, f=features: model.get_mrope_input_positions(p.token_ids.tolist(), f)
         )

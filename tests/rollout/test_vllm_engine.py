@@ -17,7 +17,7 @@ from rlvid.rollout.weights.buckets import to_buckets
 from rlvid.training.packing import normalise
 from rlvid.training.parameters import in_parts
 from rlvid.types import Prompt, Rollout, WeightSpan
-from tests.prompts import prompt_of
+from tests.prompts import mixed_prompt, prompt_of
 from tests.rollout.both import Both, run_check
 
 
@@ -125,6 +125,15 @@ def test_requests_in_flight_keep_what_they_have_and_new_ones_see_no_old_prefix(b
     assert {tuple(s.version for s in r.versions) for r in ended[old] if len(r.token_ids) > 6} <= {
         (both.version - 1, both.version)
     }
+
+
+def test_images_and_videos_in_one_prompt(both: Both) -> None:
+    both.sync()
+    prompt = mixed_prompt(both.family)
+    (rollouts,) = both.generate([prompt], n=3)
+    assert both.gap(prompt, rollouts) < 1e-4
+    blank = replace(prompt, patches=np.zeros_like(prompt.patches))
+    assert both.gap(blank, rollouts) > 1e-3
 
 
 def test_an_engine_that_sleeps_answers_after_the_next_weights_and_with_them(both: Both) -> None:

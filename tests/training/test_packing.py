@@ -9,13 +9,14 @@ import torch
 
 from rlvid.models.families import load_family
 from rlvid.models.families.frames import VideoLlava
+from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.heads import VALUE
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, PackedScorer, normalise, pack
 from rlvid.types import Prompt
-from tests.prompts import group_of, noise, prompt_of
+from tests.prompts import group_of, mixed_prompt, noise, prompt_of
 
 
 def sampled(prompt: Prompt, lengths: list[int], seed: int = 0, temperature: float | None = 1.0) -> Group[Prompt]:
@@ -40,7 +41,12 @@ def separate_sequences(
         if p.spans:
             assert isinstance(family, VisionFamily)
             pixels = normalise(torch.from_numpy(p.patches), family, torch.float32)
-            video = family.network_inputs(pixels, torch.from_numpy(p.grid_thw))
+            grids = torch.from_numpy(p.grid_thw)
+            video = family.network_inputs(pixels, grids)
+            if p.sample_id == "mixed":  # images by themselves, as transformers' processor gives them
+                image, clip, last = pixels.split(p.grid_thw.prod(axis=1).tolist())
+                video = {"pixel_values": torch.cat([image, last]), "image_grid_thw": grids[[0, 2]]}
+                video |= {"pixel_values_videos": clip, "video_grid_thw": grids[[1]]}
         for ids in group.responses:
             after = np.broadcast_to(p.next_position + np.arange(len(ids)), (len(p.positions), len(ids)))
             positions = torch.from_numpy(np.concatenate([p.positions, after], axis=1)).long()
@@ -71,6 +77,8 @@ def test_shared_prompt_gives_the_same_logprobs_and_gradients_as_separate_sequenc
         sampled(prompt_of(family, question="How many shapes are there?"), [2], seed=2, temperature=0.7),
         sampled(prompt_of(family, *shapes[1], seed=7), [3, 3, 3, 3], seed=1, temperature=0.7),
     ]
+    if isinstance(family, QwenVL):
+        groups.insert(1, sampled(mixed_prompt(family), [4, 2], seed=3, temperature=0.7))
     policy = PackedPolicy(load_model(folder, "float32"), family)
     logprobs, entropy = policy(pack(groups))
     weights = torch.from_numpy(np.concatenate([g.tokens["weights"] for g in groups]))

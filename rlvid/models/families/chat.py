@@ -34,7 +34,9 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -55,7 +57,7 @@ class ChatFamily(ABC):
     no_lora: tuple[str, ...] = ()  # modules without adapters: vLLM supports them on the language model only
     tiny_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # special tokens of a tiny model's tokenizer
     end_token = "<|im_end|>"  # the special token that ends a response
-    media_kinds: frozenset[str] = frozenset()  # values of `Medium.kind` that it accepts
+    placeholders: Mapping[str, str] = {}  # by the kinds of media that it accepts: the token of a medium in a prompt
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
     def __init__(self, folder: Path):
@@ -92,12 +94,11 @@ class ChatFamily(ABC):
             UserError: it does not.
         """
         for medium in sample.media:
-            if medium.kind == "image":
-                raise UserError(f"sample {sample.id!r}: {medium.path}: images are not supported yet; remove the row")
-            if medium.kind not in self.media_kinds:
+            if medium.kind not in self.placeholders:
+                accepted = " and ".join(["text", *(f"{kind}s" for kind in sorted(self.placeholders))])
                 raise UserError(
-                    f"sample {sample.id!r} has a {medium.kind}, but {self.architecture} in {self.folder} accepts only "
-                    f"text; give a video-language model, or a manifest without videos"
+                    f"sample {sample.id!r} has the {medium.kind} {medium.path}, but {self.architecture} in "
+                    f"{self.folder} accepts only {accepted}; give another model, or a manifest without {medium.kind}s"
                 )
 
     def engine_input(self, prompt: Prompt) -> Mapping[str, Any]:
@@ -108,7 +109,7 @@ class ChatFamily(ABC):
 
     def engine_limits(self, max_videos: int) -> dict[str, int]:
         """vLLM's limits on the number of media in a prompt, by kind."""
-        return dict.fromkeys(self.media_kinds, max_videos)
+        return dict.fromkeys(self.placeholders, max_videos)
 
     def prepare(self, network: PreTrainedModel) -> None:  # noqa: B027  # most families have nothing to change
         """Change a loaded network as packed training needs it."""

@@ -8,7 +8,7 @@ tests/models/families/test_frames.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +75,8 @@ class Idefics2(FrameFamily):
         UserError: the folder lacks a file that the family needs.
     """
 
-    placeholder = IMAGE
-    part_type = "image"
+    placeholders: Mapping[str, str] = {"video": IMAGE}
+    part_types: Mapping[str, str] = {"video": "image"}
     towers = ("vision_model",)
     tiny_tokens = ("<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE)
     end_token = "<end_of_utterance>"
@@ -121,7 +121,7 @@ class Idefics2(FrameFamily):
                 f"Prompts are never truncated: give another run.dir and fewer video.frames"
             )
 
-    def expand(self, clip: Clip, grid: Grid) -> str:
+    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
         return " ".join([FAKE_AROUND_IMAGE + IMAGE * self.n_latents + FAKE_AROUND_IMAGE] * grid[0])
 
     def finish(self, text: str) -> str:
@@ -154,7 +154,7 @@ class VideoLlava(FrameFamily):
         UserError: the folder lacks a file that the family needs.
     """
 
-    placeholder = VIDEO
+    placeholders: Mapping[str, str] = {"video": VIDEO}
     towers = ("video_tower",)
     tiny_tokens = ("</s>", IMAGE, VIDEO)
     end_token = "</s>"
@@ -206,7 +206,7 @@ class VideoLlava(FrameFamily):
             )
         return super().patchify(frames)
 
-    def expand(self, clip: Clip, grid: Grid) -> str:
+    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
         return VIDEO * self.n_embeddings(grid)
 
     def n_embeddings(self, grid: Grid) -> int:

@@ -8,7 +8,7 @@ those of vLLM (compared with both in tests/models/families/test_qwen_vl.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +18,17 @@ import numpy.typing as npt
 from rlvid.config import TinyModelConfig
 from rlvid.models.families.chat import HEAD_DIM
 from rlvid.models.families.vision import Grid, VisionFamily, rotary_positions
-from rlvid.types import Clip, Prompt
+from rlvid.types import Clip, Prompt, Span
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
     from vllm.multimodal.inputs import PlaceholderRange
 
-VIDEO_PLACEHOLDER = "<|video_pad|>"
+PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-VISION_TOKENS = (VISION_START, VISION_END, "<|vision_pad|>", "<|image_pad|>", VIDEO_PLACEHOLDER)
+VISION_TOKENS = (VISION_START, VISION_END, "<|vision_pad|>", *PLACEHOLDERS.values())
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # names of the inputs
 
 
 class QwenVL(VisionFamily):
@@ -38,7 +39,7 @@ class QwenVL(VisionFamily):
     """
 
     vllm_module = "vllm.model_executor.models.qwen2_vl"
-    placeholder = VIDEO_PLACEHOLDER
+    placeholders: Mapping[str, str] = PLACEHOLDERS
     vision_tokens = VISION_TOKENS
     towers = ("visual",)
     tiny_tokens = ("<|im_start|>", "<|im_end|>", *VISION_TOKENS)
@@ -51,8 +52,8 @@ class QwenVL(VisionFamily):
         self.temporal_patch: int = self.vision.get("temporal_patch_size", 2)
         self.frame_multiple = self.patch_size * self.merge_size
 
-    def expand(self, clip: Clip, grid: Grid) -> str:
-        return VIDEO_PLACEHOLDER * self.n_embeddings(grid)
+    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
+        return self.placeholders[kind] * self.n_embeddings(grid)
 
     def n_embeddings(self, grid: Grid) -> int:
         return math.prod(grid) // self.merge_size**2
@@ -77,8 +78,7 @@ class QwenVL(VisionFamily):
             "text_config": text | {"rope_parameters": {**text["rope_parameters"], **cls.tiny_rope}},
             "vision_config": cls.tiny_tower(cfg)
             | {"depth": cfg.vision_layers, "num_heads": max(1, cfg.vision_size // HEAD_DIM)},
-            "image_token_id": ids["<|image_pad|>"],
-            "video_token_id": ids[VIDEO_PLACEHOLDER],
+            **{f"{kind}_token_id": ids[token] for kind, token in PLACEHOLDERS.items()},
             "vision_start_token_id": ids[VISION_START],
             "vision_end_token_id": ids[VISION_END],
             "tie_word_embeddings": True,
@@ -106,7 +106,7 @@ class QwenVL(VisionFamily):
     def engine_input(self, prompt: Prompt, **extras: torch.Tensor) -> Mapping[str, Any]:
         """The input for vLLM's `LLMEngine.add_request`: token ids, uint8 patches, and clip ids as cache keys.
 
-        `extras` are further inputs for each video: tensors [V].
+        `extras` are further inputs of videos: tensors [V], a number for each medium.
 
         Only this form gives the same result as vLLM's own preprocessing (measured with vLLM 0.32): `LLM.generate` would
         drop the video silently, and float patches would be normalised twice.
@@ -117,24 +117,42 @@ class QwenVL(VisionFamily):
         from vllm.inputs import mm_input
         from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 
-        grid = torch.from_numpy(prompt.grid_thw.copy())
-        # The array is a read-only view into the object store; torch needs a writable one, and the copy is cheap.
-        patches = torch.from_numpy(prompt.patches.copy())
-        tensors = {"pixel_values_videos": patches, "video_grid_thw": grid, **extras}
-        fields = dict.fromkeys(tensors, MultiModalFieldConfig.batched("video", keep_on_cpu=True))
-        fields["pixel_values_videos"] = MultiModalFieldConfig.flat_from_sizes("video", grid.prod(-1))
+        runs = iter(prompt.spans)
+        media = [[next(runs) for _ in range(self.n_runs(t))] for t in prompt.grid_thw[:, 0].tolist()]
+        patches = np.split(prompt.patches, np.cumsum(prompt.grid_thw.prod(axis=1))[:-1])
+        tensors: dict[str, torch.Tensor] = {}
+        fields: dict[str, Any] = {}
+        hashes: dict[str, list[str]] = {}
+        ranges: dict[str, list[PlaceholderRange]] = {}
+        for kind, token in self.media_tokens.items():
+            own = [i for i, spans in enumerate(media) if prompt.token_ids[spans[0].offset] == token]
+            if not own:
+                continue
+            # The array is a read-only view into the object store; torch needs a writable one, and the copy is cheap.
+            grid = torch.from_numpy(prompt.grid_thw[own])
+            new = {f"{kind}_grid_thw": grid} | ({name: x[own] for name, x in extras.items()} if kind == "video" else {})
+            fields |= dict.fromkeys(new, MultiModalFieldConfig.batched(kind, keep_on_cpu=True))
+            fields[PIXELS[kind]] = MultiModalFieldConfig.flat_from_sizes(kind, grid.prod(-1))
+            tensors |= new | {PIXELS[kind]: torch.from_numpy(np.concatenate([patches[i] for i in own]))}
+            hashes[kind] = [prompt.clip_ids[i] for i in own]
+            ranges[kind] = [self.engine_range(prompt, media[i]) for i in own]
         return mm_input(
             prompt_token_ids=prompt.token_ids.tolist(),
             mm_kwargs=MultiModalKwargsItems.from_hf_inputs(tensors, fields),
-            mm_hashes={"video": list(prompt.clip_ids)},
-            mm_placeholders={"video": self.engine_placeholders(prompt)},
+            mm_hashes=hashes,
+            mm_placeholders=ranges,
         )
 
-    def engine_placeholders(self, prompt: Prompt) -> list[PlaceholderRange]:
-        """One range per video, with a mask if not all of its tokens are placeholders."""
+    def n_runs(self, t: int) -> int:
+        """Runs of placeholders of a medium with t temporal patches."""
+        return 1
+
+    def engine_range(self, prompt: Prompt, runs: Sequence[Span]) -> PlaceholderRange:
+        """The range of a medium's tokens, with a mask if not all of them are placeholders."""
         from vllm.multimodal.inputs import PlaceholderRange
 
-        return [PlaceholderRange(offset=s.offset, length=s.length) for s in prompt.spans]
+        (run,) = runs
+        return PlaceholderRange(offset=run.offset, length=run.length)
 
 
 class Qwen25VL(QwenVL):
@@ -181,15 +199,17 @@ class Qwen3VL(QwenVL):
         layers = list(range(min(cfg.vision_layers, cfg.layers)))
         return {"num_position_embeddings": 64, "deepstack_visual_indexes": layers} | _sizes(cfg)
 
-    def expand(self, clip: Clip, grid: Grid) -> str:
+    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
         """The time of each temporal patch in seconds, which is the mean of its first and last frame, and the patch.
 
         Times are index / average frame rate, as in transformers' processor, also for files of variable frame rate.
         """
+        if kind == "image":
+            return super().expand(clip, grid, kind)
         size = self.temporal_patch
         indices = np.pad(clip.indices, (0, -len(clip.indices) % size), mode="edge")  # the last frame is repeated
         seconds = (indices / clip.fps).reshape(-1, size)
-        run = VISION_START + VIDEO_PLACEHOLDER * self.n_embeddings((1, *grid[1:])) + VISION_END
+        run = VISION_START + self.placeholders[kind] * self.n_embeddings((1, *grid[1:])) + VISION_END
         return "".join(f"<{time_s:.1f} seconds>{run}" for time_s in (seconds[:, 0] + seconds[:, -1]) / 2)
 
     def positions(self, prompt: Prompt) -> npt.NDArray[np.int32]:
@@ -197,18 +217,19 @@ class Qwen3VL(QwenVL):
         frames[:, 0] = 1
         return rotary_positions(prompt.length, prompt.spans, frames, self.merge_size)
 
-    def engine_placeholders(self, prompt: Prompt) -> list[PlaceholderRange]:
+    def n_runs(self, t: int) -> int:
+        return t
+
+    def engine_range(self, prompt: Prompt, runs: Sequence[Span]) -> PlaceholderRange:
         import torch
         from vllm.multimodal.inputs import PlaceholderRange
 
-        ranges, runs = [], iter(prompt.spans)
-        for t in prompt.grid_thw[:, 0]:
-            of_video = [next(runs) for _ in range(t)]
-            # vLLM expects the range to begin with the vision-start token of the first patch.
-            first, end = of_video[0].offset - 1, of_video[-1].offset + of_video[-1].length
-            is_embed = torch.from_numpy(prompt.token_ids[first:end] == self.video_token)
-            ranges.append(PlaceholderRange(offset=first, length=end - first, is_embed=is_embed))
-        return ranges
+        if prompt.token_ids[runs[0].offset] == self.media_tokens["image"]:
+            return super().engine_range(prompt, runs)
+        # vLLM expects the range of a video to begin with the vision-start token of its first patch.
+        first, end = runs[0].offset - 1, runs[-1].offset + runs[-1].length
+        is_embed = torch.from_numpy(prompt.token_ids[first:end] == self.video_token)
+        return PlaceholderRange(offset=first, length=end - first, is_embed=is_embed)
 
 
 def _sizes(cfg: TinyModelConfig) -> dict[str, int]:

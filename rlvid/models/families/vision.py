@@ -1,13 +1,14 @@
 """What all families with videos have in common: patches, and a prompt of text with runs of placeholders.
 
-This module imports neither torch nor transformers, so that decoding workers stay small.
+An image is a video of one frame. This module imports neither torch nor transformers: decoding workers stay small.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,9 @@ class VisionFamily(ChatFamily):
         UserError: the folder lacks a file that the family needs.
     """
 
-    placeholder: str  # the token that is replaced by an embedding of the tower
     vision_tokens: tuple[str, ...]  # must not be sampled: no clip belongs to them
-    media_kinds = frozenset({"video"})
     no_lora = ("visual", "vision_model", "connector", "video_tower", "image_tower", "multi_modal_projector")
-    part_type = "video"  # type of a video in the chat template
+    part_types: Mapping[str, str] = {"video": "video", "image": "image"}  # by kind: its type in the chat template
     default_patch_size = 14  # transformers' default, for config.json files without it
     merge_size = 1  # squares of merge_size x merge_size patches become one token
     temporal_patch = 1  # number of frames in a patch
@@ -56,7 +55,8 @@ class VisionFamily(ChatFamily):
                 f"{folder}: config.json or the processor's configuration lacks {e}; expected a checkpoint of "
                 f"{self.config.get('model_type')}"
             ) from e
-        self.video_token = self.special(self.placeholder)
+        self.media_tokens = {kind: self.special(token) for kind, token in self.placeholders.items()}
+        self.video_token = self.media_tokens["video"]
         ids = (self.tokenizer.token_to_id(token) for token in self.vision_tokens)
         self.banned_tokens = tuple(i for i in ids if i is not None)
 
@@ -65,19 +65,19 @@ class VisionFamily(ChatFamily):
         seen = [part.index for m in sample.messages for part in m.content if isinstance(part, MediumRef)]
         if seen != list(range(len(clips))):
             raise UserError(
-                f"sample {sample.id!r}: its messages use the videos {seen}, but it has {len(clips)}; use each "
+                f"sample {sample.id!r}: its messages use the media {seen}, but it has {len(clips)}; use each "
                 f"of them once and in order"
             )
         grids, patches = zip(*(self.patchify(clip.frames) for clip in clips), strict=True) if clips else ((), ())
         token_ids = np.array(self.tokenize(sample, clips, grids), dtype=np.int32)
-        is_video = token_ids == self.video_token
-        self.check_length(sample, len(token_ids), int(is_video.sum()), max_tokens)
+        is_medium = np.isin(token_ids, list(self.media_tokens.values()))
+        self.check_length(sample, len(token_ids), int(is_medium.sum()), max_tokens)
         prompt = Prompt(
             sample_id=sample.id,
             token_ids=token_ids,
             patches=np.concatenate(patches) if patches else np.zeros((0, self.patch_dim), dtype=np.uint8),
             grid_thw=np.array(grids, dtype=np.int64).reshape(-1, 3),
-            spans=_runs(is_video),
+            spans=_runs(is_medium),
             positions=np.arange(len(token_ids), dtype=np.int32)[None],
             clip_ids=tuple(clip.clip_id for clip in clips),
             seconds_per_patch=tuple(map(self.seconds_per_patch, clips)),
@@ -86,22 +86,33 @@ class VisionFamily(ChatFamily):
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> list[int]:
         """Token ids of the rendered conversation, in which the placeholders of each clip replace the template's one."""
-        turns, video = [], {"type": self.part_type}
+        kinds = [medium.kind for medium in sample.media]
+        turns = []
         for message in sample.messages:
-            parts = [{"type": "text", "text": self.escape(x)} if isinstance(x, str) else video for x in message.content]
+            parts = [
+                {"type": "text", "text": self.escape(x)}
+                if isinstance(x, str)
+                else {"type": self.part_types[kinds[x.index]]}
+                for x in message.content
+            ]
             turns.append({"role": message.role, "content": parts})
-        first, *others = self.render(turns).split(self.placeholder)
-        if len(others) != len(clips):
+        tokens = "|".join(map(re.escape, self.placeholders.values()))
+        first, *others = re.split(f"({tokens})", self.render(turns))  # token, text, token, text
+        if others[::2] != [self.placeholders[kind] for kind in kinds]:
             raise UserError(
-                f"{self.folder}: the chat template made {len(others)} video placeholders for {len(clips)} videos"
+                f"{self.folder}: the chat template made the placeholders {others[::2]} for sample {sample.id!r}, whose "
+                f"media are {kinds}"
             )
-        text = "".join(self.expand(clip, grid) + rest for clip, grid, rest in zip(clips, grids, others, strict=True))
+        text = "".join(
+            self.expand(clip, grid, kind) + rest
+            for clip, grid, kind, rest in zip(clips, grids, kinds, others[1::2], strict=True)
+        )
         # With the special tokens that the tokenizer adds: Mistral's and Llama's texts begin with <s>.
         return list(self.tokenizer.encode(self.finish(first + text)).ids)
 
     @abstractmethod
-    def expand(self, clip: Clip, grid: Grid) -> str:
-        """The text that replaces a clip's placeholder in the rendered conversation."""
+    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
+        """The text that replaces a medium's placeholder in the rendered conversation."""
 
     def finish(self, text: str) -> str:
         """The expanded text as the family's processor changes it."""
@@ -122,6 +133,16 @@ class VisionFamily(ChatFamily):
         """Grid of the smallest clip that the tower accepts."""
         side = self.frame_multiple // self.patch_size
         return (1, side, side)
+
+    def as_videos(self, token_ids: Tensor) -> Tensor:
+        """Token ids for the network, in which the placeholders of images are those of videos.
+
+        So one pass of the tower computes all media in their order, and all embeddings go to the places of one token.
+        An image's embeddings, and its positions, which are given, are those of a video of one temporal patch.
+        """
+        for token in self.media_tokens.values():
+            token_ids = token_ids.masked_fill(token_ids == token, self.video_token)
+        return token_ids
 
     @abstractmethod
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
@@ -188,9 +209,9 @@ def frame_order(n: int, clip_id: str) -> npt.NDArray[np.int64]:
     return np.roll(order, 1) if n > 1 and np.array_equal(order, np.arange(n)) else order
 
 
-def _runs(is_video: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
+def _runs(is_medium: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
     """Spans of consecutive True values."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_video.astype(np.int8), [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_medium.astype(np.int8), [0]])))
     return tuple(Span(int(begin), int(end - begin)) for begin, end in edges.reshape(-1, 2))
 
 

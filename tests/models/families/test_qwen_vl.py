@@ -15,7 +15,7 @@ from rlvid.models.families import load_family
 from rlvid.models.families.qwen_vl import Qwen3VL, QwenVL
 from rlvid.models.families.vision import rotary_positions
 from rlvid.types import Clip, Medium, MediumRef, Message, Sample, Span
-from tests.prompts import clip_of, noise, prompt_of, sample_of
+from tests.prompts import clip_of, noise, prompt_of, sample_of, sample_with
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,19 @@ def by_processor(family: QwenVL, sample: Sample, clips: Sequence[Clip]) -> Mappi
     from transformers.video_utils import VideoMetadata
 
     processor = AutoProcessor.from_pretrained(family.folder)
+    kinds = [medium.kind for medium in sample.media]
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "video"}
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": kinds[part.index]}
         for part in sample.messages[0].content
     ]
+    videos, images = ([c for c, k in zip(clips, kinds, strict=True) if k == kind] for kind in ("video", "image"))
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(  # type: ignore[no-any-return]
         text=[text],
-        videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips],
+        images=[torch.from_numpy(clip.frames[0]).permute(2, 0, 1) for clip in images] or None,
+        videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in videos],
         video_metadata=[
-            VideoMetadata(total_num_frames=c.n_frames, fps=c.fps, frames_indices=c.indices.tolist()) for c in clips
+            VideoMetadata(total_num_frames=c.n_frames, fps=c.fps, frames_indices=c.indices.tolist()) for c in videos
         ],
         do_sample_frames=False,
         do_resize=False,
@@ -70,6 +73,19 @@ def test_prompt_equals_the_processors(any_family: QwenVL, shapes: list[tuple[int
     assert np.array_equal(ours.patches, theirs["pixel_values_videos"].numpy())
     if "second_per_grid_ts" in theirs:
         assert ours.seconds_per_patch == pytest.approx([float(s) for s in theirs["second_per_grid_ts"]], rel=1e-6)
+
+
+def test_prompt_with_images_equals_the_processors(any_family: QwenVL) -> None:
+    side = any_family.frame_multiple
+    clips = [clip_of(noise(t, h * side, w * side, seed=h), f"c{h}") for t, h, w in ((1, 2, 3), (4, 1, 2), (1, 3, 1))]
+    sample = sample_with(("image", "video", "image"))
+    ours, theirs = any_family.encode(sample, clips), by_processor(any_family, sample, clips)
+    assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    grids = theirs["image_grid_thw"].tolist()
+    assert ours.grid_thw.tolist() == [grids[0], *theirs["video_grid_thw"].tolist(), grids[1]]
+    image, video, last = np.split(ours.patches, np.cumsum(ours.grid_thw.prod(axis=1))[:-1])
+    assert np.array_equal(np.concatenate([image, last]), theirs["pixel_values"].numpy())
+    assert np.array_equal(video, theirs["pixel_values_videos"].numpy())
 
 
 def test_seconds_per_patch_of_a_clip_whose_end_is_not_sampled(any_family: QwenVL) -> None:
@@ -175,10 +191,11 @@ def test_text_only_prompt(family: QwenVL) -> None:
     assert prompt.positions[0].tolist() == list(range(prompt.length))
 
 
-def test_images_are_refused(family: QwenVL) -> None:
-    media = (Medium("/a.png", "image"),)
-    with pytest.raises(UserError, match=r"'s': /a\.png: images are not supported yet"):
-        family.check_media(Sample("s", media, (Message.about(media, "?"),), "a"))
+def test_a_medium_that_the_model_does_not_take_is_refused(tiny_models: dict[str, Path]) -> None:
+    for model, kind, accepted in (("idefics2", "image", "text and videos;"), ("qwen2", "video", "text;")):
+        family = load_family(tiny_models[model])
+        with pytest.raises(UserError, match=rf"'s' has the {kind} /media/0, but .* accepts only {accepted}"):
+            family.check_media(sample_with((kind,)))
 
 
 def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

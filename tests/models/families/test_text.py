@@ -39,7 +39,7 @@ def test_prompt_equals_the_tokenizers(family: TextModel) -> None:
 
 
 def test_videos_are_refused_by_name(family: TextModel) -> None:
-    with pytest.raises(UserError, match=r"'s' has a video.*ForCausalLM.*accepts only text"):
+    with pytest.raises(UserError, match=r"'s' has the video .*ForCausalLM.*accepts only text"):
         family.encode(sample_of(), [clip_of(noise(2, 28, 28), "c")])
 
 
