@@ -202,7 +202,7 @@ class FleetBackend:
 
 def checkpoint_id(folder: Path, memory: Path) -> str:
     """A name for the weights in `folder`, by their content (`remembered_sha256`)."""
-    hashes = [remembered_sha256(path, memory.expanduser()) for path in sorted(folder.glob("*.safetensors"))]
+    hashes = [remembered_sha256(memory.expanduser(), path) for path in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 

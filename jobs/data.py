@@ -25,7 +25,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
     one.set_defaults(run=convert)
     add = one.add_argument
     add("source", type=Path, metavar="IN", help="file of items (JSON lines, JSON array, parquet), or folder")
-    add("out", type=Path, metavar="OUT", help="gets manifest.jsonl, refused.jsonl, and clips/ of pictures")
+    add("out", type=Path, metavar="OUT", help="gets manifest.jsonl and refused.jsonl")
     add("--from", dest="dialect", choices=DIALECTS, required=True, metavar="DIALECT", help="see below")
     add("--videos", type=Path, metavar="DIR", help="where relative paths start; default: the file's folder")
     moved = "paths that begin with OLD begin with NEW instead"

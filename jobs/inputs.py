@@ -269,7 +269,7 @@ class Inputs:
             self.family.check_media(sample)
         weights = sorted(self.model.glob("*.safetensors"))
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
-        hashes = {p.name: remembered_sha256(p, self.cfg.data.cache_dir.expanduser()) for p in weights}
+        hashes = {p.name: remembered_sha256(self.cfg.data.cache_dir.expanduser(), p) for p in weights}
         run.folder.record(model=hashes, prompt_templates={"chat": template})
 
     def _set_aside(self, what: str, reason: str) -> None:

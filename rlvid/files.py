@@ -62,23 +62,28 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def remembered_sha256(path: Path, memory: Path) -> str:
-    """Hash of a file, which is read only if its path, size and time of modification are new to the folder `memory`.
+def remembered_sha256(memory: Path, *paths: Path) -> str:
+    """Hash of one file, or of the hashes of several, which are read only if a path, size or time of modification is new
+    to the folder `memory`.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
         UserError: the folder cannot be written.
     """
-    path = path.resolve()
-    status = path.stat()
-    name = f"{status.st_size} {status.st_mtime_ns} {path}".encode(errors="surrogateescape")
+    paths = tuple(path.resolve() for path in paths)
+    found = [(path.stat(), path) for path in paths]
+    names = [f"{status.st_size} {status.st_mtime_ns} {path}" for status, path in found]
+    name = "\n".join(names).encode(errors="surrogateescape")
     record = memory / f"{hashlib.sha256(name).hexdigest()}.sha256"
     with suppress(FileNotFoundError):
         known = record.read_text()
         if len(known) == 64:  # hexadecimal digits; a process may have crashed while it wrote
             return known
-    with path.open("rb") as file:
-        known = hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = []
+    for path in paths:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    known = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     with naming_write_errors(f"{memory}", "free some space, or set data.cache_dir"):
         memory.mkdir(parents=True, exist_ok=True)
         record.write_text(known)

@@ -17,7 +17,10 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A video, a part of one, or an image, and how it is read where that differs from the run's `video` keys."""
+    """A video, a part of one, or an image, and how it is read where that differs from the run's `video` keys.
+
+    A video may be given as pictures, its frames: then `path` is the first of them.
+    """
 
     path: str  # absolute
     kind: Literal["video", "image"] = "video"
@@ -25,14 +28,21 @@ class Medium:
     end_s: float | None = None  # None: to the end
     fps: float | None = None  # frames sampled a second
     max_pixels: int | None = None  # of a frame, height * width
+    pictures: tuple[str, ...] = ()  # absolute
+    pictures_per_s: float = 0.0
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.pictures or (self.path,)
 
     @property
     def name(self) -> str:
         """The path and, if it is a part of a video, which part: for messages to the user."""
+        name = f"{self.path} and {len(self.pictures) - 1} more pictures" if len(self.pictures) > 1 else self.path
         if self.start_s is None and self.end_s is None:
-            return self.path
+            return name
         end = "the end" if self.end_s is None else f"{self.end_s:g} s"
-        return f"{self.path} ({self.start_s or 0:g} s to {end})"
+        return f"{name} ({self.start_s or 0:g} s to {end})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ only) and, if wanted, `choices` and `problem_type`. The media come before the te
 one `<video>` for each. The messages form is `{"id", "messages", "answer"}` for several turns; a message is `{"role",
 "content"}`, its content a text or a list of `{"type": "text", "text"}` and `{"type": "video", "video"}`. `video_start`,
 `video_end` (seconds), `fps` and `max_pixels`, on the row or beside the video of a message, say which part of a video is
-read and how. Images are written as videos are, under `image`. Other fields are kept in `Sample.extra`.
+read and how. A list of pictures is one video; `fps` then says how many of them are a second. Images are written as
+videos are, under `image`. Other fields are kept in `Sample.extra`.
 
 Relative paths start at `data.root`, or at the manifest's folder where it is not set, and no path leads out of it.
 Whether a file is there and can be read is seen later, when the clip is read: one bad clip is quarantined and does not

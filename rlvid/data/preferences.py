@@ -60,4 +60,7 @@ def _part(part: str | MediumRef, sample: Sample) -> dict[str, Any]:
         return {"type": "text", "text": part}
     medium = sample.media[part.index]
     how = {key: getattr(medium, name) for key, name in READ_AS.items()}
-    return {"type": medium.kind, medium.kind: medium.path} | {k: v for k, v in how.items() if v is not None}
+    if medium.pictures:
+        how["fps"] = medium.pictures_per_s
+    where = list(medium.pictures) or medium.path
+    return {"type": medium.kind, medium.kind: where} | {k: v for k, v in how.items() if v is not None}

@@ -17,7 +17,8 @@ PLACEHOLDER = re.compile(r"<(video|image)>")
 READ_AS = {"video_start": "start_s", "video_end": "end_s", "fps": "fps", "max_pixels": "max_pixels"}
 MEDIA_FIELDS = frozenset({"video", "image", *READ_AS})
 NOT_SUPPORTED = {"nframes", "min_frames", "max_frames", "min_pixels", "total_pixels", "resized_height", "resized_width"}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+STILL = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+PICTURES = (*STILL, ".webp")  # which may move
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 SOUNDS = (".wav", ".mp3", ".flac", ".m4a", ".ogg")
 _WORDS = r"(?:videos?|images?|clips?|frames?|pictures?|photos?|media|medium|audios?|movies?|films?)"
@@ -32,7 +33,7 @@ class MediaReader:
         """`is_chosen`: the user has set `data.root`, to `base`."""
         self._base, self._is_chosen = str(base), is_chosen
         self._prefix = self._base.rstrip("/") + "/"
-        self._whole: dict[tuple[str, str], Medium] = {}  # by kind and path: many rows ask about one video
+        self._known: dict[tuple[Any, ...], Medium] = {}  # many rows ask about one video
 
     def of_row(self, row: Mapping[str, Any]) -> list[Medium]:
         """Videos, then images.
@@ -40,38 +41,56 @@ class MediaReader:
         Raises:
             Refused: one of them cannot be meant, or leads out of the root.
         """
-        paths = {kind: _as_list(row.get(kind)) for kind in ("video", "image")}
+        videos, images = _as_list(row.get("video")), _as_list(row.get("image"))
+        if isinstance(row.get("video"), list) and videos and all(map(_is_picture, videos)):
+            videos = [videos]  # the frames of one
         part = read_part(row)
-        if part and not paths["video"]:
+        if part and not videos:
             raise Refused(f"{next(key for key in READ_AS if key in row)} is given, but there is no video")
-        if len(paths["video"]) > 1 and ("start_s" in part or "end_s" in part):
+        if len(videos) > 1 and ("start_s" in part or "end_s" in part):
             raise Refused(
                 "video_start and video_end are of one video; with several, write them beside each in messages"
             )
-        videos = [self.medium(path, "video", part) for path in paths["video"]]
-        return videos + [self.medium(path, "image", {}) for path in paths["image"]]
+        return [
+            *(self.medium(video, "video", part) for video in videos),
+            *(self.medium(image, "image", {}) for image in images),
+        ]
 
     def medium(self, path: object, kind: Literal["video", "image"], part: Mapping[str, Any]) -> Medium:
-        """A path is untrusted: it must not lead out of the base."""
+        """The medium at `path`, which for a video may be the list of its frames.
+
+        Raises:
+            Refused: it cannot be meant. A path is untrusted: it must not lead out of the base.
+        """
         if kind == "image" and part:
             raise Refused(f"an image has none of {', '.join(READ_AS)}")
-        if not part and isinstance(path, str) and (kind, path) in self._whole:
-            return self._whole[kind, path]
+        files = path if isinstance(path, list) and kind == "video" else [path]
+        key = (kind, isinstance(path, list), *part.items(), *map(str, files))
+        if key not in self._known:
+            if isinstance(path, list) and not (path and all(map(_is_picture, path))):
+                raise Refused(f"{kind} must be a path, a list of paths, or one of pictures, got {path!r:.80}")
+            if kind == "video" and isinstance(path, str) and path.lower().endswith(STILL):
+                raise Refused(f"video {path!r} is a picture; name it as image, or the list of a video's pictures")
+            paths = tuple(self._absolute(file, kind) for file in files)
+            how = dict(part)
+            if isinstance(path, list):
+                if "fps" not in part:
+                    raise Refused("a video of pictures needs fps, how many of them are a second")
+                how |= {"pictures": paths, "pictures_per_s": how.pop("fps")}
+            self._known[key] = Medium(paths[0], kind, **how)
+        return self._known[key]
+
+    def _absolute(self, path: object, kind: str) -> str:
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise Refused(f"{kind} must be a path or a list of paths, got {path!r:.80}")
         if "://" in path:
             raise Refused(f"{kind} {path!r} is a URL; download it and give its path")
-        if kind == "video" and path.lower().endswith(PICTURES):
-            raise Refused(f"video {path!r} is a picture; make a video of the frames, or name it as image")
         absolute = os.path.normpath(os.path.join(self._base, path))
         if not absolute.startswith(self._prefix) or absolute == self._prefix:
             is_set = "data.root is this folder; set it" if self._is_chosen else "set data.root"
             fix = f"{is_set} to one above all videos, where relative paths start"
             raise Refused(f"{kind} {path!r} is not under {self._base}; {fix}")
-        medium = Medium(absolute, kind, **part)
-        if not part:
-            self._whole[kind, path] = medium
-        return medium
+        return absolute
 
 
 def read_part(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +144,10 @@ def check_unread(row: Mapping[str, Any], known: frozenset[str]) -> None:
 def _nearest(key: str, known: frozenset[str]) -> str | None:
     near = difflib.get_close_matches(key.casefold(), sorted(known), n=1, cutoff=0.9)
     return near[0] if near else None
+
+
+def _is_picture(path: object) -> bool:
+    return isinstance(path, str) and path.lower().endswith(PICTURES)
 
 
 def _as_list(value: Any) -> list[Any]:

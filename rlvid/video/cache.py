@@ -74,14 +74,14 @@ class FrameCache:
                 self._put(clip)
             return clip, False
 
-    def content_sha256(self, path: str) -> str:
-        """Hash of a file, which is read only if its path, size and time of modification are new to this folder.
+    def content_sha256(self, *paths: str) -> str:
+        """See `remembered_sha256`.
 
         Raises:
-            OSError: The file cannot be read.
+            OSError: A file cannot be read.
             UserError: The folder cannot be written.
         """
-        return remembered_sha256(Path(path), self.dir)
+        return remembered_sha256(self.dir, *map(Path, paths))
 
     @contextmanager
     def _recorded(self, clip_id: str) -> Iterator[None]:

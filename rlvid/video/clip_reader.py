@@ -21,12 +21,14 @@ from rlvid.video.sizes import target_size
 
 SLOWEST_DISK = 2**20  # bytes a second
 END_SLACK_S = 10.0  # per medium, before its process is ended
+ANIMATED = ".webp"  # FFmpeg shows the first frame of such a file and no other
 IDENTITY_VERSION = 2  # raise when the same configuration starts to give other pixels
 
 
 def hashing_limit_s(media: Iterable[Medium]) -> float:
     """How long hashing these files may take before their clips are read: comes on top of `video.timeout_s`."""
-    return sum(os.path.getsize(m.path) for m in media if os.path.isfile(m.path)) / SLOWEST_DISK
+    files = (file for medium in media for file in medium.files)
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file)) / SLOWEST_DISK
 
 
 @contextmanager
@@ -72,12 +74,13 @@ class ClipReader:
             UserError: The cache cannot be written, the reader is not installed, or the medium's size does not fit.
         """
         path = medium.path
-        content_sha256 = self._content_sha256(path)
-        reader = load_reader("image" if medium.kind == "image" else self.video.reader)
+        content_sha256 = self._content_sha256(medium)
+        is_of_pictures = medium.kind == "image" or bool(medium.pictures) or path.lower().endswith(ANIMATED)
+        reader = load_reader("picture" if is_of_pictures else self.video.reader)
         clip_id = self.clip_id(medium, content_sha256, reader.NAME)
 
         def decode() -> Clip:
-            if medium.kind == "video" and (missing := missing_bytes(path)):
+            if not is_of_pictures and (missing := missing_bytes(path)):
                 raise BadClip(path, f"is cut short ({missing} bytes are missing at its end)")
             decoded = reader.read_frames(medium, self._video_of(medium), self.multiple)
             return Clip(clip_id=clip_id, reader=reader.NAME, content_sha256=content_sha256, **vars(decoded))
@@ -104,6 +107,7 @@ class ClipReader:
             "version": IDENTITY_VERSION,
             "content": content_sha256,
             "part_s": [medium.start_s, medium.end_s],
+            **({"pictures_per_s": medium.pictures_per_s} if medium.pictures else {}),
             "video": video.model_dump(exclude={"reader", "timeout_s", "image_max_pixels"}),
             "multiple": self.multiple,
             "reader": reader_name,
@@ -121,14 +125,16 @@ class ClipReader:
             own |= {"max_pixels": medium.max_pixels, "height": None, "width": None}
         return self.video.model_copy(update=own)
 
-    def _content_sha256(self, path: str) -> str:
+    def _content_sha256(self, medium: Medium) -> str:
+        path = medium.path
         try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadClip(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-            if status.st_size == 0:
-                raise BadClip(path, "is empty (0 bytes)")
-            return self.cache.content_sha256(path)
+            for path in medium.files:
+                status = os.stat(path)
+                if not stat.S_ISREG(status.st_mode):
+                    raise BadClip(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+                if status.st_size == 0:
+                    raise BadClip(path, "is empty (0 bytes)")
+            return self.cache.content_sha256(*medium.files)
         except FileNotFoundError:
             raise BadClip(path, "there is no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -106,6 +106,24 @@ def test_images_are_understood(tmp_path: Path) -> None:
     assert sample.media == (Medium(str(tmp_path / "a.png"), "image"),)
 
 
+def test_a_list_of_pictures_is_one_video(tmp_path: Path) -> None:
+    names = ["f/1.jpg", "f/2.JPG", "f/3.png"]
+    paths = tuple(str(tmp_path / name) for name in names)
+    medium = Medium(paths[0], "video", end_s=1.0, pictures=paths, pictures_per_s=2.0)
+    how = {"fps": 2, "video_end": 1}
+    assert load(write(tmp_path, changed(video=names, **how)))[0].media == (medium,)
+    row = turns(("user", [{"type": "video", "video": names, **how}, {"type": "text", "text": "What?"}]))
+    assert load(write(tmp_path, row))[0].media == (medium,)
+    [sample] = load(write(tmp_path, changed(video=[names[:2], "a.mp4", "b.webp"], fps=2)))
+    assert [(m.path, len(m.pictures), m.fps) for m in sample.media] == [
+        (paths[0], 2, None),
+        (str(tmp_path / "a.mp4"), 0, 2.0),
+        (str(tmp_path / "b.webp"), 0, 2.0),
+    ]
+    rows = load(write(tmp_path, changed(video=names, fps=2), changed(id="2", video=names, fps=2)))
+    assert rows[0].media[0] is rows[1].media[0]  # once in memory
+
+
 PART = {"video_start": 0.5, "video_end": 1, "fps": 2.0, "max_pixels": 50000}
 
 
@@ -225,7 +243,10 @@ BAD_ROWS = [
     (changed(video="a\0.mp4"), "video must be a path"),
     (changed(video="/etc/passwd"), "'/etc/passwd' is not under"),
     (changed(video="file:///a.mp4"), "is a URL"),
-    (changed(video=["a.jpg", "b.jpg"]), "video 'a.jpg' is a picture"),
+    (changed(video="a.jpg"), "video 'a.jpg' is a picture; name it as image, or the list of a video's pictures"),
+    (changed(video=["a.jpg", "b.jpg"]), "a video of pictures needs fps"),
+    (changed(video=[["a.jpg", "b.mp4"]], fps=1), r"one of pictures, got \['a.jpg', 'b.mp4'\]"),
+    (changed(video=["a.jpg", "../b.jpg"], fps=1), "video '../b.jpg' is not under"),
     (changed(fps=0), "fps must be a number of at least"),
     (changed(max_pixels=0.5), "max_pixels must be a number of at least 1"),
     (changed(max_pixels=1.5), "max_pixels must be a whole number"),

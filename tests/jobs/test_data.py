@@ -78,20 +78,15 @@ def test_an_out_that_cannot_be_written_is_named(items: Path, command: str, capsy
         assert f"set {out}: " in error and "name another folder" in error
 
 
-@pytest.mark.parametrize("command", ["synth", "pictures"])
+@pytest.mark.parametrize("command", ["synth", "convert"])
 def test_a_full_disk_is_named(items: Path, command: str) -> None:
     """A limit on the size of files fails as a full disk does: in the middle of a write."""
-    frames = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
-    (items.parent / "v").mkdir()
-    (items.parent / "v.mp4").unlink()
-    from PIL import Image
-
-    for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(items.parent / "v" / f"{i}.png")
+    item = json.loads(items.read_text().splitlines()[0])
+    items.write_text("".join(json.dumps({**item, "id": str(i)}) + "\n" for i in range(50)))
     out = items.parent / "out"
     arguments = {
         "synth": ["synth", str(out), "--train", "1", "--eval", "1", "--size", "448"],
-        "pictures": ["data", "convert", str(items), str(out), "--from", "hound"],
+        "convert": ["data", "convert", str(items), str(out), "--from", "hound"],
     }[command]
 
     def limit() -> None:

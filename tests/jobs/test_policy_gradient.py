@@ -47,7 +47,7 @@ def config(tmp_path: Path, synthetic: Path) -> Path:
     for name, n in (("train", 6), ("eval", 2)):
         rows = [json.loads(line) for line in (synthetic / f"{name}.jsonl").read_text().splitlines()[:n]]
         texts = [{"id": f"{name}-text-{i}", "question": f"{name} {i} + 1?", "answer": "circle"} for i in range(n)]
-        images = [{**row, "id": f"{row['id']}-image", "image": "picture.png"} for row in texts]
+        images = [{**row, "id": f"{name}-image-{i}", "image": "picture.png"} for i, row in enumerate(texts)]
         mixed = [row for three in zip(rows, images, texts, strict=True) for row in three]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     file = tmp_path / "config.yaml"

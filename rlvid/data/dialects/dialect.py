@@ -1,7 +1,7 @@
 """What a dialect is: a function from one published item to one row of a manifest, and what it may use.
 
 The function is pure: it writes nothing and copies no video. It names files by `Roots.find`, which checks that they are
-there, and gives `Pictures` where a video comes as frames; `conversion.convert` makes a clip of these.
+there, and gives `Pictures` where a video comes as frames.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Roots:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The frames of a video as picture files: they become one lossless clip. Rows with equal ones share it."""
+    """The frames of a video as picture files, and how many of them are a second."""
 
     files: tuple[Path, ...]
     fps: int

@@ -1,8 +1,9 @@
-"""Images as a viewer shows them, and files that are none."""
+"""Images and videos of pictures as a viewer shows them, and files that are none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,50 @@ def test_palette_with_transparency_and_cmyk(reader: ClipReader, tmp_path: Path) 
     assert (read(reader, tmp_path / "a.png") == 255).all()
     Image.new("CMYK", (28, 28), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
     assert (read(reader, tmp_path / "a.jpg") >= 253).all()
+
+
+def pictures(folder: Path, *frames: npt.NDArray[Any]) -> tuple[str, ...]:
+    return tuple(str(save(folder / f"{i:03d}.png", frame)) for i, frame in enumerate(frames))
+
+
+def test_pictures_are_a_video_at_their_own_rate(reader: ClipReader, tmp_path: Path) -> None:
+    frames = noise(17, 56, 28)
+    medium = Medium(str(tmp_path / "000.png"), pictures=pictures(tmp_path, *frames), pictures_per_s=4.0)
+    clip, _ = reader.read(medium)
+    assert clip.indices.tolist() == np.linspace(0, 16, 8, dtype=int).tolist()  # as of a file
+    assert np.array_equal(clip.frames, frames[clip.indices])
+    assert clip.fps == 4.0 and clip.pts_s[-1] == 4.0 and clip.n_frames == 17
+    part, _ = reader.read(replace(medium, start_s=1.0, end_s=2.0))
+    assert part.indices.tolist() == [4, 4, 4, 5, 5, 6, 6, 7] and part.clip_id != clip.clip_id
+    assert reader.read(medium)[1]  # from the cache
+    save(tmp_path / "016.png", frames[0])
+    assert not reader.read(medium)[1]  # one of them has changed
+    assert reader.read(replace(medium, pictures_per_s=2.0))[0].clip_id != reader.read(medium)[0].clip_id
+
+
+def test_pictures_that_are_no_video_are_bad(reader: ClipReader, tmp_path: Path) -> None:
+    paths = pictures(tmp_path, noise(1, 56, 28)[0], noise(1, 28, 56)[0])
+    two_sizes = Medium(paths[0], pictures=paths, pictures_per_s=1.0)
+    with pytest.raises(BadClip, match=r"000.png: and the pictures after it differ in size: \[\(28, 56\), \(56, 28\)\]"):
+        reader.read(two_sizes)
+    with pytest.raises(BadClip, match=r"gone.png: there is no such file"):
+        reader.read(replace(two_sizes, pictures=(paths[0], str(tmp_path / "gone.png"))))
+    with pytest.raises(BadClip, match="the part from 5 s to 6 s is not inside"):
+        reader.read(replace(two_sizes, start_s=5.0, end_s=6.0))
+
+
+def test_an_animated_webp_is_a_video(reader: ClipReader, tmp_path: Path) -> None:
+    frames = [Image.fromarray(frame) for frame in noise(9, 56, 28)]
+    path = tmp_path / "a.webp"
+    options: dict[str, Any] = {"save_all": True, "lossless": True, "duration": [100, 200] * 4 + [0]}
+    frames[0].save(path, append_images=frames[1:], **options)
+    clip, _ = reader.read(Medium(str(path)))
+    assert clip.indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 8] and clip.n_frames == 9
+    assert clip.pts_s == pytest.approx([0, 0.1, 0.3, 0.4, 0.6, 0.7, 0.9, 1.2])
+    assert all(np.array_equal(shown, frames[i]) for shown, i in zip(clip.frames, clip.indices, strict=True))
+    frames[0].save(path)
+    with pytest.raises(BadClip, match="has one frame: name it as an image"):
+        reader.read(Medium(str(path)))
 
 
 def test_files_that_are_no_image_are_bad(reader: ClipReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
