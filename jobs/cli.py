@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"rlvid: error: {_original(error)}", file=sys.stderr)
         return 2

@@ -1,12 +1,16 @@
-"""`rlvid data convert` and `rlvid synth`: make manifests of published sets, and a synthetic set."""
+"""`rlvid data` and `rlvid synth`: check files of samples, make manifests of published sets, and a synthetic set."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlvid.errors import UserError
 
+MOVED = "paths that begin with OLD begin with NEW instead"
+SHOWN = 3
 SYNTHETIC_KEYS = ("train", "eval", "size", "frames", "kinds")
 
 
@@ -14,7 +18,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
     """Arguments of `rlvid data`."""
     from rlvid.data.dialects import DIALECTS
 
-    commands = command.add_subparsers(dest="data_command", required=True, metavar="convert")
+    commands = command.add_subparsers(dest="data_command", required=True, metavar="convert | check")
     one = commands.add_parser(
         "convert",
         help="make a manifest of a published set",
@@ -28,12 +32,25 @@ def add_data(command: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT", help="gets manifest.jsonl and refused.jsonl")
     add("--from", dest="dialect", choices=DIALECTS, required=True, metavar="DIALECT", help="see below")
     add("--videos", type=Path, metavar="DIR", help="where relative paths start; default: the file's folder")
-    moved = "paths that begin with OLD begin with NEW instead"
-    add("--map", action="append", default=[], metavar="OLD=NEW", help=moved)
+    add("--map", action="append", default=[], metavar="OLD=NEW", help=MOVED)
     add("--source", dest="only", metavar="NAME", help="annotated or real items of videofeedback alone")
     mismatched = "add this share of rows with a wrong prompt (0)"
     add("--mismatched", type=float, default=0.0, metavar="SHARE", help=mismatched)
     add("--seed", type=int, default=0, metavar="N", help="of the mismatched rows (0)")
+    two = commands.add_parser(
+        "check",
+        help="find what is wrong with manifests and published files",
+        description="Read all rows of manifests or published files, count them, and name what is wrong with them. Give "
+        "all splits of a set at once: rows that are in two of them are found. Exits with 1 where there is a fault.",
+    )
+    two.set_defaults(run=check)
+    add = two.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="JSON lines, JSON array, parquet or table; may be gzipped")
+    add("--from", dest="dialect", choices=DIALECTS, metavar="DIALECT", help="of all files; default: by their rows")
+    add("--videos", type=Path, metavar="DIR", help="where relative paths start; default: each file's folder")
+    add("--map", action="append", default=[], metavar="OLD=NEW", help=MOVED)
+    add("--decode", action="store_true", help="read every clip and image")
+    add("--all", action="store_true", help=f"show all examples of a fault, not {SHOWN}")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -43,10 +60,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from rlvid.data.dialects.dialect import Roots
 
     a = arguments
-    mapped = [text.partition("=") for text in a.map]
-    if wrong := ["".join(parts) for parts in mapped if not all(parts)]:
-        raise UserError(f"--map {wrong[0]}: expected OLD=NEW")
-    roots = Roots(a.videos, tuple((old, new) for old, _, new in mapped))
+    roots = Roots(a.videos, mapped=_mapped(a.map))
     only = None if a.only == "both" else a.only
     made = convert(a.source, a.out, DIALECTS[a.dialect], roots, only, a.mismatched, _seed(a))
     n = made.n_refused
@@ -54,6 +68,34 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{made.manifest}: {made.n_rows} rows{note}")
     if made.root is not None:
         print(f"its videos are elsewhere: set data.root={made.root}")
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check, and say what was found; 1 if anything is wrong."""
+    from rlvid.data.check import check
+    from rlvid.data.dialects.dialect import Roots
+
+    a = arguments
+    report = check(a.files, a.dialect, Roots(a.videos, mapped=_mapped(a.map)), a.decode)
+    for name, n in sorted(report.counts.items(), key=lambda item: -item[1]):
+        if n:
+            print(f"{n:>9,}  {name}")
+    faults = {name: found for name, found in report.faults.items() if found}
+    for name, found in sorted(faults.items(), key=lambda item: -len(item[1])):
+        print(f"\n{len(found):>9,}  {name}")
+        shown = found if a.all else found[:SHOWN]
+        print("\n".join(f"{'':11}{example}" for example in shown))
+        if len(found) > len(shown):
+            print(f"{'':11}... and {len(found) - len(shown)} more")
+    print(json.dumps({"rows": report.counts["rows"], "faults": {name: len(found) for name, found in faults.items()}}))
+    return 1 if faults else 0
+
+
+def _mapped(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    parts = [text.partition("=") for text in texts]
+    if wrong := ["".join(own) for own in parts if not all(own)]:
+        raise UserError(f"--map {wrong[0]}: expected OLD=NEW")
+    return tuple((old, new) for old, _, new in parts)
 
 
 def add_synth(command: argparse.ArgumentParser) -> None:

@@ -89,17 +89,31 @@ class JobSpec:
 # --- manifests --------------------------------------------------------------------------------------------------------
 
 
-def read_samples(path: Path, data: DataConfig) -> Rows:
+def load(path: Path, data: DataConfig, needs_answer: bool = True) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """The samples of a manifest or a published file, and (id, reason) of the items of a file that cannot be used."""
     from rlvid.data.manifest import load_manifest
 
-    return Rows(load_manifest(path, data.root, data.system_prompt, data.suffix))
+    if data.dialect is None:
+        return load_manifest(path, data.root, data.system_prompt, data.suffix, needs_answer), []
+    from rlvid.data.dialects import DIALECTS
+    from rlvid.data.dialects.conversion import load_published
+    from rlvid.data.dialects.dialect import Roots
+
+    roots = Roots(data.root, mapped=tuple(data.path_map.items()))
+    return load_published(path, DIALECTS[data.dialect], roots, data.system_prompt, data.suffix, needs_answer)
+
+
+def read_samples(path: Path, data: DataConfig) -> Rows:
+    samples, refused = load(path, data)
+    return Rows(samples, (), refused)
 
 
 def read_pairs(path: Path, data: DataConfig) -> Rows:
-    from rlvid.data.preferences import load_preferences
+    from rlvid.data.preferences import pairs_of
 
-    pairs = load_preferences(path, data.root, data.system_prompt, data.suffix)
-    return Rows([pair.sample for pair in pairs], pairs)
+    samples, refused = load(path, data, needs_answer=False)
+    pairs = pairs_of(path, samples)
+    return Rows([pair.sample for pair in pairs], pairs, refused)
 
 
 def _synthetic_pairs(manifest: Path) -> Path:
@@ -127,11 +141,10 @@ def graded(cfg: RewardModelJobConfig) -> ManifestKind:
         return PAIRS
 
     def read(path: Path, data: DataConfig) -> Rows:
-        from rlvid.data.manifest import load_manifest
-
-        samples, refused = [], []
+        samples = []
         needs_answer = rubric.kind == "thinking"  # it learns the reasoning; the others learn from labels alone
-        for sample in load_manifest(path, data.root, data.system_prompt, data.suffix, needs_answer):
+        loaded, refused = load(path, data, needs_answer)
+        for sample in loaded:
             try:
                 samples.append(rubric.graded(sample))
             except NoScore as e:

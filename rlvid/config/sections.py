@@ -191,6 +191,16 @@ class DataConfig(Section):
     """Manifest of training samples (JSON lines, a JSON list or parquet). Empty: the `synthetic` set is made."""
     eval: InputFile | None = None
     """Manifest of held-out samples. An id that `train` has too is an error."""
+    dialect: (
+        Literal[
+            "hound", "llava", "mesc", "mmla", "mmla_text", "rlaif", "sharegpt", "swift", "video_r1", "videofeedback"
+        ]
+        | None
+    ) = None
+    """Form of `train` and `eval`, which are read as they were published; items that cannot be used are left out and
+    listed in refused.jsonl. Empty: manifests (`rlvid data convert --help` says what each dialect is)."""
+    path_map: dict[str, str] = {}
+    """Beginnings of paths in published files, and what to put in their place: {/their/videos: /my/videos}."""
     root: InputFolder | None = None
     """Where relative paths of manifests start; all paths must stay in it. Empty: the manifest's folder."""
     synthetic: SyntheticConfig | None = None
@@ -207,6 +217,15 @@ class DataConfig(Section):
     """System turn of every conversation that has none."""
     suffix: str = ""
     """Text after every question, for example how to format the answer."""
+
+    @model_validator(mode="after")
+    def _dialects_are_of_files(self) -> DataConfig:
+        refuse_if(
+            self.dialect is not None and self.synthetic is not None,
+            f"dialect={self.dialect} is of published files, and synthetic makes a manifest: leave one of them out",
+        )
+        refuse_if(self.path_map and self.dialect is None, "path_map has no effect without dialect: set it too")
+        return self
 
 
 class VideoConfig(Section):

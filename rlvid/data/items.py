@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 from rlvid.errors import UserError
 
+TABLES = (".tsv", ".csv")
 SHOWN = 20  # errors of one file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSED = {
-    b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
@@ -24,16 +27,23 @@ class Refused(ValueError):
     """A row or an item that cannot be used. The message says why."""
 
 
-def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
-    """The items of a file in their order, each with its number from 1: of its line in JSON lines, else of the item.
+def read_items(path: Path, tables: bool = False) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    """The items of a file in their order, each with its number from 1: of its line in JSON lines and tables, else of
+    the item. The file may be compressed with gzip.
 
     An item that is no JSON object is a `Refused`, so that the caller can report several.
+
+    Args:
+        tables: read a table of text too (.tsv, .csv): an item a line, with its header's names.
 
     Raises:
         UserError: the file cannot be read, or holds neither JSON nor parquet.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
+            if tables and path.name.removesuffix(".gz").endswith(TABLES):
+                yield from _table(file, "," if ".csv" in path.suffixes else "\t")
+                return
             head = file.read(4096).removeprefix(BYTE_ORDER_MARK)
             file.seek(0)
             _check_kind(path, head)
@@ -46,9 +56,28 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
                 yield from enumerate(map(_object, items), start=1)
             else:
                 yield from ((n, _object(_parsed(line))) for n, line in enumerate(file, start=1) if line.strip())
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, EOFError) as error:  # EOFError: gzip, cut short
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the file ({reason}); give JSON lines, a JSON array or parquet") from None
+
+
+def opened(path: Path) -> BinaryIO:
+    """The bytes of a file, uncompressed."""
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path)) if is_gzip else path.open("rb")
+
+
+def _table(file: BinaryIO, separator: str) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    # quotes are those of speech, in a table whose separator is a tab
+    rows = csv.DictReader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
+    try:
+        for row in rows:
+            is_whole = None not in row and None not in row.values()
+            yield rows.line_num, dict(row) if is_whole else Refused("it has another number of columns than the header")
+    except UnicodeDecodeError as error:
+        raise UserError(f"a table must be UTF-8: {error}") from None
 
 
 def refuse_all(problems: Sequence[str], hint: str = "") -> NoReturn:
@@ -64,7 +93,7 @@ def _check_kind(path: Path, head: bytes) -> None:
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             raise UserError(f"{path} is compressed ({name}); unpack it, and give JSON lines, a JSON array or parquet")
-    if path.suffix in (".tsv", ".csv") or (b"\t" in head.split(b"\n")[0].strip() and head.lstrip()[:1] not in b"{["):
+    if path.suffix in TABLES or (b"\t" in head.split(b"\n")[0].strip() and head.lstrip()[:1] not in b"{["):
         raise UserError(
             f"{path} is a table of text; write it as JSON lines, for example with pandas: "
             f"read_csv(..., sep='\\t').to_json(..., orient='records', lines=True)"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,25 @@ def load_manifest(
     Raises:
         UserError: the file cannot be read, or its first twenty wrong rows: file and line, what was expected, the fix.
     """
+    return samples_of(path, read_items(path.expanduser()), root, system_prompt, suffix, needs_answer)
+
+
+def samples_of(
+    path: Path,
+    rows: Iterable[tuple[int, dict[str, Any] | Refused]],
+    root: Path | None,
+    system_prompt: str | None,
+    suffix: str,
+    needs_answer: bool,
+) -> list[Sample]:
+    """The samples of the numbered rows of `path`; see `load_manifest`."""
     file = Path(os.path.abspath(path.expanduser()))
     base = Path(os.path.abspath(root.expanduser())) if root is not None else file.parent
-    reader = _RowReader(MediaReader(base, root is not None), system_prompt, suffix, needs_answer)
+    reader = RowReader(MediaReader(base, root is not None), system_prompt, suffix, needs_answer)
     samples: list[Sample] = []
     line_of_id: dict[str, int] = {}
     problems, hint = [], ""
-    for line, row in read_items(path.expanduser()):
+    for line, row in rows:
         try:
             if isinstance(row, Refused):
                 raise row
@@ -101,7 +113,7 @@ def _dialect_hint(path: Path, row: Mapping[str, Any]) -> str:
     return f"its rows look like {name}; to read them: rlvid data convert {path} OUT --from {name}" if name else ""
 
 
-class _RowReader:
+class RowReader:
     """Makes samples of a manifest's rows. All of its methods raise `Refused` with the reason."""
 
     def __init__(self, media: MediaReader, system_prompt: str | None, suffix: str, needs_answer: bool):

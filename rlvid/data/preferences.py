@@ -6,6 +6,7 @@ kept in `Preference.meta` (`judge`, `iteration` and so on).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ def load_preferences(path: Path, root: Path | None, system_prompt: str | None, s
     Raises:
         UserError: the first wrong rows: a side is missing or empty, both are the same, or what `load_manifest` refuses.
     """
+    return pairs_of(path, load_manifest(path, root, system_prompt, suffix, needs_answer=False))
+
+
+def pairs_of(path: Path, samples: Iterable[Sample]) -> list[Preference]:
+    """The pairs of the rows of `path`; see `load_preferences`."""
     pairs, problems = [], []
-    for sample in load_manifest(path, root, system_prompt, suffix, needs_answer=False):
+    for sample in samples:
         try:
             pairs.append(_pair(sample))
         except Refused as refused:

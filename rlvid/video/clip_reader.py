@@ -75,12 +75,12 @@ class ClipReader:
         """
         path = medium.path
         content_sha256 = self._content_sha256(medium)
-        is_of_pictures = medium.kind == "image" or bool(medium.pictures) or path.lower().endswith(ANIMATED)
-        reader = load_reader("picture" if is_of_pictures else self.video.reader)
+        name = reader_of(medium, self.video)
+        reader = load_reader(name)
         clip_id = self.clip_id(medium, content_sha256, reader.NAME)
 
         def decode() -> Clip:
-            if not is_of_pictures and (missing := missing_bytes(path)):
+            if name != "picture" and (missing := missing_bytes(path)):
                 raise BadClip(path, f"is cut short ({missing} bytes are missing at its end)")
             decoded = reader.read_frames(medium, self._video_of(medium), self.multiple)
             return Clip(clip_id=clip_id, reader=reader.NAME, content_sha256=content_sha256, **vars(decoded))
@@ -139,6 +139,12 @@ class ClipReader:
             raise BadClip(path, "there is no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise BadClip(path, f"cannot be opened: {getattr(error, 'strerror', error)}") from error
+
+
+def reader_of(medium: Medium, video: VideoConfig) -> str:
+    """Name of the reader of a medium."""
+    is_of_pictures = medium.kind == "image" or bool(medium.pictures) or medium.path.lower().endswith(ANIMATED)
+    return "picture" if is_of_pictures else video.reader
 
 
 def load_reader(name: str) -> Any:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import lzma
 import os
 import time
 import tracemalloc
@@ -411,12 +412,21 @@ def test_parquet_is_read_and_empty_cells_are_absent(tmp_path: Path) -> None:
 
 def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     text = json.dumps(ROW).encode() + b"\n"
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(text))
     (tmp_path / "a.tsv").write_text("id\tquestion\n1\tWhat?\n")
     (tmp_path / "a.jsonl").write_text("id\tquestion\n1\tWhat?\n")
-    for name, message in (("a.jsonl.gz", r"compressed \(gzip\)"), ("a.tsv", "pandas"), ("a.jsonl", "pandas")):
+    for name, message in (("a.jsonl.xz", r"compressed \(xz\)"), ("a.tsv", "pandas"), ("a.jsonl", "pandas")):
         with pytest.raises(UserError, match=f"{name} is .*{message}"):
             load(tmp_path / name)
+
+
+def test_a_gzipped_manifest_is_read_and_one_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    content = gzip.compress(json.dumps(ROW).encode() + b"\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    assert load(tmp_path / "a.jsonl.gz") == load(write(tmp_path, ROW))
+    (tmp_path / "a.jsonl.gz").write_bytes(content[:-12])
+    with pytest.raises(UserError, match="a.jsonl.gz: cannot read the file"):
+        load(tmp_path / "a.jsonl.gz")
 
 
 def test_rows_of_a_dialect_are_named_with_the_command_that_reads_them(tmp_path: Path) -> None:

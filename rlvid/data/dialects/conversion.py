@@ -9,12 +9,30 @@ from pathlib import Path
 
 import numpy as np
 
-from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, files_of, media_in, plain
 from rlvid.data.items import read_items, refuse_all
+from rlvid.data.manifest import samples_of
 from rlvid.errors import UserError
 from rlvid.files import naming_write_errors, write_rows
+from rlvid.types import Sample
 
 MANIFEST, REFUSED = "manifest.jsonl", "refused.jsonl"
+PATTERNS = ("*.json", "*.jsonl", "*.parquet", "*.tsv")
+
+
+def load_published(
+    source: Path, dialect: Dialect, roots: Roots, system_prompt: str | None, suffix: str, needs_answer: bool = True
+) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """The samples of a published file as it is, and (id, reason) of the items that cannot be used.
+
+    Raises:
+        UserError: the file cannot be read, or no item is left.
+    """
+    rows, refused = read_published(source, dialect, roots)
+    _check_some_left(str(source), rows, refused)
+    items = [(int(where.rpartition(":")[2]), plain(row)) for where, row in rows.items()]
+    samples = samples_of(source, items, Path("/"), system_prompt, suffix, needs_answer)
+    return samples, [(str(row["id"] or row["where"]), str(row["reason"])) for row in refused.values()]
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ def convert(
         raise UserError(f"--mismatched is a share from 0 to 1, got {mismatched:g}")
     if mismatched and dialect.mismatch is None:
         raise UserError("--mismatched: this dialect has no rows that could be mismatched")
-    rows, refused = _read(source, dialect, roots)
+    rows, refused = read_published(source, dialect, roots)
     rows = {where: row for where, row in rows.items() if only in (None, row.get("source"))}
     _check_some_left(f"{source}{f' of source {only}' if only else ''}", rows, refused)
     more = dialect.mismatch([*rows.values()], mismatched, np.random.default_rng(seed)) if dialect.mismatch else []
@@ -67,21 +85,33 @@ def convert(
     return Converted(out / MANIFEST, len(written), len(refused), root)
 
 
-def _read(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Rows, and a note on each refused item, both by file and line."""
-    patterns = ("*.json", "*.jsonl", "*.parquet")
-    files = sorted(f for p in patterns for f in source.rglob(p)) if source.is_dir() else [source]
+def files_of_items(source: Path) -> list[Path]:
+    """The files of a folder; or a file alone.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    files = sorted(f for p in PATTERNS for f in source.rglob(p)) if source.is_dir() else [source]
     if not files:
-        raise UserError(f"{source} holds no file of items ({', '.join(patterns)})")
+        raise UserError(f"{source} holds no file of items ({', '.join(PATTERNS)})")
+    return files
+
+
+def read_published(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[str, Row], dict[str, Row]]:
+    """Rows, and a note on each refused item, both by file and line.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     rows, refused, first = dict[str, Row](), dict[str, Row](), dict[str, str]()
-    for file in files:
-        at = replace(roots, folder=(roots.folder or file.parent).absolute())
-        for number, item in read_items(file):
+    for file in files_of_items(source):
+        at = replace(roots, folder=(roots.folder or file.parent).absolute(), file=file.absolute())
+        for number, item in read_items(file, tables=True):
             where, name = f"{file}:{number}", ""
             try:
                 if isinstance(item, Refused):
                     raise item
-                name = _id(item)
+                name = id_of(item) or (f"{file.stem}-{number}" if dialect.is_numbered else "")
                 row = {"id": name, **dialect.read(item, at)}
                 if not row["id"]:
                     raise Refused("expected an object with an id")
@@ -93,7 +123,8 @@ def _read(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[str, Row],
     return rows, refused
 
 
-def _id(item: Item) -> str:
+def id_of(item: Item) -> str:
+    """The item's own id; empty if it has none."""
     value = item.get("id")
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
@@ -104,28 +135,10 @@ def _check_some_left(source: str, rows: Mapping[str, Row], refused: Mapping[str,
         refuse_all([f"no item left of {source}, {len(refused)} refused", *first])
 
 
-def _videos(row: Row) -> list[Path | Pictures]:
-    video = row.get("video")
-    return video if isinstance(video, list) else [] if video is None else [video]
-
-
-def _files(medium: Path | Pictures) -> Sequence[Path]:
-    return medium.files if isinstance(medium, Pictures) else (medium,)
-
-
 def _written(rows: Sequence[Row], out: Path) -> tuple[list[Row], Path | None]:
     """Rows with paths as text, and the folder above all of them where that is not `out`."""
-    files = {file for row in rows for medium in _videos(row) for file in _files(medium)}
+    files = {file for row in rows for medium in media_in(row) for file in files_of(medium)}
     is_inside = all(file.is_relative_to(out) for file in files)
     texts = {file: os.path.relpath(file, out) if is_inside else str(file) for file in files}
-    written = []
-    for row in rows:
-        own = [
-            [texts[file] for file in medium.files] if isinstance(medium, Pictures) else texts[medium]
-            for medium in _videos(row)
-        ]
-        new: Row = {"video": own if isinstance(row.get("video"), list) else own[0]} if own else {}
-        if rates := [medium.fps for medium in _videos(row) if isinstance(medium, Pictures)]:
-            new["fps"] = rates[0]  # a dialect has one rate
-        written.append({**row, **new})
+    written = [plain(row, texts.__getitem__) for row in rows]
     return written, None if is_inside else Path(os.path.commonpath([file.parent for file in files]))

@@ -7,7 +7,7 @@ there, and gives `Pictures` where a video comes as frames.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Roots:
 
     folder: Path | None = None  # where relative paths start; None: the folder of the items' file
     mapped: tuple[tuple[str, str], ...] = ()  # (old, new) beginnings of paths
+    file: Path | None = None  # of the items
 
     def find(self, *names: str, is_there: Callable[[Path], bool] = Path.is_file) -> Path:
         """The first of `names` that is there, as absolute path.
@@ -62,16 +63,46 @@ class Dialect:
         read: The row of an item, with "video" an absolute path, `Pictures`, or a list of these; the item's id is its id
             unless it has another one. Raises `Refused` with the reason why an item cannot be used.
         about: For the help.
-        keys: An item with all of these is taken for one of this dialect, in the message about a wrong manifest.
+        is_like: Whether an item is surely of this dialect.
+        is_numbered: Items may have no id; they are numbered.
         sources: Values of the rows' field "source", which `--source` selects.
         mismatch: More rows for a share of the rows, whose text is that of another video.
     """
 
     read: Callable[[Item, Roots], Row]
     about: str
-    keys: frozenset[str]
+    is_like: Callable[[Item], bool]
+    is_numbered: bool = False
     sources: tuple[str, ...] = ()
     mismatch: Callable[[Sequence[Row], float, np.random.Generator], list[Row]] | None = None
+
+
+def files_of(medium: Path | Pictures) -> Sequence[Path]:
+    return medium.files if isinstance(medium, Pictures) else (medium,)
+
+
+def plain(value: Any, text: Callable[[Path], str] = str) -> Any:
+    """A row as a manifest has it: paths as text, and pictures as the list of theirs, with `fps` beside it."""
+    if isinstance(value, Path):
+        return text(value)
+    if isinstance(value, Pictures):
+        return [text(file) for file in value.files]
+    if isinstance(value, list):
+        return [plain(part, text) for part in value]
+    if not isinstance(value, dict):
+        return value
+    videos = value.get("video")
+    rates = [m.fps for m in (videos if isinstance(videos, list) else [videos]) if isinstance(m, Pictures)]
+    return {key: plain(part, text) for key, part in value.items()} | ({"fps": rates[0]} if rates else {})
+
+
+def media_in(value: Any) -> Iterator[Path | Pictures]:
+    """All media of a row."""
+    if isinstance(value, Path | Pictures):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from media_in(part)
 
 
 def text_of(item: Item, key: str) -> str:

@@ -17,16 +17,22 @@ FPS = 2  # ffmpeg fps=2 in its setup
 def read(item: Item, roots: Roots) -> Row:
     video = text_of(item, "video")
     return {
-        "video": _video(roots, video),
+        "video": video_or_frames(roots, video),
         "question": question_of(text_of(item, "prompt")),
         **sides(text_of(item, "chosen"), text_of(item, "rejected")),
         **{k: item[k] for k in ("answer", "chosen_score", "rejected_score") if item.get(k) is not None},
     }
 
 
-def _video(roots: Roots, name: str) -> Path | Pictures:
-    path = roots.find(*(name + suffix for suffix in VIDEOS), name, is_there=lambda p: p.is_file() or p.is_dir())
-    if path.is_file():
+def video_or_frames(roots: Roots, name: str) -> Path | Pictures:
+    """A video file, perhaps named without its suffix, or the frames in a folder.
+
+    Raises:
+        Refused: it is not there, or the folder holds no frames.
+    """
+    names = (name,) if name.lower().endswith(VIDEOS) else (*(name + suffix for suffix in VIDEOS), name)
+    path = roots.find(*names, is_there=lambda p: p.is_file() or p.is_dir())
+    if not path.is_dir():
         return path
     files = tuple(sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES))
     if not files:
@@ -34,4 +40,6 @@ def _video(roots: Roots, name: str) -> Path | Pictures:
     return Pictures(files, FPS)
 
 
-DIALECT = Dialect(read, "LLaVA-Hound: preference pairs", frozenset({"prompt", "video", "chosen", "rejected"}))
+DIALECT = Dialect(
+    read, "LLaVA-Hound: preference pairs", lambda item: {"prompt", "video", "chosen", "rejected"} <= item.keys()
+)

@@ -29,4 +29,4 @@ def read(item: Item, roots: Roots) -> Row:
     }
 
 
-DIALECT = Dialect(read, "VLM-RLAIF: preference pairs", frozenset({"conversations", "output_1", "output_2"}))
+DIALECT = Dialect(read, "VLM-RLAIF: preference pairs", lambda item: {"output_1", "output_2"} <= item.keys())

@@ -113,7 +113,7 @@ def _video(item: Item, roots: Roots) -> Path | Pictures:
 DIALECT = Dialect(
     read,
     "VideoFeedback: generated videos with five human scores",
-    frozenset({"id", "images", "prompt", "labels"}),
+    lambda item: {"id", "images", "prompt", "labels"} <= item.keys(),
     sources=("annotated", "real"),
     mismatch=mismatch,
 )

@@ -1,0 +1,143 @@
+"""Items with a conversation and the media it is about: the forms of LLaMA-Factory, ms-swift, and LLaVA and its heirs.
+
+- sharegpt (LLaMA-Factory): `conversations` of `{"from", "value"}`, or `messages` of `{"role", "content"}`, with
+  `videos`, `images` and one `<video>` or `<image>` in the text for each of them. Other keys are no media.
+- swift: `query`, `response` and perhaps `history` and `system`, or `messages`; media as above, before the first
+  question where no placeholder says otherwise.
+- llava (LLaVA, LLaVA-NeXT, LLaVA-CoT, VideoLLaMA2 and 3, the SFT files of LLaVA-Hound): `conversations` with `video` or
+  `image`, a path, a folder of frames, or a list; `<image>` may stand for a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row, text_of
+from rlvid.data.dialects.hound import video_or_frames
+from rlvid.data.row_media import PLACEHOLDER, VIDEOS
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+Media = Sequence[Path | Pictures]
+
+
+def conversation(turns: Sequence[tuple[str, str]], videos: Media, images: Media, is_placed: bool = False) -> Row:
+    """A row in the messages form.
+
+    Args:
+        turns: (role, text); the last one is the answer.
+        is_placed: every medium must have its placeholder; otherwise media without any come before the first question.
+
+    Raises:
+        Refused: the turns end otherwise, or placeholders and media do not match.
+    """
+    if not turns or turns[-1][0] != "assistant":
+        raise Refused("the conversation does not end with an answer")
+    *asked, (_, answer) = turns
+    if not answer.strip():
+        raise Refused("the answer is empty")
+    waiting = {"video": list(videos), "image": list(images)}
+    n_media, n_places = len(videos) + len(images), sum(len(PLACEHOLDER.findall(text)) for _, text in asked)
+    if n_places != n_media and (n_places or is_placed):
+        raise Refused(f"{n_places} placeholders for {n_media} media")
+    messages = []
+    for role, text in asked:
+        content: list[dict[str, Any]] = []
+        if n_media and not n_places and role == "user":
+            content = [{"type": kind, kind: medium} for kind, media in waiting.items() for medium in media]
+            waiting = {"video": [], "image": []}
+        for i, piece in enumerate(PLACEHOLDER.split(text)):  # text, kind, text
+            if i % 2:
+                kind = piece if waiting[piece] else "video"  # <image> for a video
+                if not waiting[kind]:
+                    raise Refused(f"a <{piece}> has no {piece}")
+                content.append({"type": kind, kind: waiting[kind].pop(0)})
+            elif piece.strip():
+                content.append({"type": "text", "text": piece.strip("\n")})
+        messages.append({"role": role, "content": content})
+    if not any(message["role"] == "user" for message in messages):
+        raise Refused("the conversation has no question")
+    return {"messages": messages, "answer": answer}
+
+
+def turns_of(item: Item) -> list[tuple[str, str]]:
+    """(role, text) of an item's turns.
+
+    Raises:
+        Refused: it has no such turns.
+    """
+    found: list[tuple[str, str]] = []
+    if isinstance(system := item.get("system"), str) and system.strip():
+        found.append(("system", system))
+    if "query" in item or "response" in item:
+        for pair in item.get("history") or []:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise Refused("history must be a list of [query, response]")
+            found += zip(("user", "assistant"), pair, strict=True)
+        return [*found, ("user", text_of(item, "query")), ("assistant", text_of(item, "response"))]
+    turns = item.get("conversations", item.get("messages"))
+    if not isinstance(turns, list) or not turns:
+        raise Refused("conversations must be a list of turns that is not empty")
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise Refused("a turn must be an object")
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if role not in ROLES or not isinstance(text, str):
+            raise Refused(f"a turn is from {role!r}; expected a text from one of {', '.join(ROLES)}")
+        found.append((ROLES[role], text))
+    return found
+
+
+def media_of(item: Item, roots: Roots, *keys: str) -> tuple[list[Path | Pictures], list[Path | Pictures]]:
+    """Videos and images that an item names under these keys. A video file is one whatever its key."""
+    videos: list[Path | Pictures] = []
+    images: list[Path | Pictures] = []
+    for key in keys:
+        value = item.get(key)
+        for name in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(name, str) or not name.strip():
+                raise Refused(f"{key} must be a path or a list of paths, got {name!r:.60}")
+            if key.startswith("video") or name.lower().endswith(VIDEOS):
+                videos.append(video_or_frames(roots, name))
+            else:
+                images.append(roots.find(name))
+    return videos, images
+
+
+def _rest(item: Item, *used: str) -> Mapping[str, Any]:
+    return {key: item[key] for key in ("problem_type", "task", "source") if key in item and key not in used}
+
+
+def read_sharegpt(item: Item, roots: Roots) -> Row:
+    return {**conversation(turns_of(item), *media_of(item, roots, "videos", "images"), is_placed=True), **_rest(item)}
+
+
+def read_swift(item: Item, roots: Roots) -> Row:
+    return {**conversation(turns_of(item), *media_of(item, roots, "videos", "images")), **_rest(item)}
+
+
+def read_llava(item: Item, roots: Roots) -> Row:
+    media = media_of(item, roots, "video", "videos", "image", "images")
+    return {**conversation(turns_of(item), *media), **_rest(item)}
+
+
+def _is_sharegpt(item: Item) -> bool:
+    has_turns = "conversations" in item or ("messages" in item and "answer" not in item)
+    return has_turns and not item.keys() & {"video", "image"} and not isinstance(item.get("images"), str)
+
+
+def _is_llava(item: Item) -> bool:
+    turns = item.get("conversations")
+    has_place = isinstance(turns, list) and any(PLACEHOLDER.search(str(turn)) for turn in turns)
+    return has_place and (bool(item.keys() & {"video", "image"}) or isinstance(item.get("images"), str))
+
+
+SHAREGPT = Dialect(read_sharegpt, "LLaMA-Factory: conversations with videos and images", _is_sharegpt, is_numbered=True)
+SWIFT = Dialect(read_swift, "ms-swift: query and response", lambda item: "query" in item, is_numbered=True)
+LLAVA = Dialect(
+    read_llava,
+    "LLaVA, LLaVA-NeXT, LLaVA-CoT, VideoLLaMA2 and 3, LLaVA-Hound's SFT: conversations with video or image",
+    _is_llava,
+    is_numbered=True,
+)

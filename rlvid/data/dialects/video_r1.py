@@ -1,0 +1,40 @@
+"""Video-R1 (Video-R1-CoT-165k and Video-R1-260k).
+
+`{"problem_id", "problem", "data_type": "video" or "image", "problem_type", "options": [...], "process", "solution":
+"<answer>A</answer>", "path", "data_source"}`. The rewards of rlvid/rewards/video_r1.py choose by `problem_type`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
+
+KINDS = ("video", "image")
+
+
+def read(item: Item, roots: Roots) -> Row:
+    kind = item.get("data_type")
+    if kind not in KINDS:
+        raise Refused(f"data_type must be video or image, got {kind!r}")
+    options = item.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise Refused("options must be a list of texts")
+    answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", text_of(item, "solution"), re.DOTALL)
+    if answer is None or not answer[1].strip():
+        raise Refused("solution must be <answer>...</answer> with something inside")
+    row: Row = {
+        "id": str(item.get("problem_id", "")),
+        kind: roots.find(text_of(item, "path")),
+        "question": "\n".join([text_of(item, "problem"), *(["Options:", *options] if options else [])]),
+        "answer": answer[1].strip(),
+        "problem_type": text_of(item, "problem_type"),
+    }
+    if source := item.get("data_source"):
+        row["source"] = source
+    if isinstance(process := item.get("process"), str) and process.strip():
+        row["reasoning"] = process
+    return row
+
+
+DIALECT = Dialect(read, "Video-R1: problems with rule rewards", lambda item: {"problem_id", "solution"} <= item.keys())
