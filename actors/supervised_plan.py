@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.supervised_tasks import Example, Task
 from rlvid.config import JobConfig
-from rlvid.data.order import batch_indices
+from rlvid.data.order import Strata, batch_indices
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 
@@ -39,6 +39,7 @@ class Plan:
     folder: Path  # checkpoints, logs
     out: Path  # the trained model, a checkpoint folder that appears whole
     evaluated: int = -1  # step of the last evaluation that the driver has logged
+    together: Strata | None = None  # examples that follow each other, and mostly go to one worker
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -51,14 +52,15 @@ class Plan:
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of one mini-batch, over all workers: a function of seed and step alone."""
         size = self.cfg.train.batch_size
-        return batch_indices(len(self.train), self.cfg.seed, step * size, size)
+        return batch_indices(len(self.train), self.cfg.seed, step * size, size, together=self.together)
 
     def shares(self, rank: int, world: int, start: int) -> list[tuple[int, int]]:
-        """(step, index of an example) of everything that a rank trains on from step `start` on: every world-th example
-        of each mini-batch, so neither a restart nor another number of workers changes a mini-batch."""
+        """(step, index of an example) of everything that a rank trains on from step `start` on: its part of each
+        mini-batch, so neither a restart nor another number of workers changes a mini-batch."""
         size, steps = self.cfg.train.batch_size, self.cfg.train.steps
-        order = batch_indices(len(self.train), self.cfg.seed, start * size, (steps - start) * size)
-        return [(start + i // size, index) for i, index in enumerate(order) if i % size % world == rank]
+        n, count = len(self.train), (steps - start) * size
+        order = batch_indices(n, self.cfg.seed, start * size, count, together=self.together)
+        return [(start + i // size, index) for i, index in enumerate(order) if i % size * world // size == rank]
 
     def is_evaluated_after(self, step: int) -> bool:
         """Before the first step, every `evaluate.every` steps and after the last one; each evaluation once."""

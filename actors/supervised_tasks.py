@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rlvid.config import DpoConfig
+from rlvid.config import DpoConfig, SftConfig
 from rlvid.errors import UserError
 from rlvid.evaluation.metrics import accuracy_metrics, rank_metrics
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
-from rlvid.types import Preference, Prompt, Sample
+from rlvid.types import Preference, Prompt, Sample, Span
 
 if TYPE_CHECKING:
     from actors.supervised_worker import Worker
@@ -99,6 +99,47 @@ class Supervised:
 
     def save(self, folder: Path) -> None:
         """Add to the exported checkpoint; rank 0 alone."""
+
+
+class Answers(Supervised):
+    """Given answers, and earlier turns of the assistant, in one forward of the conversation. Conversations about the
+    same media share the forward of what they begin with."""
+
+    def __init__(self, cfg: SftConfig):
+        self._cfg = cfg
+
+    def group(self, prompt: Prompt, example: Example) -> Group[Prompt]:
+        group = super().group(prompt, example)
+        return replace(group, in_prompt=trained_turns(example.sample, prompt, self._cfg.loss))
+
+    def batch(self, step: int, groups: list[Group[Prompt]]) -> tuple[list[Group[Prompt]], Objective, Metrics]:
+        from rlvid.training import objectives
+        from rlvid.training.shared_media import TRAINED, merged, with_trained
+
+        groups = [with_trained(group) for group in groups]
+        if self.worker.cfg.train.shared_prefix:
+            groups = merged(groups)
+        (n_tokens,) = self.worker.sum(sum(float(g.tokens[TRAINED].sum()) for g in groups))
+        return [g.with_tokens(weights=g.tokens[TRAINED] / n_tokens) for g in groups], objectives.Supervised(), {}
+
+
+def trained_turns(sample: Sample, prompt: Prompt, loss: str) -> tuple[Span, ...]:
+    """Runs of the prompt's tokens that are trained; `loss` is `sft.loss`.
+
+    Raises:
+        UserError: the chat template writes an earlier turn in another form than it was generated in.
+    """
+    if loss == "last":
+        return ()
+    turns = [message for message in sample.messages if message.role == "assistant"]
+    chosen = [span for m, span in zip(turns, prompt.answered, strict=True) if loss == "all" or m.is_marked]
+    if None in chosen:
+        raise UserError(
+            f"sample {sample.id!r}: the model's chat template writes an earlier answer in another form than it is "
+            f"generated in, so it cannot be trained inside the conversation: set sft.loss to last, and make a row of "
+            f"each turn that is to be trained"
+        )
+    return tuple(span for span in chosen if span is not None)
 
 
 Task = Supervised

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.supervised_tasks import Example, Supervised
+from actors.supervised_tasks import Answers, Example
 from jobs.cli import job_main
 from jobs.inputs import open_job
 from jobs.supervised import results, train_job
@@ -18,7 +18,8 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
     with open_job(cfg, "sft") as (run, inputs):
         inputs.require_training_data()
         train, held_out = ([Example.of_answer(s) for s in samples] for samples in (inputs.train, inputs.held_out))
-        metrics = train_job(run, inputs, Supervised(), train, held_out, "supervised fine-tuning")
+        task, together = Answers(cfg.sft), cfg.sft.share_media
+        metrics = train_job(run, inputs, task, train, held_out, "supervised fine-tuning", together)
         return {**results(metrics, RESULT), "steps": cfg.train.steps, **run.ending()}
 
 

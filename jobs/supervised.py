@@ -16,6 +16,7 @@ from actors.supervised_plan import Plan, SupervisedTraining
 from actors.supervised_tasks import Example, Task
 from jobs.inputs import Inputs
 from jobs.run import Run, check_resumable, how_to_resume
+from rlvid.data.order import Strata
 from rlvid.files import write_atomic
 
 METRICS_FILE = "training.json"  # beside the exported model: what `Training.train` returned
@@ -26,9 +27,18 @@ Metrics = dict[str, float]
 
 
 def train_job(
-    run: Run, inputs: Inputs, task: Task, train: Sequence[Example], held_out: Sequence[Example], phase: str
+    run: Run,
+    inputs: Inputs,
+    task: Task,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    phase: str,
+    keeps_media_together: bool = False,
 ) -> Metrics:
     """The training of a whole job: from the newest checkpoint of its run folder to `policy`, with every step logged.
+
+    Args:
+        keeps_media_together: examples about the same media follow each other in an epoch.
 
     Returns:
         The last value of each metric, and `eval/accuracy_before` of the evaluation before the first step.
@@ -36,7 +46,10 @@ def train_job(
     run.resume_point()
     cfg, out = run.cfg, run.folder.dir.resolve() / "policy"
     shown = tuple(held_out[: cfg.evaluate.max_samples])
-    plan = Plan(cfg, task, inputs.model.resolve(), tuple(train), shown, out.parent, out)
+    together = None
+    if keeps_media_together:
+        together = Strata.of([example.sample.media or example.sample.id for example in train])
+    plan = Plan(cfg, task, inputs.model.resolve(), tuple(train), shown, out.parent, out, together=together)
     return Training(run, inputs, plan, is_logged=True).train(phase)
 
 

@@ -58,6 +58,7 @@ class Message:
 
     role: str  # "system" | "user" | "assistant"
     content: tuple[str | MediumRef, ...]
+    is_marked: bool = False  # an assistant's turn that is trained with sft.loss=marked
 
     @property
     def text(self) -> str:
@@ -130,6 +131,8 @@ class Prompt:
     grid_thw: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
     spans: tuple[Span, ...] = ()  # placeholder runs in order: one a video, or one a temporal patch (Qwen3-VL)
     clip_ids: tuple[str, ...] = ()  # V
+    # The assistant's turns, each with its end-of-turn token; None: the chat template does not repeat them as they were
+    answered: tuple[Span | None, ...] = ()
     seconds_per_patch: tuple[float, ...] = ()  # V seconds from one temporal patch to the next
 
     @property

@@ -7,6 +7,7 @@ from rlvid.config.algorithms import (
     IsrtConfig,
     JudgeConfig,
     RewardModelConfig,
+    SftConfig,
 )
 from rlvid.config.jobs import (
     DpoJobConfig,

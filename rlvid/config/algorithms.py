@@ -15,6 +15,17 @@ DIMS2 = ("visual quality", "text-to-video alignment", "physical/common-sense con
 """Dimensions of VideoScore2."""
 
 
+class SftConfig(Section):
+    """Which answers are trained."""
+
+    loss: Literal["last", "all", "marked"] = "last"
+    """last: the answer of each row. all: earlier turns of the assistant too. marked: those of them that the manifest
+    marks with `"train": true`, and the answer. The conversation has one forward in any case."""
+    share_media: bool = False
+    """Rows about the same video or image follow each other in an epoch, and their common beginning, media included, has
+    one forward. For manifests with several questions about a video; a batch then has fewer different videos."""
+
+
 class DpoConfig(Section):
     """Loss on preference pairs, and its reference model."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig
+from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig, SftConfig
 from rlvid.config.limits import DeadlinesConfig, ParityConfig
 from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
 from rlvid.config.rewards import EndpointPart, ExactPart, JudgePart, ModelPart, RewardPartsConfig
@@ -178,6 +178,8 @@ def _check_engine(cfg: JobConfig) -> None:
 
 class SftJobConfig(JobConfig):
     """`rlvid sft`: supervised fine-tuning on the manifest's answers."""
+
+    sft: SftConfig = SftConfig()
 
 
 class DpoJobConfig(JobConfig):

@@ -3,10 +3,11 @@
 The question form is `{"id", "video", "question", "answer"}`, with `video` a path or a list of paths (left out for text
 only) and, if wanted, `choices` and `problem_type`. The media come before the text, unless the question says where with
 one `<video>` for each. The messages form is `{"id", "messages", "answer"}` for several turns; a message is `{"role",
-"content"}`, its content a text or a list of `{"type": "text", "text"}` and `{"type": "video", "video"}`. `video_start`,
-`video_end` (seconds), `fps` and `max_pixels`, on the row or beside the video of a message, say which part of a video is
-read and how. A list of pictures is one video; `fps` then says how many of them are a second. Images are written as
-videos are, under `image`. Other fields are kept in `Sample.extra`.
+"content"}`, its content a text or a list of `{"type": "text", "text"}` and `{"type": "video", "video"}`. An assistant's
+turn with `"train": true` is trained where `sft.loss` is marked. `video_start`, `video_end` (seconds), `fps` and
+`max_pixels`, on the row or beside the video of a message, say which part of a video is read and how. A list of pictures
+is one video; `fps` then says how many of them are a second. Images are written as videos are, under `image`. Other
+fields are kept in `Sample.extra`.
 
 Relative paths start at `data.root`, or at the manifest's folder where it is not set, and no path leads out of it.
 Whether a file is there and can be read is seen later, when the clip is read: one bad clip is quarantined and does not
@@ -175,11 +176,13 @@ class RowReader:
 
     def _message(self, turn: object, index: int, media: list[Medium]) -> Message:
         where = f"messages[{index}]"
-        if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
-            raise Refused(f"{where} must be an object with role and content and nothing else")
-        role, content = turn["role"], turn["content"]
+        if not isinstance(turn, dict) or turn.keys() - {"train"} != {"role", "content"}:
+            raise Refused(f"{where} must be an object with role and content, perhaps with train, and nothing else")
+        role, content, is_marked = turn["role"], turn["content"], turn.get("train", False)
         if role not in ROLES:
             raise Refused(f"{where}.role must be one of {', '.join(ROLES)}; got {role!r}")
+        if not isinstance(is_marked, bool) or (is_marked and role != "assistant"):
+            raise Refused(f"{where}.train must be true or false, and true for turns of the assistant alone")
         if role == "system" and index:
             raise Refused(f"{where}: a system turn can only be the first")
         if isinstance(content, str):
@@ -187,7 +190,7 @@ class RowReader:
         if not isinstance(content, list) or not content:
             raise Refused(f"{where}.content must be a text or a list of text and media parts, and not empty")
         parts = (self._part(part, f"{where}.content[{i}]", role, media) for i, part in enumerate(content))
-        return Message(role, tuple(parts))
+        return Message(role, tuple(parts), is_marked)
 
     def _part(self, part: Any, where: str, role: str, media: list[Medium]) -> str | MediumRef:
         match part:

@@ -28,7 +28,9 @@ class Strata:
         return cls(np.array([code_of[label] for label in labels], dtype=np.int64))
 
 
-def batch_indices(n: int, seed: int, start: int, count: int, strata: Strata | None = None) -> list[int]:
+def batch_indices(
+    n: int, seed: int, start: int, count: int, strata: Strata | None = None, together: Strata | None = None
+) -> list[int]:
     """Positions start .. start + count of the endless stream of epochs, each epoch a permutation of range(n).
 
     Args:
@@ -37,6 +39,7 @@ def batch_indices(n: int, seed: int, start: int, count: int, strata: Strata | No
         start: The data cursor: samples drawn so far.
         count: Samples to draw. A batch may reach over the end of an epoch.
         strata: Each batch has its share of each stratum, give or take a sample. None: that is left to chance.
+        together: Instead, the samples of a stratum follow each other, and the strata are shuffled.
 
     Returns:
         `count` indices below n.
@@ -49,16 +52,20 @@ def batch_indices(n: int, seed: int, start: int, count: int, strata: Strata | No
     indices: list[int] = []
     while len(indices) < count:
         epoch, offset = divmod(start + len(indices), n)
-        indices.extend(_permutation(n, seed, epoch, strata)[offset : offset + count - len(indices)].tolist())
+        indices.extend(_permutation(n, seed, epoch, strata, together)[offset : offset + count - len(indices)].tolist())
     return indices
 
 
 @lru_cache(maxsize=4)  # drawn from batch by batch: that of a million samples takes 0.2 s
-def _permutation(n: int, seed: int, epoch: int, strata: Strata | None) -> npt.NDArray[np.int64]:
+def _permutation(
+    n: int, seed: int, epoch: int, strata: Strata | None, together: Strata | None
+) -> npt.NDArray[np.int64]:
     """[n], the order of one epoch."""
     # Not Generator.permutation: numpy may change the streams of Generator's methods, but not that of a bit generator
     # (NEP 19), and a run may be resumed under another numpy.
     keys = np.random.PCG64([seed, epoch]).random_raw(n)
+    if together is not None:
+        return np.argsort(keys[together.codes], kind="stable")
     order = np.argsort(keys, kind="stable")
     return order if strata is None else order[_spread(strata.codes[order], seed, epoch)]
 

@@ -55,7 +55,11 @@ def pair_row(pair: Preference) -> dict[str, Any]:
     """The manifest row of a pair, in the messages form. Suffix and system prompt are in it already, paths are absolute:
     `data.root` has to be above them."""
     sample = pair.sample
-    messages = [{"role": m.role, "content": [_part(part, sample) for part in m.content]} for m in sample.messages]
+    messages = [
+        {"role": m.role, "content": [_part(part, sample) for part in m.content]}
+        | ({"train": True} if m.is_marked else {})
+        for m in sample.messages
+    ]
     known = {"answer": sample.answer, "problem_type": sample.problem_type}
     row = {"id": sample.id, "messages": messages} | {key: value for key, value in known.items() if value}
     return row | {"chosen": pair.chosen, "rejected": pair.rejected} | dict(pair.meta)

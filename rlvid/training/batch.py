@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rlvid.types import Span
+
 P = TypeVar("P")
 Q = TypeVar("Q")
 Array = npt.NDArray[Any]
@@ -24,48 +26,56 @@ Array = npt.NDArray[Any]
 class Group(Generic[P]):
     """One prompt, the G responses to it, and the arrays of the objective.
 
+    Tokens inside the prompt may be trained too: those of earlier answers, which the prompt's forward predicts anyway.
+
     Raises:
-        ValueError: an array of `tokens` has not one value per response token.
+        ValueError: an array of `tokens` has not one value per trained token.
     """
 
     prompt: P
     prompt_cost: int  # Prompt.cost
     responses: tuple[npt.NDArray[np.int32], ...] = ()  # G arrays [R_g]; none where the prompt itself is scored
-    tokens: Mapping[str, Array] = field(default_factory=dict)  # name -> [sum R_g], responses one after another
+    tokens: Mapping[str, Array] = field(default_factory=dict)  # name -> [n_tokens]: `in_prompt`, then the responses
     targets: Mapping[str, Array] = field(default_factory=dict)  # name -> values of the prompt, any shape
     temperature: float | None = None  # responses were sampled at it, with the family's bans; None: they were given
+    in_prompt: tuple[Span, ...] = ()  # runs of the prompt's tokens that are trained
     unit_size: int = 1  # this many neighbours are never separated: 2 for a chosen and a rejected response
 
     def __post_init__(self) -> None:
         for name, values in self.tokens.items():
             if values.shape != (self.n_tokens,):
-                raise ValueError(f"{name} has shape {values.shape}; the responses have {self.n_tokens} tokens")
+                raise ValueError(f"{name} has shape {values.shape}; the group trains {self.n_tokens} tokens")
 
     @property
     def n_tokens(self) -> int:
-        """Response tokens."""
+        """Trained tokens: those of the responses, and of `in_prompt`."""
+        return sum(span.length for span in self.in_prompt) + self._n_response_tokens
+
+    @property
+    def _n_response_tokens(self) -> int:
         return sum(len(ids) for ids in self.responses)
 
     @property
     def cost(self) -> int:
         """Tokens of the group's forward."""
-        return self.prompt_cost + self.n_tokens
+        return self.prompt_cost + self._n_response_tokens
 
     def with_prompt(self, prompt: Q) -> Group[Q]:
         """The same group with its prompt in another form."""
         return replace(self, prompt=prompt)  # type: ignore[return-value, arg-type]
 
     def with_tokens(self, **arrays: Array) -> Group[P]:
-        """The same group with more arrays per response token."""
+        """The same group with more arrays per trained token."""
         return replace(self, tokens={**self.tokens, **arrays})
 
     def cut(self, budget: int) -> list[Group[P]]:
         """The same work in parts of about `budget` tokens with the prompt, each with at least one response.
 
         Beside a prompt that needs nearly all of the budget, or more, a part's responses have 1/64 of it: a pass of a
-        few tokens would hardly use a GPU. A budget of 0 shares nothing: one part per `unit_size` responses.
+        few tokens would hardly use a GPU. A budget of 0 shares nothing: one part per `unit_size` responses. With
+        `in_prompt` the group stays whole.
         """
-        if not self.responses:
+        if not self.responses or self.in_prompt:
             return [self]
         parts, first, room = [], 0, max(budget - self.prompt_cost, budget // 64)
         lengths = [len(ids) for ids in self.responses]

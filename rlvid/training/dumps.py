@@ -69,9 +69,13 @@ def load_dump(folder: Path) -> Experience:
     prompts, rollouts, rewards = [], [], []
     for i, row in enumerate(rows):
         name, question, answer, problem_type = row["sample"]
+        token_ids, positions, patches, grid_thw = (arrays[f"{i}.{key}"] for key in OF_PROMPT)
         prompt = Prompt(
             name,
-            **{key: arrays[f"{i}.{key}"] for key in OF_PROMPT},
+            token_ids,
+            positions,
+            patches,
+            grid_thw,
             spans=tuple(Span(**span) for span in row["spans"]),
             clip_ids=tuple(row["clip_ids"]),
             seconds_per_patch=tuple(row["seconds_per_patch"]),

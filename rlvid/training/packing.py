@@ -72,6 +72,9 @@ def pack(groups: Sequence[Group[Prompt]]) -> PackedRow:
         ids += [prompt.token_ids, *group.responses]
         following = [np.tile(prompt.next_position + np.arange(n), (len(prompt.positions), 1)) for n in lengths]
         positions += [prompt.positions, *following]
+        for span in group.in_prompt:
+            source.append(at + span.offset - 1 + np.arange(span.length))
+            target.append(prompt.token_ids[span.offset : span.offset + span.length])
         source += [np.r_[last, begin : begin + n - 1] for begin, n in zip(bounds, lengths, strict=False)]
         target += group.responses
         ends += list(bounds[1:] - 1) or [last]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from actors.supervised_tasks import Example, Preferred, Supervised, other_response
+from actors.supervised_tasks import Example, Preferred, Supervised, other_response, trained_turns
 from rlvid.config import DpoConfig
 from rlvid.errors import UserError
-from rlvid.types import Medium, Message, Preference, Sample
+from rlvid.types import Medium, Message, Preference, Prompt, Sample, Span
 from tests.ranks import run_ranks
 
 
@@ -50,6 +52,21 @@ def test_kto_on_a_single_prompt_is_refused(tmp_path: Path) -> None:
 def test_the_held_out_loss_of_answers_is_a_mean_over_tokens() -> None:
     examples = pairs("a", "b")
     assert Supervised().summarize(examples, [(6.0, 3), (1.0, 1)]) == {"loss": 7 / 4, "n": 2.0}
+
+
+def test_which_earlier_answers_are_trained() -> None:
+    turns = [Message(role, ("?",), is_marked=i == 3) for i, role in enumerate(("user", "assistant") * 2 + ("user",))]
+    conversation = Sample("s", (), tuple(turns), "x")
+    spans = (Span(3, 2), Span(8, 4))
+    prompt = Prompt("s", np.zeros(20, np.int32), np.zeros((1, 20), np.int32), answered=spans)
+    chosen = {loss: trained_turns(conversation, prompt, loss) for loss in ("last", "marked", "all")}
+    assert chosen == {"last": (), "marked": spans[1:], "all": spans}
+    rewritten = replace(prompt, answered=(None, spans[1]))
+    assert trained_turns(conversation, rewritten, "marked") == spans[1:]
+    with pytest.raises(
+        UserError, match="sample 's': the model's chat template writes an earlier answer in another form"
+    ):
+        trained_turns(conversation, rewritten, "all")
 
 
 def test_preferences_are_summarised_by_means_over_pairs(tmp_path: Path) -> None:

@@ -167,6 +167,19 @@ def test_messages_form_keeps_the_order_of_text_and_videos(tmp_path: Path) -> Non
     assert sample.choices == ("left", "right") and sample.question == "and now?\nOne word."
 
 
+def test_an_assistants_turn_may_be_marked_for_training(tmp_path: Path) -> None:
+    row = turns(("user", "One?"), ("assistant", "a"), ("user", "Two?"), ("assistant", "b"), ("user", "Three?"))
+    row["messages"][1]["train"] = True
+    row["messages"][3]["train"] = False
+    [sample] = load(write(tmp_path, row))
+    assert [message.is_marked for message in sample.messages] == [False, True, False, False, False]
+    for index, value in ((0, True), (1, "yes")):
+        wrong = json.loads(json.dumps(row))
+        wrong["messages"][index]["train"] = value
+        with pytest.raises(UserError, match=rf"messages\[{index}\].train must be true or false"):
+            load(write(tmp_path, wrong))
+
+
 def test_suffix_follows_a_video_that_ends_the_last_turn(tmp_path: Path) -> None:
     row = turns(("user", [{"type": "text", "text": "Describe"}, {"type": "video", "video": "a.mp4"}]))
     [sample] = load(write(tmp_path, row), suffix="Briefly.", system_prompt="Hello.")

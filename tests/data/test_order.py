@@ -73,3 +73,22 @@ def test_samples_that_have_nothing_in_common_are_shuffled() -> None:
     order_of_places = batch_indices(1000, 0, 0, 1000, Strata.of(range(1000)))
     assert sorted(order_of_places) == list(range(1000))
     assert 400 < sum(order_of_places[:500]) / 500 < 600
+
+
+def test_samples_of_one_stratum_follow_each_other_and_the_strata_are_shuffled() -> None:
+    together = Strata.of(["a", "b", "a", "c", "b", "a"])
+    orders = [tuple(batch_indices(6, seed, 0, 6, together=together)) for seed in range(20)]
+    blocks = {0: (0, 2, 5), 1: (1, 4), 3: (3,)}
+    for drawn in orders:
+        at, found = 0, set()
+        while at < 6:
+            block = blocks[drawn[at]]
+            assert drawn[at : at + len(block)] == block
+            at += len(block)
+            found.add(block)
+        assert found == set(blocks.values())
+    assert len(set(orders)) > 3
+    assert batch_indices(6, 3, 4, 4, together=together) == [
+        *orders[3][4:],
+        *batch_indices(6, 3, 6, 2, together=together),
+    ]

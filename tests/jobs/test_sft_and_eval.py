@@ -65,7 +65,13 @@ def test_a_step_without_readable_clips_is_left_out_and_its_checkpoint_is_not(tmp
     make_synthetic(tmp_path / "data", SyntheticConfig(train=3, eval=1), seed=0)
     lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
     missing = json.dumps({**json.loads(lines[0]), "video": "clips/missing.mp4"})
-    (tmp_path / "data" / "some.jsonl").write_text("\n".join([missing, *lines[1:]]) + "\n")
+    talks = []  # whose earlier answers are trained too
+    for row in map(json.loads, lines[1:]):
+        asked = [{"type": "video", "video": row["video"]}, {"type": "text", "text": row["question"]}]
+        turns = [("user", asked), ("assistant", row["answer"]), ("user", row["question"])]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        talks.append(json.dumps({"id": row["id"], "messages": messages, "answer": row["answer"]}))
+    (tmp_path / "data" / "some.jsonl").write_text("\n".join([missing, *talks]) + "\n")
     config = tmp_path / "config.yaml"
     config.write_text(
         f"""
@@ -74,6 +80,7 @@ data: {{train: {tmp_path}/data/some.jsonl, cache_dir: {tmp_path}/cache, max_bad_
 video: {{height: 56, width: 56}}
 run: {{dir: {tmp_path}/run, wandb: disabled, checkpoint_every: 1, keep_checkpoints: 3}}
 train: {{steps: 3, batch_size: 1}}
+sft: {{loss: all}}
 placement: {{threads: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """

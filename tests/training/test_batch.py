@@ -17,7 +17,7 @@ def zeros(*names: str) -> dict[str, np.ndarray]:
 
 
 def test_an_array_has_a_value_per_response_token() -> None:
-    with pytest.raises(ValueError, match="values has shape .4,.; the responses have 5 tokens"):
+    with pytest.raises(ValueError, match="values has shape .4,.; the group trains 5 tokens"):
         Group("prompt", 1, IDS, {"values": np.zeros(4, np.float32)})
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from rlvid.models.heads import VALUE
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, PackedScorer, normalise, pack
-from rlvid.types import Prompt
-from tests.prompts import group_of, mixed_prompt, noise, prompt_of
+from rlvid.types import Medium, MediumRef, Message, Prompt, Sample
+from tests.prompts import clip_of, group_of, mixed_prompt, noise, prompt_of
 
 
 def sampled(prompt: Prompt, lengths: list[int], seed: int = 0, temperature: float | None = 1.0) -> Group[Prompt]:
@@ -58,6 +59,31 @@ def separate_sequences(
             logits[:, list(family.banned_tokens)] = float("-inf")
             flat.append((logits / temperature).log_softmax(-1).gather(1, torch.from_numpy(ids).long()[:, None])[:, 0])
     return model, torch.cat(flat)
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl", "qwen3_vl", "qwen2"])
+def test_earlier_answers_are_predicted_by_the_forward_of_their_conversation(
+    tiny_models: dict[str, Path], model: str
+) -> None:
+    """As the answer of a shorter conversation is; a later turn may bring another video."""
+    folder = tiny_models[model]
+    family = load_family(folder)
+    media = (Medium("/a.mp4"), Medium("/b.mp4")) if isinstance(family, VisionFamily) else ()
+    one, two = ((MediumRef(0), "Which shape?"), (MediumRef(1), "And now?")) if media else (("Which?",), ("And?",))
+    turns = [Message("user", one), Message("assistant", ("A red box.",)), Message("user", two)]
+    side = family.frame_multiple
+    clips = [clip_of(noise(4, side, 2 * side, seed=i), f"c{i}") for i, _ in enumerate(media)]
+    whole = family.encode(Sample("s", media, tuple(turns), ""), clips)
+    short = family.encode(Sample("s", media[:1], tuple(turns[:1]), ""), clips[:1])
+    (span,) = whole.answered
+    first, last = family.encode_answer("A red box."), family.encode_answer("A blue ball.")
+    assert span is not None and whole.token_ids[span.offset : span.offset + span.length].tolist() == first.tolist()
+    policy = PackedPolicy(load_model(folder, "float32"), family)
+    group = replace(group_of(whole, last), in_prompt=(span,))
+    assert group.n_tokens == len(first) + len(last) and group.cut(1) == [group]
+    together, _ = policy(pack([group_of(short, last), group]))
+    apart = [policy(pack([g]))[0] for g in (group_of(short, last), group_of(short, first), group_of(whole, last))]
+    assert torch.allclose(together, torch.cat(apart), atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2", "qwen3"])

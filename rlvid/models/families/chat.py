@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from rlvid.config import TinyModelConfig
 from rlvid.errors import PromptTooLong, UserError
-from rlvid.types import Clip, Message, Prompt, Sample
+from rlvid.types import Clip, Message, Prompt, Sample, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +141,25 @@ class ChatFamily(ABC):
         prompt = self.tokenizer.decode(self.encode(sample, ()).token_ids.tolist(), skip_special_tokens=True)
         tag = re.search(r"<[A-Za-z][\w-]*>", after := prompt.rpartition("?")[2])
         return after[tag.start() :] if tag else ""
+
+    def answered(
+        self, sample: Sample, token_ids: npt.NDArray[np.int32], tokenize: Callable[[Sample], Sequence[int]]
+    ) -> tuple[Span | None, ...]:
+        """Where the assistant's turns of a conversation are in its prompt.
+
+        Args:
+            tokenize: a shorter conversation -> the tokens of its prompt.
+        """
+        spans: list[Span | None] = []
+        for i, message in enumerate(sample.messages):
+            if message.role != "assistant":
+                continue
+            before = np.array(tokenize(replace(sample, messages=sample.messages[:i])))
+            answer = self.encode_answer(message.text)
+            given = token_ids[: len(before) + len(answer)]
+            is_there = np.array_equal(given, np.concatenate([before, answer]))
+            spans.append(Span(len(before), len(answer)) if is_there else None)
+        return tuple(spans)
 
     def encode_answer(self, text: str) -> npt.NDArray[np.int32]:
         """Token ids [R] of a response, with the end-of-turn token last."""

@@ -40,11 +40,15 @@ class TextModel(ChatFamily):
 
     def encode(self, sample: Sample, clips: Sequence[Clip], max_tokens: int | None = None) -> Prompt:
         self.check_media(sample)
+        ids = np.array(self._tokenize(sample), dtype=np.int32)
+        self.check_length(sample, len(ids), 0, max_tokens)
+        positions = np.arange(len(ids), dtype=np.int32)[None]
+        return Prompt(sample.id, ids, positions, answered=self.answered(sample, ids, self._tokenize))
+
+    def _tokenize(self, sample: Sample) -> list[int]:
         # Chat templates of text models expect a message's content as one string.
         turns = [{"role": m.role, "content": self.escape(m.text)} for m in sample.messages]
-        ids = np.array(self.tokens(self.render(turns, **self._named)), dtype=np.int32)
-        self.check_length(sample, len(ids), 0, max_tokens)
-        return Prompt(sample.id, ids, positions=np.arange(len(ids), dtype=np.int32)[None])
+        return self.tokens(self.render(turns, **self._named))
 
     @classmethod
     def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:

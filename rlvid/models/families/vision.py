@@ -80,13 +80,18 @@ class VisionFamily(ChatFamily):
             spans=_runs(is_medium),
             positions=np.arange(len(token_ids), dtype=np.int32)[None],
             clip_ids=tuple(clip.clip_id for clip in clips),
+            answered=self.answered(sample, token_ids, lambda shorter: self.tokenize(shorter, clips, grids)),
             seconds_per_patch=tuple(map(self.seconds_per_patch, clips)),
         )
         return replace(prompt, positions=self.positions(prompt))
 
     def tokenize(self, sample: Sample, clips: Sequence[Clip], grids: Sequence[Grid]) -> list[int]:
-        """Token ids of the rendered conversation, in which the placeholders of each clip replace the template's one."""
-        kinds = [medium.kind for medium in sample.media]
+        """Token ids of the rendered conversation, in which the placeholders of each clip replace the template's one.
+
+        The conversation may end before the last clips.
+        """
+        n_used = sum(isinstance(part, MediumRef) for message in sample.messages for part in message.content)
+        kinds = [medium.kind for medium in sample.media[:n_used]]
         turns = []
         for message in sample.messages:
             parts = [
@@ -105,7 +110,7 @@ class VisionFamily(ChatFamily):
             )
         text = "".join(
             self.expand(clip, grid, kind) + rest
-            for clip, grid, kind, rest in zip(clips, grids, kinds, others[1::2], strict=True)
+            for clip, grid, kind, rest in zip(clips, grids, kinds, others[1::2], strict=False)
         )
         # With the special tokens that the tokenizer adds: Mistral's and Llama's texts begin with <s>.
         return list(self.tokenizer.encode(self.finish(first + text)).ids)

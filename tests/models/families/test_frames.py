@@ -54,6 +54,12 @@ def test_prompt_of_idefics2_equals_that_of_the_processor(idefics2: Idefics2) -> 
     assert ours.positions.tolist() == [list(range(ours.length))]
 
 
+def test_earlier_answers_of_idefics2_are_not_as_they_were_generated(idefics2: Idefics2) -> None:
+    """Its template writes a space before an answer, and none where one is to be generated."""
+    turns = tuple(Message(role, ("Which?",)) for role in ("user", "assistant", "user"))
+    assert idefics2.encode(Sample("s", (), turns, ""), []).answered == (None,)
+
+
 def test_prompt_of_video_llava_equals_that_of_the_processor(video_llava: VideoLlava) -> None:
     from transformers import AutoProcessor
 
