@@ -144,7 +144,9 @@ class GrpoConfig(PolicyGradientConfig):
     least that of the second group. code: the mean accuracy is at least 0.8 times that of the second group, and answers
     with an accuracy above 0.1 are right (Video-R1's published code)."""
     temporal_bonus: float = Field(0.3, ge=0)
-    """Added to the reward of a right answer where the order of the frames helps."""
+    """Added to the reward of a right answer where the order of the frames helps. Where the reward has two values alone,
+    right and wrong, and `normalise_std` divides by the group's deviation, it changes no advantage: give another part of
+    the reward too (format, length), or set normalise_std to false."""
 
     needs: ClassVar = {
         **PolicyGradientConfig.needs,
