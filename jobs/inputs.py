@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -84,15 +85,16 @@ def check_model(folder: Path, roles: Sequence[str]) -> ChatFamily:
 def check_video_counts(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
     """
     Raises:
-        UserError: a sample has more videos than the engines are told to expect.
+        UserError: a sample has more videos, or images, than the engines are told to expect.
     """
     for key, samples in manifests.items() if "generator" in spec.roles(cfg) else ():
-        most = max(samples, key=lambda sample: len(sample.media), default=None)
-        if most is not None and len(most.media) > cfg.rollout.max_videos:
-            raise UserError(
-                f"{key}: sample {most.id!r} has {len(most.media)} videos, but rollout.max_videos="
-                f"{cfg.rollout.max_videos}: set it to {len(most.media)}"
-            )
+        for sample in samples:
+            for kind, n in Counter(medium.kind for medium in sample.media).items():
+                if n > cfg.rollout.max_videos:
+                    raise UserError(
+                        f"{key}: sample {sample.id!r} has {n} {kind}s, but rollout.max_videos="
+                        f"{cfg.rollout.max_videos}: set it to {n} or more"
+                    )
 
 
 def check_scored(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:

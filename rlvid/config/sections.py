@@ -382,7 +382,7 @@ class RolloutConfig(Section):
     """Tokens in a block of the key-value cache, the unit in which a group shares its prompt. Empty: 32 on CPU, vLLM's
     choice on GPU."""
     max_videos: int = changeable(8, "memory of an engine", ge=1)
-    """Largest number of videos in a prompt."""
+    """Largest number of videos in a prompt, and of images."""
     tensor_parallel: int = changeable(1, "a run may continue on other machines", ge=1)
     """GPUs that an engine is split over."""
     kv_cache_gib: int = changeable(1, "memory of an engine", ge=1)

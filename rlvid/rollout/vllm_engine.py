@@ -78,7 +78,6 @@ class VllmEngine:
         vllm_plugin.keep_pixels()
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
-        from vllm.config.lora import MaxLoRARanks
         from vllm.v1.engine.llm_engine import LLMEngine
 
         if not on_gpu:
@@ -108,7 +107,7 @@ class VllmEngine:
                     enable_sleep_mode=sleeps and on_gpu,  # vLLM refuses it on CPU
                     enable_lora=lora is not None,
                     max_loras=1,
-                    max_lora_rank=min(r for r in get_args(MaxLoRARanks) if lora is None or r >= lora.rank),
+                    max_lora_rank=_rank_for(lora),
                 )
             )
         except ValueError as e:
@@ -290,6 +289,13 @@ class VllmEngine:
             finish_reason=str(completion.finish_reason),
             versions=tuple(WeightSpan(_version(s.version), s.start, s.end) for s in completion.weight_versions or ()),
         )
+
+
+def _rank_for(lora: LoraConfig | None) -> int:
+    """The least of the ranks that vLLM makes room for which holds the adapters."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min(rank for rank in get_args(MaxLoRARanks) if lora is None or rank >= lora.rank)
 
 
 def _version(name: str) -> int:
