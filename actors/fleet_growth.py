@@ -70,7 +70,8 @@ class Growth:
         for replica in going - self._told:
             self._on_event(f"the node of generator {replica} will go away")
         self._told |= going
-        for replica in self._fleet.drain(going):
+        idle = self._fleet.drain(going)
+        for replica in () if self.replicas.awaits("sync") else idle:  # nobody leaves a transfer
             self.replicas.kill(replica)
             self._remove(replica)
 

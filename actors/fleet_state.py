@@ -152,9 +152,9 @@ class Fleet(Generic[Work]):
     def drain(self, leaving: Collection[ReplicaId]) -> list[ReplicaId]:
         """These will have to leave. They get no more work, as far as `min_replicas` others run; an earlier call is
         void. Returns those of them that have no work left: the caller may stop them."""
-        running = self.members(State.STALE, State.READY, State.SUSPECT)
-        n = max(0, len(running) - self.min_replicas)
-        self._draining = set([r for r in running if r in leaving][:n])
+        going = [r for r in self.members(State.STALE, State.READY, State.SUSPECT) if r in leaving]
+        staying = [r for r in self.members(State.STALE, State.READY) if r not in leaving]
+        self._draining = set(going[: max(0, len(going) + len(staying) - self.min_replicas)])
         return [r for r in sorted(self._draining) if not self._replicas[r].work]
 
     def restart(self, replica: ReplicaId) -> ReplicaId | None:

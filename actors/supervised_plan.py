@@ -55,12 +55,14 @@ class Plan:
         return batch_indices(len(self.train), self.cfg.seed, step * size, size, together=self.together)
 
     def shares(self, rank: int, world: int, start: int) -> list[tuple[int, int]]:
-        """(step, index of an example) of everything that a rank trains on from step `start` on: its part of each
-        mini-batch, so neither a restart nor another number of workers changes a mini-batch."""
+        """(step, index of an example) of everything that a rank trains on from step `start` on: every world-th example
+        of each mini-batch, or a part of it whose examples stay `together`. So neither a restart nor another number of
+        workers changes a mini-batch."""
         size, steps = self.cfg.train.batch_size, self.cfg.train.steps
         n, count = len(self.train), (steps - start) * size
         order = batch_indices(n, self.cfg.seed, start * size, count, together=self.together)
-        return [(start + i // size, index) for i, index in enumerate(order) if i % size * world // size == rank]
+        rank_of = [i % world if self.together is None else i * world // size for i in range(size)]
+        return [(start + i // size, index) for i, index in enumerate(order) if rank_of[i % size] == rank]
 
     def is_evaluated_after(self, step: int) -> bool:
         """Before the first step, every `evaluate.every` steps and after the last one; each evaluation once."""

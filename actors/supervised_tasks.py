@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlvid.config import DpoConfig, SftConfig
-from rlvid.errors import UserError
+from rlvid.errors import SampleUnusable, UserError
 from rlvid.evaluation.metrics import accuracy_metrics, rank_metrics
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, NoScore, Rubric
 from rlvid.types import Preference, Prompt, Sample, Span
@@ -127,17 +127,16 @@ def trained_turns(sample: Sample, prompt: Prompt, loss: str) -> tuple[Span, ...]
     """Runs of the prompt's tokens that are trained; `loss` is `sft.loss`.
 
     Raises:
-        UserError: the chat template writes an earlier turn in another form than it was generated in.
+        SampleUnusable: the chat template writes an earlier turn in another form than it was generated in.
     """
     if loss == "last":
         return ()
     turns = [message for message in sample.messages if message.role == "assistant"]
     chosen = [span for m, span in zip(turns, prompt.answered, strict=True) if loss == "all" or m.is_marked]
     if None in chosen:
-        raise UserError(
-            f"sample {sample.id!r}: the model's chat template writes an earlier answer in another form than it is "
-            f"generated in, so it cannot be trained inside the conversation: set sft.loss to last, and make a row of "
-            f"each turn that is to be trained"
+        raise SampleUnusable(
+            "the model's chat template writes an earlier answer in another form than it is generated in, so it cannot "
+            "be trained inside the conversation: set sft.loss to last, and make a row of each turn to be trained"
         )
     return tuple(span for span in chosen if span is not None)
 

@@ -27,7 +27,7 @@ from actors.supervised_tasks import Example
 from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.encoding import Source
 from rlvid.data.ray_stream import open_prompt, prompt_stream
-from rlvid.errors import UserError
+from rlvid.errors import SampleUnusable, UserError
 from rlvid.files import replace_folder
 from rlvid.reporting.checkpoints import STATE_FILE, Unfinished, exports_after
 from rlvid.types import Prompt
@@ -209,8 +209,11 @@ class Worker:
             if prompt is None:
                 assert outcome.bad is not None  # it says why there is no prompt
                 self._run.put.remote(("set aside", (*outcome.bad, outcome.is_prompt_bad)))
-            else:
+                continue
+            try:
                 groups.append(self.task.group(prompt, examples[index]))
+            except SampleUnusable as e:
+                self._run.put.remote(("set aside", (examples[index].sample.id, str(e), True)))
         self._run.put.remote(("clips", (decodes, hits)))
         return groups
 

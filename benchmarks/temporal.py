@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,7 +70,9 @@ class Steps:
 
     def temporal(self) -> None:
         prompt = self.prompt()
-        shuffle_frames(prompt)  # what the engine does for the second group, which is not trained on
+        shuffle_frames(
+            prompt, self._family.temporal_patch
+        )  # what the engine does for the second group, which is not trained on
         self._train(prompt)
 
     def _train(self, prompt: Prompt) -> None:
@@ -94,7 +97,8 @@ def embedding_difference(folder: Path, prompt: Prompt) -> float:
 
 
 def answer_shuffled(folder: Path, cache: Path) -> dict[str, float]:
-    """Share of right greedy answers of a trained policy, from frames in order and from shuffled ones."""
+    """Share of right greedy answers of a trained policy, from frames in order and from shuffled ones; and by kind of
+    question."""
     from rlvid.config import RolloutConfig, VideoConfig
     from rlvid.data.encoding import SampleEncoder, Source
     from rlvid.data.manifest import load_manifest
@@ -106,17 +110,23 @@ def answer_shuffled(folder: Path, cache: Path) -> dict[str, float]:
     encoder = SampleEncoder(Source(policy, VideoConfig(frames=8, height=56, width=56), cache, 2**30, 2**31))
     engine = VllmEngine(policy, family_of(policy), RolloutConfig(max_model_len=512), "float32", 0, on_gpu=False)
     shares = {}
-    for name, shuffles in (("ordered", False), ("shuffled", True)):
-        sampling = Sampling(1, 0.0, 8, shuffles_frames=shuffles)
+    orders: tuple[tuple[str, Literal["frames", "patches"] | None], ...]
+    orders = (("ordered", None), ("shuffled", "frames"), ("shuffled_patches", "patches"))
+    for name, shuffled in orders:
+        sampling = Sampling(1, 0.0, 8, shuffled=shuffled)
         answers = {}
         for sample in samples:
             prompt, _ = encoder.encode(sample)
             assert prompt is not None
-            answers[engine.submit(prompt, sampling)] = sample.answer
-        right = 0
+            answers[engine.submit(prompt, sampling)] = sample
+        right: Counter[str] = Counter()
         while engine.is_busy:
-            right += sum(rollouts[0].text.strip() == answers[request] for request, rollouts in engine.step())
-        shares[f"accuracy_{name}"] = right / len(samples)
+            for request, rollouts in engine.step():
+                sample = answers[request]
+                right[str(sample.problem_type)] += rollouts[0].text.strip() == sample.answer
+        shares[f"accuracy_{name}"] = right.total() / len(samples)
+        of_kind = Counter(str(sample.problem_type) for sample in samples)
+        shares |= {f"{kind}_{name}": right[kind] / n for kind, n in of_kind.items()}
     return shares
 
 

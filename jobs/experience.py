@@ -191,8 +191,9 @@ class ExperienceStream:
         if algorithm.compares_with_greedy:
             others["greedy"] = (prompts, fleet.submit(prompts, replace(sampling, n=1, temperature=0.0, seed=None)))
         if algorithm.temporal_rule:
-            videos = [p for p in prompts if p.clip_ids]
-            half = replace(sampling, n=sampling.n // 2, seed=f"{sampling.seed} shuffled", shuffles_frames=True)
+            videos = [p for p in prompts if p.sample.has_video]
+            seed = f"{sampling.seed} shuffled"
+            half = replace(sampling, n=sampling.n // 2, seed=seed, shuffled=algorithm.shuffled)
             others["shuffled"] = (videos, fleet.submit(videos, half))
         return others
 

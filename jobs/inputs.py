@@ -27,6 +27,8 @@ from rlvid.rewards.rules import check_rewards, make_parts
 from rlvid.synthetic.moving_shapes import make_synthetic
 from rlvid.types import Encoded, Preference, Sample
 
+SHOWN = 10  # refused rows
+
 
 @contextmanager
 def open_job(cfg: JobConfig, job: str) -> Iterator[tuple[Run, Inputs]]:
@@ -178,9 +180,12 @@ class Inputs:
         rows, held_out_rows = (kind.read(path, data) if path else Rows() for path in (train, held_out))
         self.train, self.pairs = list(rows.samples), list(rows.pairs)
         self.held_out, self.held_out_pairs = list(held_out_rows.samples), list(held_out_rows.pairs)
-        for name, reason in (*rows.refused, *held_out_rows.refused):
-            run.folder.append_refused(name, reason)
-            run.console.message(f"refused, left out: {name}: {reason}")
+        if refused := [*rows.refused, *held_out_rows.refused]:
+            run.folder.record_refused(refused)
+            for name, reason in refused[:SHOWN]:
+                run.console.message(f"refused, left out: {name}: {reason}")
+            if len(refused) > SHOWN:
+                run.console.message(f"refused, left out: {len(refused)} rows in all, see {run.folder.refused_file}")
         lessons = self._load_warm_up(spec, train)
         check_disjoint(self.train, self.held_out)
         check_disjoint(self.warm_up, self.held_out)

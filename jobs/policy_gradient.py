@@ -39,7 +39,7 @@ def run_policy_gradient(cfg: PolicyGradientJobConfig, job: str, only_rollouts: b
     with open_job(cfg, job) as (run, inputs):
         inputs.require_training_data()
         check_mode(run, only_rollouts)
-        if cfg.policy_gradient.temporal_rule and not any(sample.media for sample in inputs.train):
+        if cfg.policy_gradient.temporal_rule and not any(sample.has_video for sample in inputs.train):
             raise UserError("grpo.temporal compares with shuffled frames, and no sample of data.train has a video")
         if cfg.policy_gradient.temporal_rule and not any(p.measures_accuracy for p in make_parts(cfg.rewards)):
             raise UserError("grpo.temporal rewards right answers, and no part of rewards says which are right")

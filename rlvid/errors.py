@@ -10,8 +10,12 @@ class UserError(Exception):
     """
 
 
-class PromptTooLong(UserError):
-    """A sample's prompt does not fit the context. The sample is set aside, as one with a bad clip is."""
+class SampleUnusable(UserError):
+    """A sample that this model cannot be trained on. It is set aside, as one with a bad clip is."""
+
+
+class PromptTooLong(SampleUnusable):
+    """A sample's prompt does not fit the context."""
 
 
 class BadClip(Exception):

@@ -83,6 +83,10 @@ class Sample:
     extra: Mapping[str, Any] = field(default_factory=dict)  # further manifest fields, for custom rewards
 
     @property
+    def has_video(self) -> bool:
+        return any(medium.kind == "video" for medium in self.media)
+
+    @property
     def question(self) -> str:
         """Text of the last user turn."""
         return next((m.text for m in reversed(self.messages) if m.role == "user"), "")

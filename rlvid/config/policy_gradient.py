@@ -78,6 +78,11 @@ class PolicyGradientConfig(Section):
         """How responses to shuffled frames are compared with, and the bonus."""
         return None
 
+    @property
+    def shuffled(self) -> Literal["frames", "patches"]:
+        """What is in another order in the prompts that are compared with."""
+        return "frames"
+
     @model_validator(mode="after")
     def _parts_have_an_effect(self) -> PolicyGradientConfig:
         message = f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef"
@@ -143,6 +148,10 @@ class GrpoConfig(PolicyGradientConfig):
     get `temporal_bonus` if that does not do better. paper: the share of right answers with the frames in order is at
     least that of the second group. code: the mean accuracy is at least 0.8 times that of the second group, and answers
     with an accuracy above 0.1 are right (Video-R1's published code)."""
+    temporal_shuffle: Literal["frames", "patches"] = "frames"
+    """What is put in another order. frames: each frame, as in Video-R1. patches: whole temporal patches, of two frames
+    in Qwen-VL models; the vision tower's output is then a permutation, but what moves from one frame to the next is
+    still seen."""
     temporal_bonus: float = Field(0.3, ge=0)
     """Added to the reward of a right answer where the order of the frames helps. Where the reward has two values alone,
     right and wrong, and `normalise_std` divides by the group's deviation, it changes no advantage: give another part of
@@ -151,6 +160,7 @@ class GrpoConfig(PolicyGradientConfig):
     needs: ClassVar = {
         **PolicyGradientConfig.needs,
         "temporal_bonus": ("temporal", "code", "paper"),
+        "temporal_shuffle": ("temporal", "code", "paper"),
         "normalise_std": ("advantage", "group", "leave_one_out"),
     }
 
@@ -165,6 +175,10 @@ class GrpoConfig(PolicyGradientConfig):
     @property
     def temporal_rule(self) -> tuple[Literal["code", "paper"], float] | None:
         return None if self.temporal == "off" else (self.temporal, self.temporal_bonus)
+
+    @property
+    def shuffled(self) -> Literal["frames", "patches"]:
+        return self.temporal_shuffle
 
     @model_validator(mode="before")
     @classmethod

@@ -221,8 +221,8 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _dialects_are_of_files(self) -> DataConfig:
         refuse_if(
-            self.dialect is not None and self.synthetic is not None,
-            f"dialect={self.dialect} is of published files, and synthetic makes a manifest: leave one of them out",
+            self.dialect is not None and self.train is None and self.synthetic is not None,
+            f"dialect={self.dialect} is of published files, and synthetic makes a manifest: give train",
         )
         refuse_if(self.path_map and self.dialect is None, "path_map has no effect without dialect: set it too")
         return self

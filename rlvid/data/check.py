@@ -17,7 +17,7 @@ from typing import Any
 
 from rlvid.config import VideoConfig
 from rlvid.data.dialects import DIALECTS, looks_like
-from rlvid.data.dialects.conversion import id_of
+from rlvid.data.dialects.conversion import id_of, number_of
 from rlvid.data.dialects.dialect import Dialect, Item, Roots, plain
 from rlvid.data.dialects.mmla import label_faults, task_of
 from rlvid.data.items import Refused, opened, read_items
@@ -26,6 +26,7 @@ from rlvid.data.row_media import MediaReader
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Medium, Sample
 from rlvid.video.clip_reader import load_reader, reader_of
+from rlvid.video.container_check import missing_bytes
 
 READ_MULTIPLE = 28  # height and width of the frames that are decoded, pixels
 
@@ -96,7 +97,8 @@ def _dialect_of(file: Path, name: str | None) -> Dialect | None:
 
 
 def _rows(file: Path, dialect: Dialect | None, roots: Roots, report: Report) -> Iterator[_Row]:
-    noting = _NotingRoots((roots.folder or file.parent).absolute(), roots.mapped, file.absolute())
+    folder = Path(os.path.abspath(roots.folder or file.parent))
+    noting = _NotingRoots(folder, roots.mapped, Path(os.path.abspath(file)))
     base = noting.folder if dialect is None else Path("/")
     assert base is not None
     reader = RowReader(MediaReader(base, True), None, "", needs_answer=False)
@@ -110,7 +112,7 @@ def _rows(file: Path, dialect: Dialect | None, roots: Roots, report: Report) -> 
         report.counts["rows"] += 1
         noting.missing.clear()
         try:
-            sample = reader.sample(_row(item, dialect, noting, f"{file.stem}-{number}"))
+            sample = reader.sample(_row(item, dialect, noting, number_of(file, number)))
         except Refused as reason:
             report.faults["rows that cannot be used"].append(f"{where}: {reason}")
             continue
@@ -158,8 +160,10 @@ def _compare(rows: Sequence[_Row], report: Report) -> None:
         sample = row.sample
         key = (tuple(medium.files for medium in sample.media), sample.question.casefold())
         earlier = asked.setdefault(key, row)
-        if sample.media and earlier is not row:
-            kind = "duplicate rows" if earlier.file == row.file else "rows in two files"
+        if earlier is not row:
+            kind = (
+                f"duplicate {'rows' if sample.media else 'texts'}" if earlier.file == row.file else "rows in two files"
+            )
             report.faults[kind].append(f"{row.where}: the same media and question as {earlier.where}")
         if found := task_of(sample.question):
             task, labels = found
@@ -177,13 +181,16 @@ def _compare(rows: Sequence[_Row], report: Report) -> None:
 
 
 def _decode(media: set[Medium], report: Report) -> None:
-    video = VideoConfig(frames=2)
+    video = VideoConfig()
 
     def fault(medium: Medium) -> str | None:
         if not all(map(os.path.isfile, medium.files)):
             return None  # reported already
+        name = reader_of(medium, video)
         try:
-            load_reader(reader_of(medium, video)).read_frames(medium, video, READ_MULTIPLE)
+            if name != "picture" and (missing := missing_bytes(medium.path)):
+                return f"{medium.path}: is cut short ({missing} bytes are missing at its end)"
+            load_reader(name).read_frames(medium, video, READ_MULTIPLE)
         except BadClip as error:
             return str(error)
         return None

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
@@ -56,7 +57,7 @@ def read_items(path: Path, tables: bool = False) -> Iterator[tuple[int, dict[str
                 yield from enumerate(map(_object, items), start=1)
             else:
                 yield from ((n, _object(_parsed(line))) for n, line in enumerate(file, start=1) if line.strip())
-    except (OSError, EOFError) as error:  # EOFError: gzip, cut short
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # gzip cut short or damaged; tables
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the file ({reason}); give JSON lines, a JSON array or parquet") from None
 
@@ -72,12 +73,9 @@ def _table(file: BinaryIO, separator: str) -> Iterator[tuple[int, dict[str, Any]
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     # quotes are those of speech, in a table whose separator is a tab
     rows = csv.DictReader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
-    try:
-        for row in rows:
-            is_whole = None not in row and None not in row.values()
-            yield rows.line_num, dict(row) if is_whole else Refused("it has another number of columns than the header")
-    except UnicodeDecodeError as error:
-        raise UserError(f"a table must be UTF-8: {error}") from None
+    for row in rows:
+        is_whole = None not in row and None not in row.values()
+        yield rows.line_num, dict(row) if is_whole else Refused("it has another number of columns than the header")
 
 
 def refuse_all(problems: Sequence[str], hint: str = "") -> NoReturn:

@@ -27,7 +27,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,11 +163,9 @@ class RunFolder:
             append_row(self.bad_clips_file, {"path": clip.path, "reason": clip.reason, "sample_id": sample_id})
             self._bad_paths.add(clip.path)
 
-    def append_refused(self, sample_id: str, reason: str) -> None:
-        """Record a manifest row that cannot train a reward model, unless it was recorded before the run was resumed."""
-        row = {"id": sample_id, "reason": reason}
-        if row not in read_rows(self.refused_file):
-            append_row(self.refused_file, row)
+    def record_refused(self, refused: Sequence[tuple[str, str]]) -> None:
+        """Record (id, reason) of the manifest rows that the job cannot use."""
+        write_rows(self.refused_file, [{"id": name, "reason": reason} for name, reason in refused])
 
     def read_bad_clips(self) -> list[dict[str, Any]]:
         return read_rows(self.bad_clips_file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Sampling:
     With a `seed` the answers are a function of seed and `Prompt.sample_id`, whatever else is in the batch, up to the
     rounding of the logits. Without one they depend on the engine's seed and everything it has sampled before.
 
-    `shuffles_frames`: the videos of the prompt are shown with their temporal patches in another order.
+    `shuffled`: the videos of the prompt are shown with their frames, or whole temporal patches, in another order.
     """
 
     n: int
@@ -28,7 +29,7 @@ class Sampling:
     max_tokens: int
     top_p: float = 1.0
     seed: int | str | None = None
-    shuffles_frames: bool = False
+    shuffled: Literal["frames", "patches"] | None = None
 
     def request_seed(self, sample_id: str) -> int | None:
         """The seed of one prompt; its n responses have this seed and the next n - 1."""

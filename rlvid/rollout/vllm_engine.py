@@ -21,7 +21,7 @@ from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.vision import shuffle_frames
+from rlvid.models.families.vision import VisionFamily, shuffle_frames
 from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
 from rlvid.rollout.engine import Sampling
@@ -147,8 +147,8 @@ class VllmEngine:
         """
         from vllm.sampling_params import RequestOutputKind
 
-        if sampling.shuffles_frames:
-            prompt = shuffle_frames(prompt)
+        if sampling.shuffled and isinstance(self.family, VisionFamily):
+            prompt = shuffle_frames(prompt, self.family.temporal_patch if sampling.shuffled == "frames" else 1)
         request = self._add(
             prompt,
             n=sampling.n,

@@ -68,6 +68,12 @@ class Group(Generic[P]):
         """The same group with more arrays per trained token."""
         return replace(self, tokens={**self.tokens, **arrays})
 
+    def of_responses(self) -> Group[P]:
+        """The group without the trained tokens of its prompt."""
+        n = self._n_response_tokens
+        tokens = {name: values[len(values) - n :] for name, values in self.tokens.items()}
+        return replace(self, in_prompt=(), tokens=tokens)
+
     def cut(self, budget: int) -> list[Group[P]]:
         """The same work in parts of about `budget` tokens with the prompt, each with at least one response.
 

@@ -160,7 +160,8 @@ class Learner:
             with on_host() if self.cfg.offload_activations else nullcontext():
                 prompt = PromptPass(self.engine, parts[indices[0]].prompt, self.device)
             for i, is_first in repeated(indices, indices[0], self._most):
-                self._learn(prompt.row(parts[i]), [parts[i]], objective, is_own and is_first, sums)
+                part = parts[i].of_responses()  # all of an own one
+                self._learn(prompt.row(part), [part], objective, is_own and is_first, sums)
                 prompt.collect()
             self.engine.backward(prompt.loss())
         self.engine.step()

@@ -75,7 +75,8 @@ class MicroBatches:
         yield from repeated(self.rows, self.spare, most)
 
     def deep_groups(self, most: Count) -> Iterator[tuple[list[int], bool]]:
-        """The same for the parts of each deep group."""
+        """The same for the parts of each deep group. Of a part that does not count, only `Group.of_responses` continues
+        from a prompt's pass."""
         yield from repeated(self.deep, self.spare, most)
 
     @property
@@ -119,7 +120,7 @@ def score(
     for indices, _ in batches.deep_groups(most):
         prompt = PromptPass(model, batches.parts[indices[0]][1].prompt, device)
         for i, _ in repeated(indices, indices[0], most):
-            keep(model(prompt.row(batches.parts[i][1]))[0], [i])
+            keep(model(prompt.row(batches.parts[i][1].of_responses()))[0], [i])
     of_group: list[list[npt.NDArray[np.float32]]] = [[] for _ in groups]
     for (g, _), own in zip(batches.parts, values, strict=True):
         of_group[g].append(own)

@@ -33,6 +33,7 @@ def merged(groups: Sequence[Group[Prompt]]) -> list[Group[Prompt]]:
     found: list[Group[Prompt]] = []
     for own in by_clips.values():
         n = _common([group.prompt.token_ids for group in own])
+        n = min([n, *(span.offset for group in own for span in group.in_prompt)])
         together = _together(own, n) if len(own) > 1 and n > 1 and all(_can_end(group, n) for group in own) else None
         found += own if together is None else [together]
     return found
@@ -46,13 +47,12 @@ def _common(sequences: Sequence[npt.NDArray[np.int32]]) -> int:
 
 
 def _can_end(group: Group[Prompt], n: int) -> bool:
-    """Whether a prompt may end after n tokens: all media are before, and what is trained, and positions after count up
-    as those of a response do."""
+    """Whether a prompt may end after n tokens, the last of which is text: all media are before, and positions after
+    count up as those of a response do."""
     prompt = group.prompt
     rest = prompt.positions[:, n:]
     following = prompt.positions[:, :n].max() + 1 + np.arange(rest.shape[1])
-    is_before = all(span.offset + span.length <= n for span in prompt.spans)
-    return is_before and all(span.offset >= n for span in group.in_prompt) and bool((rest == following).all())
+    return all(span.offset + span.length < n for span in prompt.spans) and bool((rest == following).all())
 
 
 def _together(groups: Sequence[Group[Prompt]], n: int) -> Group[Prompt]:

@@ -72,7 +72,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 def _n_frames(image: Image.Image) -> int:
-    return 1 if image.format == "TIFF" else int(getattr(image, "n_frames", 1))  # the pages of a TIFF are no video
+    """Of WebP alone: other formats have pages, previews, or an animation that nobody would give as a video."""
+    return int(getattr(image, "n_frames", 1)) if image.format == "WEBP" else 1
 
 
 def _times(path: str) -> Seconds:

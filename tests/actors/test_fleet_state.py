@@ -426,10 +426,11 @@ class FleetHistory(RuleBasedStateMachine):
 
     @rule(indices=st.sets(st.integers(0, 50), max_size=3))
     def announce_the_end_of_nodes(self, indices: set[int]) -> None:
-        running = self.fleet.members(State.STALE, State.READY, State.SUSPECT)
         leaving = {self.replica(index) for index in indices}
+        going = sorted(leaving & set(self.fleet.members(State.STALE, State.READY, State.SUSPECT)))
+        n_staying = len(set(self.fleet.members(State.STALE, State.READY)) - leaving)
         idle = self.fleet.drain(leaving)
-        self.draining = set(sorted(leaving & set(running))[: max(0, len(running) - self.fleet.min_replicas)])
+        self.draining = set(going[: max(0, len(going) + n_staying - self.fleet.min_replicas)])
         assert set(idle) == self.draining - set(self.fleet.in_flight)
         for replica in idle:
             self.fleet.leave(replica)

@@ -132,7 +132,11 @@ def test_the_command_prints_counts_faults_and_a_last_line_of_json(
     assert main(["data", "check", str(good), str(bad)]) == 1
     out = capsys.readouterr().out
     assert "... and 2 more" in out
-    assert json.loads(out.splitlines()[-1])["faults"] == {"missing media": 5, "duplicate rows": 4}
+    faults = {"missing media": 5, "duplicate rows": 4}
+    assert json.loads(out.splitlines()[-1])["faults"] == faults
+    (tmp_path / "below").mkdir()
+    assert main(["data", "check", str(tmp_path / "below" / ".." / "bad.jsonl")]) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["faults"] == faults
     unclear = write(tmp_path / "unclear.jsonl", {"a": 1})
     assert main(["data", "check", str(unclear)]) == 2
     assert "it is not clear which dialect this is; name it: --from" in capsys.readouterr().err

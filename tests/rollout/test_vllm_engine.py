@@ -162,11 +162,13 @@ def test_an_engine_that_sleeps_answers_after_the_next_weights_and_with_them(both
 def test_shuffled_frames_are_those_of_the_trainer(both: Both) -> None:
     both.sync()
     prompt = prompt_of(both.family, (8, 56, 56), seed=6)
-    request = both.engine.submit(prompt, Sampling(2, 1.0, 6, shuffles_frames=True))
+    shuffled = {"frames": shuffle_frames(prompt, 2), "patches": shuffle_frames(prompt)}
+    requests = {both.engine.submit(prompt, Sampling(2, 1.0, 6, shuffled=what)): what for what in shuffled}  # type: ignore[arg-type]
     ended: dict[str, list[Rollout]] = {}
     while both.engine.is_busy:
         ended |= dict(both.engine.step())
-    assert both.gap(shuffle_frames(prompt), ended[request]) < 1e-4 < both.gap(prompt, ended[request])
+    for request, what in requests.items():
+        assert both.gap(shuffled[what], ended[request]) < 1e-4 < both.gap(prompt, ended[request])
 
 
 def test_weights_change_while_requests_from_the_prefix_cache_are_in_flight(both: Both) -> None:

@@ -8,12 +8,21 @@ import pytest
 from rlvid.config import DpoConfig, GrpoConfig
 from rlvid.training.batch import Group, check_arrays
 from rlvid.training.objectives import BradleyTerry, PolicyGradient, Preferred, Regression, Supervised
+from rlvid.types import Span
 
 IDS = (np.zeros(2, np.int32), np.zeros(3, np.int32))
 
 
 def zeros(*names: str) -> dict[str, np.ndarray]:
     return dict.fromkeys(names, np.zeros(5, np.float32))
+
+
+def test_the_responses_of_a_group_without_what_is_trained_in_its_prompt() -> None:
+    group = Group("prompt", 9, (np.zeros(2, np.int32), np.zeros(1, np.int32)), in_prompt=(Span(1, 2), Span(5, 1)))
+    group = group.with_tokens(weights=np.arange(6, dtype=np.float32))
+    assert (group.n_tokens, group.cost) == (6, 12) and group.cut(1) == [group]
+    alone = group.of_responses()
+    assert alone.n_tokens == 3 and alone.tokens["weights"].tolist() == [3, 4, 5]
 
 
 def test_an_array_has_a_value_per_response_token() -> None:

@@ -34,6 +34,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     from rlvid.models.heads import VALUE, Head
     from rlvid.training import learner, objectives, packing
     from rlvid.training.batch import Group
+    from rlvid.types import Span
     from tests.prompts import prompt_of
 
     family = load_family(model)
@@ -48,6 +49,8 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         ids = np.random.default_rng(i).integers(20, 60, size=(12 if i % 2 == 0 else 3) + 5).astype(np.int32)
         pairs = (ids[:-5], ids[-5:], ids[:3], ids[2:4])
         groups.append(Group(prompt, prompt.cost, pairs if i else pairs[:2], unit_size=2))
+    # of an earlier answer, on the rank whose group is not deep
+    talks = [replace(g, in_prompt=(Span(3, 2),)) if i == 1 else g for i, g in enumerate(groups)]
     n_pairs = sum(len(g.responses) // 2 for g in groups)
     total = sum(g.n_tokens for g in groups)
 
@@ -65,7 +68,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         (
             None,
             [
-                ("supervised", objectives.Supervised(), [with_arrays(g) for g in groups]),
+                ("supervised", objectives.Supervised(), [with_arrays(g) for g in talks]),
                 ("dpo", objectives.Preferred(DpoConfig(), n_pairs), [with_arrays(g) for g in groups]),
             ],
         ),

@@ -143,7 +143,6 @@ def test_files_that_are_no_image_are_bad(reader: ClipReader, tmp_path: Path, mon
     (tmp_path / "text.png").write_text("not an image")
     frames = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
     save(tmp_path / "broken.png", noise(1, 64, 64)[0])
     content = bytearray((tmp_path / "broken.png").read_bytes())
     content[60:70] = bytes(10)
@@ -152,7 +151,6 @@ def test_files_that_are_no_image_are_bad(reader: ClipReader, tmp_path: Path, mon
         ("cut.jpg", "cannot be decoded: .*truncated"),
         ("text.png", "cannot be decoded: cannot identify"),
         ("moving.webp", "has 2 frames: name it as a video"),
-        ("moving.png", "has 2 frames: name it as a video"),
         ("broken.png", "cannot be decoded"),
         ("missing.png", "there is no such file"),
     ):

@@ -71,7 +71,8 @@ def turns_of(item: Item) -> list[tuple[str, str]]:
     if isinstance(system := item.get("system"), str) and system.strip():
         found.append(("system", system))
     if "query" in item or "response" in item:
-        for pair in item.get("history") or []:
+        history = item.get("history") or []
+        for pair in history if isinstance(history, list) else [None]:
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise Refused("history must be a list of [query, response]")
             found += zip(("user", "assistant"), pair, strict=True)
@@ -83,7 +84,7 @@ def turns_of(item: Item) -> list[tuple[str, str]]:
         if not isinstance(turn, dict):
             raise Refused("a turn must be an object")
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise Refused(f"a turn is from {role!r}; expected a text from one of {', '.join(ROLES)}")
         found.append((ROLES[role], text))
     return found
@@ -123,8 +124,9 @@ def read_llava(item: Item, roots: Roots) -> Row:
 
 
 def _is_sharegpt(item: Item) -> bool:
-    has_turns = "conversations" in item or ("messages" in item and "answer" not in item)
-    return has_turns and not item.keys() & {"video", "image"} and not isinstance(item.get("images"), str)
+    others = {"video", "image", "answer", "chosen", "rejected", "labels", "output_1", "text_prompt"}
+    has_turns = "conversations" in item or "messages" in item
+    return has_turns and not item.keys() & others and not isinstance(item.get("images"), str)
 
 
 def _is_llava(item: Item) -> bool:

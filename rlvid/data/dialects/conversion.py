@@ -11,7 +11,8 @@ import numpy as np
 
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, files_of, media_in, plain
 from rlvid.data.items import read_items, refuse_all
-from rlvid.data.manifest import samples_of
+from rlvid.data.manifest import RowReader, samples_of
+from rlvid.data.row_media import MediaReader
 from rlvid.errors import UserError
 from rlvid.files import naming_write_errors, write_rows
 from rlvid.types import Sample
@@ -104,6 +105,7 @@ def read_published(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[s
         UserError: a file cannot be read.
     """
     rows, refused, first = dict[str, Row](), dict[str, Row](), dict[str, str]()
+    reader = RowReader(MediaReader(Path("/"), True), None, "", needs_answer=False)
     for file in files_of_items(source):
         at = replace(roots, folder=(roots.folder or file.parent).absolute(), file=file.absolute())
         for number, item in read_items(file, tables=True):
@@ -111,16 +113,24 @@ def read_published(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[s
             try:
                 if isinstance(item, Refused):
                     raise item
-                name = id_of(item) or (f"{file.stem}-{number}" if dialect.is_numbered else "")
+                name = id_of(item) or (number_of(file, number) if dialect.is_numbered else "")
                 row = {"id": name, **dialect.read(item, at)}
                 if not row["id"]:
                     raise Refused("expected an object with an id")
+                if row["id"] in first and dialect.is_numbered:  # the id of its video, for example
+                    row["id"] = f"{row['id']}-{number}"
                 if (earlier := first.setdefault(row["id"], where)) != where:
                     raise Refused(f"it has the same id as {earlier}")
+                reader.sample(plain(row))
                 rows[where] = row
             except Refused as reason:
                 refused[where] = {"id": name or None, "where": where, "reason": str(reason)}
     return rows, refused
+
+
+def number_of(file: Path, number: int) -> str:
+    """The id of an item that has none."""
+    return f"{file.absolute().parent.name}-{file.name.partition('.')[0]}-{number}"
 
 
 def id_of(item: Item) -> str:

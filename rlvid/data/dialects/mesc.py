@@ -28,11 +28,11 @@ def read(item: Item, roots: Roots) -> Row:
     answer = "\n".join(f"{name}: {part}" for name, part in zip(LINES, parts, strict=True))
     history = item.get("history_chat") or []
     try:
-        turns = [(ROLES[turn["role"]], str(turn["content"])) for turn in history]
-    except (LookupError, TypeError):
+        turns = [(ROLES[turn["role"]], turn["content"].strip()) for turn in history]
+    except (LookupError, TypeError, AttributeError):
         raise Refused("history_chat must be a list of turns with role and content") from None
     turns = [turn for turn in turns if turn[0] != "system"][-HISTORY:]
-    question = text_of(item, "utt_user_most_recent")
+    question = text_of(item, "utt_user_most_recent").strip()
     if turns and turns[-1] == ("user", question):  # the history may end with it
         turns = turns[:-1]
     situation = f" The situation: {item['situation']}" if item.get("situation") else ""

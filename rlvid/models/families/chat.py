@@ -154,6 +154,9 @@ class ChatFamily(ABC):
         for i, message in enumerate(sample.messages):
             if message.role != "assistant":
                 continue
+            if not i:  # templates need a first turn
+                spans.append(None)
+                continue
             before = np.array(tokenize(replace(sample, messages=sample.messages[:i])))
             answer = self.encode_answer(message.text)
             given = token_ids[: len(before) + len(answer)]
@@ -198,7 +201,8 @@ class ChatFamily(ABC):
         """
         if max_tokens is None or n_tokens <= max_tokens:
             return
-        fix = "start a new run with fewer video.frames or a lower video.max_pixels" if n_video else "shorten the prompt"
+        smaller = "fewer video.frames, or a lower video.max_pixels or video.image_max_pixels"
+        fix = f"start a new run with {smaller}" if n_video else "shorten the prompt"
         raise PromptTooLong(
             f"its prompt has {n_tokens} tokens ({n_video} of them video), but the context has "
             f"room for {max_tokens}. Prompts are never truncated: raise rollout.max_model_len (also "

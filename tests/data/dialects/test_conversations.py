@@ -78,7 +78,7 @@ def test_sharegpt_with_history_and_media_where_their_placeholders_are(media: Pat
         ("video", "b.mp4"),
         ("image", "c.png"),
     ]
-    assert (sample.id, sample.answer) == ("items-1", "A box.")
+    assert (sample.id, sample.answer) == (f"{media.name}-items-1", "A box.")
 
 
 def test_swift_puts_media_without_a_placeholder_first(media: Path) -> None:
@@ -123,6 +123,10 @@ def test_llava_and_its_heirs(media: Path) -> None:
         ("llava", {"conversations": [gpt("x")]}, "has no question"),
         ("llava", {"conversations": [{"from": "tool", "value": "x"}]}, "a turn is from 'tool'"),
         ("llava", {"conversations": "x"}, "conversations must be a list of turns"),
+        ("llava", {"conversations": [{"from": ["x"], "value": "x"}]}, "a turn is from ['x']"),
+        ("swift", {"query": "What?", "response": "x", "history": 3}, "history must be a list"),
+        ("sharegpt", {"conversations": [human("a"), gpt(""), human("b"), gpt("x")]}, "must be a text or a list"),
+        ("sharegpt", {"conversations": [human("a"), gpt("x")], "problem_type": 3}, "problem_type must be a text"),
     ],
 )
 def test_a_wrong_item_is_refused_alone(media: Path, dialect: str, item: dict[str, Any], reason: str) -> None:
@@ -131,6 +135,12 @@ def test_a_wrong_item_is_refused_alone(media: Path, dialect: str, item: dict[str
         good = {"conversations": [human("What?"), gpt("x")]}
     samples, refused = read(media, dialect, item, good)
     assert len(samples) == 1 and len(refused) == 1 and reason in refused[0]
+
+
+def test_items_of_one_id_are_numbered(media: Path) -> None:
+    item = {"id": "v1", "video": "a.mp4", "conversations": [human("<video>What?"), gpt("x")]}
+    samples, _ = read(media, "llava", item, {**item, "conversations": [human("<video>And?"), gpt("y")]})
+    assert [s.id for s in samples] == ["v1", "v1-2"]
 
 
 def test_nothing_left_is_the_users_error(media: Path) -> None:
@@ -153,6 +163,8 @@ def test_a_dialect_is_detected_where_there_is_no_doubt() -> None:
         ({"path_to_vid_user_most_recent": []}, "mesc"),
         ({"id": "1", "text": "a", "label": "b"}, "mmla"),
         ({"id": "1", "question": "a", "answer": "b"}, None),
+        ({"messages": [], "chosen": "a", "rejected": "b"}, None),  # pairs in our own form
+        ({"messages": [], "labels": {}}, None),
     ):
         assert looks_like(item) == name, item
 

@@ -15,7 +15,7 @@ from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
 from rlvid.training.packing import hidden_states, pack
 from rlvid.types import Prompt
-from tests.prompts import prompt_of
+from tests.prompts import clip_of, noise, prompt_of, sample_of
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava")
 
@@ -47,6 +47,16 @@ def test_embeddings_of_shuffled_frames_are_a_permutation(name: str, tiny_models:
     by_frame = own.view(t, -1, own.shape[-1])
     assert (shuffled - by_frame[order].flatten(0, 1)).abs().max() <= 1e-5
     assert (shuffled - own).abs().max() > 1e-3
+
+
+def test_single_frames_change_places_across_temporal_patches(tiny_models: dict[str, Path]) -> None:
+    family = load_family(tiny_models["qwen2_vl"])
+    assert isinstance(family, VisionFamily)
+    frames = noise(8, 56, 84)
+    clip = clip_of(frames, "c")
+    shuffled = shuffle_frames(family.encode(sample_of(), [clip]), family.temporal_patch)
+    moved = family.encode(sample_of(), [clip_of(frames[frame_order(8, "c")], "c")])
+    assert np.array_equal(shuffled.patches, moved.patches)
 
 
 def test_two_clips_are_shuffled_each_by_itself(tiny_models: dict[str, Path]) -> None:
