@@ -34,7 +34,7 @@ placement: {{threads: 1}}
 
 CODE = """
 def score(prompt, responses, id, **fields):
-    if id.endswith("1"):
+    if id[-1] in "01":
         raise ValueError("no such shape")
     return [len(text) / 100 for text in responses]
 """
@@ -95,7 +95,7 @@ def test_rewards_of_the_users_own_and_of_a_judge(
     helps = [row["groups/order_helps"] for row in rows if "groups/order_helps" in row]  # of questions about a video
     assert helps and all(0 <= share <= 1 for share in helps)
     table = pq.read_table(run / "rollouts").to_pylist()
-    failed = [row for row in table if row["sample_id"].endswith("1")]
+    failed = [row for row in table if row["sample_id"][-1] in "01"]
     assert all(("no such shape" in str(row["invalid_reason"])) == (row in failed) for row in table)
     assert sum(row["groups/invalid_rewards"] for row in rows) == len(failed) > 0
     assert len(read) == len(set(read))  # an answer is asked for once
