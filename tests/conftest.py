@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
             item.add_marker("engine")
         # what `make test` runs in one process: a file, or all that need the ranks
         item.add_marker(pytest.mark.xdist_group("ranks" if RANKS & set(item.fixturenames) else item.path.stem))
-    items.sort(key=lambda item: "tests/jobs/" not in item.nodeid)  # what takes minutes begins first
+    # What takes minutes begins first: the ranks, which are one group, then whole runs.
+    items.sort(key=lambda item: (not RANKS & set(item.fixturenames), "tests/jobs/" not in item.nodeid))
 
 
 @pytest.fixture(scope="session")
