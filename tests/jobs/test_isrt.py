@@ -141,6 +141,7 @@ def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpo
     assert (run / "policy" / "model.safetensors").is_file() and {"accuracy_after", "length_ratio"} <= result.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_a_model_judges_itself(tmp_path: Path) -> None:

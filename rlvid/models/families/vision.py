@@ -209,7 +209,7 @@ def shuffle_frames(prompt: Prompt, in_patch: int = 1) -> Prompt:
     return replace(
         prompt,
         patches=np.concatenate(parts) if parts else prompt.patches,
-        clip_ids=tuple(f"{clip_id}-shuffled" for clip_id in prompt.clip_ids),
+        clip_ids=tuple(f"{clip_id}-shuffled-by-{in_patch}" for clip_id in prompt.clip_ids),  # caches go by them
     )
 
 
