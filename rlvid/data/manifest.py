@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,25 +62,13 @@ def load_manifest(
     Raises:
         UserError: the file cannot be read, or its first twenty wrong rows: file and line, what was expected, the fix.
     """
-    return samples_of(path, read_items(path.expanduser()), root, system_prompt, suffix, needs_answer)
-
-
-def samples_of(
-    path: Path,
-    rows: Iterable[tuple[int, dict[str, Any] | Refused]],
-    root: Path | None,
-    system_prompt: str | None,
-    suffix: str,
-    needs_answer: bool,
-) -> list[Sample]:
-    """The samples of the numbered rows of `path`; see `load_manifest`."""
     file = Path(os.path.abspath(path.expanduser()))
     base = Path(os.path.abspath(root.expanduser())) if root is not None else file.parent
     reader = RowReader(MediaReader(base, root is not None), system_prompt, suffix, needs_answer)
     samples: list[Sample] = []
     line_of_id: dict[str, int] = {}
     problems, hint = [], ""
-    for line, row in rows:
+    for line, row in read_items(path.expanduser()):
         try:
             if isinstance(row, Refused):
                 raise row

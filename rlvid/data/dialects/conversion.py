@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, files_of, media_in, plain
 from rlvid.data.items import read_items, refuse_all
-from rlvid.data.manifest import RowReader, samples_of
+from rlvid.data.manifest import RowReader
 from rlvid.data.row_media import MediaReader
 from rlvid.errors import UserError
 from rlvid.files import naming_write_errors, write_rows
@@ -19,6 +20,7 @@ from rlvid.types import Sample
 
 MANIFEST, REFUSED = "manifest.jsonl", "refused.jsonl"
 PATTERNS = ("*.json", "*.jsonl", "*.parquet", "*.tsv")
+ANYWHERE = MediaReader(Path("/"), True)  # `Roots.find` has checked all paths
 
 
 def load_published(
@@ -29,10 +31,9 @@ def load_published(
     Raises:
         UserError: the file cannot be read, or no item is left.
     """
-    rows, refused = read_published(source, dialect, roots)
-    _check_some_left(str(source), rows, refused)
-    items = [(int(where.rpartition(":")[2]), plain(row)) for where, row in rows.items()]
-    samples = samples_of(source, items, Path("/"), system_prompt, suffix, needs_answer)
+    found, refused = _read(source, dialect, roots, RowReader(ANYWHERE, system_prompt, suffix, needs_answer))
+    _check_some_left(str(source), found, refused)
+    samples = [sample for _, sample in found.values()]
     return samples, [(str(row["id"] or row["where"]), str(row["reason"])) for row in refused.values()]
 
 
@@ -74,8 +75,8 @@ def convert(
         raise UserError(f"--mismatched is a share from 0 to 1, got {mismatched:g}")
     if mismatched and dialect.mismatch is None:
         raise UserError("--mismatched: this dialect has no rows that could be mismatched")
-    rows, refused = read_published(source, dialect, roots)
-    rows = {where: row for where, row in rows.items() if only in (None, row.get("source"))}
+    found, refused = _read(source, dialect, roots, RowReader(ANYWHERE, None, "", needs_answer=False))
+    rows = {where: row for where, (row, _) in found.items() if only in (None, row.get("source"))}
     _check_some_left(f"{source}{f' of source {only}' if only else ''}", rows, refused)
     more = dialect.mismatch([*rows.values()], mismatched, np.random.default_rng(seed)) if dialect.mismatch else []
     with naming_write_errors(f"the converted set {out}", "make room or name another folder, and start it again"):
@@ -86,7 +87,7 @@ def convert(
     return Converted(out / MANIFEST, len(written), len(refused), root)
 
 
-def files_of_items(source: Path) -> list[Path]:
+def _files_of_items(source: Path) -> list[Path]:
     """The files of a folder; or a file alone.
 
     Raises:
@@ -98,15 +99,17 @@ def files_of_items(source: Path) -> list[Path]:
     return files
 
 
-def read_published(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Rows, and a note on each refused item, both by file and line.
+def _read(
+    source: Path, dialect: Dialect, roots: Roots, reader: RowReader
+) -> tuple[dict[str, tuple[Row, Sample]], dict[str, Row]]:
+    """Rows with their samples, and a note on each refused item, both by file and line.
 
     Raises:
         UserError: a file cannot be read.
     """
-    rows, refused, first = dict[str, Row](), dict[str, Row](), dict[str, str]()
-    reader = RowReader(MediaReader(Path("/"), True), None, "", needs_answer=False)
-    for file in files_of_items(source):
+    found: dict[str, tuple[Row, Sample]] = {}
+    refused, first = dict[str, Row](), dict[str, str]()
+    for file in _files_of_items(source):
         at = replace(roots, folder=(roots.folder or file.parent).absolute(), file=file.absolute())
         for number, item in read_items(file, tables=True):
             where, name = f"{file}:{number}", ""
@@ -121,11 +124,10 @@ def read_published(source: Path, dialect: Dialect, roots: Roots) -> tuple[dict[s
                     row["id"] = f"{row['id']}-{number}"
                 if (earlier := first.setdefault(row["id"], where)) != where:
                     raise Refused(f"it has the same id as {earlier}")
-                reader.sample(plain(row))
-                rows[where] = row
+                found[where] = row, reader.sample(plain(row))
             except Refused as reason:
                 refused[where] = {"id": name or None, "where": where, "reason": str(reason)}
-    return rows, refused
+    return found, refused
 
 
 def number_of(file: Path, number: int) -> str:
@@ -139,7 +141,7 @@ def id_of(item: Item) -> str:
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-def _check_some_left(source: str, rows: Mapping[str, Row], refused: Mapping[str, Row]) -> None:
+def _check_some_left(source: str, rows: Mapping[str, Any], refused: Mapping[str, Row]) -> None:
     if not rows:
         first = [f"{row['where']}: {row['reason']}" for row in refused.values()]
         refuse_all([f"no item left of {source}, {len(refused)} refused", *first])
