@@ -9,7 +9,7 @@ from typing import Any
 from rlvid.data.items import Refused
 from rlvid.rewards.answers import MAX_CHOICES, choices_meant, read_choice
 
-_TAGGED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
+TAGGED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
 def read_choices(value: Any) -> tuple[str, ...] | None:
@@ -46,7 +46,7 @@ def read_answer(value: Any, choices: tuple[str, ...] | None, is_needed: bool) ->
         value = str(value)
     if value in (None, "") and not is_needed:
         return ""
-    if isinstance(value, str) and (tagged := _TAGGED.fullmatch(value)):
+    if isinstance(value, str) and (tagged := TAGGED.fullmatch(value)):
         value = tagged[1].strip()
     if isinstance(value, list) and len(value) > 1:
         raise Refused(f"answer {value!r:.60} names several; a row has one right answer")

@@ -25,18 +25,14 @@ from rlvid.data.manifest import RowReader
 from rlvid.data.row_media import MediaReader
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Medium, Sample
-from rlvid.video.clip_reader import load_reader, reader_of
-from rlvid.video.container_check import missing_bytes
+from rlvid.video.clip_reader import read_file
 
 READ_MULTIPLE = 28  # height and width of the frames that are decoded, pixels
 
 
 @dataclass
 class Report:
-    """Attributes:
-    counts: rows and media of each kind.
-    faults: by what is wrong: where, and in which way.
-    """
+    """What was found: how many rows and media there are of each kind, and by what is wrong, where and in which way."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -155,21 +151,20 @@ def _compare(rows: Sequence[_Row], report: Report) -> None:
     """Find the faults between rows and between files."""
     asked: dict[tuple[Any, ...], _Row] = {}
     names: dict[str, dict[str, str]] = defaultdict(dict)  # candidate labels -> name of the task -> where
-    folders: dict[tuple[str, str], dict[Path, str]] = defaultdict(dict)  # task -> file -> folder of its media
+    folders: dict[str, dict[Path, str]] = defaultdict(dict)  # candidate labels -> file -> folder of its media
     for row in rows:
         sample = row.sample
         key = (tuple(medium.files for medium in sample.media), sample.question.casefold())
         earlier = asked.setdefault(key, row)
         if earlier is not row:
-            kind = (
-                f"duplicate {'rows' if sample.media else 'texts'}" if earlier.file == row.file else "rows in two files"
-            )
+            kind = "duplicate rows" if sample.media else "duplicate texts"
+            kind = kind if earlier.file == row.file else "rows in two files"
             report.faults[kind].append(f"{row.where}: the same media and question as {earlier.where}")
         if found := task_of(sample.question):
             task, labels = found
             names[labels].setdefault(task, row.where)
             for medium in sample.media:
-                folders[labels, ""].setdefault(row.file, os.path.dirname(medium.path))
+                folders[labels].setdefault(row.file, os.path.dirname(medium.path))
     for by_name in names.values():
         if len(by_name) > 1:
             said = ", ".join(f"{name!r} ({where})" for name, where in by_name.items())
@@ -186,11 +181,8 @@ def _decode(media: set[Medium], report: Report) -> None:
     def fault(medium: Medium) -> str | None:
         if not all(map(os.path.isfile, medium.files)):
             return None  # reported already
-        name = reader_of(medium, video)
         try:
-            if name != "picture" and (missing := missing_bytes(medium.path)):
-                return f"{medium.path}: is cut short ({missing} bytes are missing at its end)"
-            load_reader(name).read_frames(medium, video, READ_MULTIPLE)
+            read_file(medium, video, READ_MULTIPLE)
         except BadClip as error:
             return str(error)
         return None

@@ -75,15 +75,12 @@ class ClipReader:
         """
         path = medium.path
         content_sha256 = self._content_sha256(medium)
-        name = reader_of(medium, self.video)
-        reader = load_reader(name)
-        clip_id = self.clip_id(medium, content_sha256, reader.NAME)
+        reader = load_reader(reader_of(medium, self.video)).NAME
+        clip_id = self.clip_id(medium, content_sha256, reader)
 
         def decode() -> Clip:
-            if name != "picture" and (missing := missing_bytes(path)):
-                raise BadClip(path, f"is cut short ({missing} bytes are missing at its end)")
-            decoded = reader.read_frames(medium, self._video_of(medium), self.multiple)
-            return Clip(clip_id=clip_id, reader=reader.NAME, content_sha256=content_sha256, **vars(decoded))
+            decoded = read_file(medium, self._video_of(medium), self.multiple)
+            return Clip(clip_id=clip_id, reader=reader, content_sha256=content_sha256, **vars(decoded))
 
         try:
             return self.cache.get_or_make(clip_id, decode)
@@ -145,6 +142,18 @@ def reader_of(medium: Medium, video: VideoConfig) -> str:
     """Name of the reader of a medium."""
     is_of_pictures = medium.kind == "image" or bool(medium.pictures) or medium.path.lower().endswith(ANIMATED)
     return "picture" if is_of_pictures else video.reader
+
+
+def read_file(medium: Medium, video: VideoConfig, multiple: int) -> Any:
+    """The `DecodedFrames` of a medium, without the cache.
+
+    Raises:
+        BadClip: The file is cut short, or its reader cannot read it.
+    """
+    name = reader_of(medium, video)
+    if name != "picture" and (missing := missing_bytes(medium.path)):
+        raise BadClip(medium.path, f"is cut short ({missing} bytes are missing at its end)")
+    return load_reader(name).read_frames(medium, video, multiple)
 
 
 def load_reader(name: str) -> Any:

@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import re
-
+from rlvid.data.answers import TAGGED
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
 
 KINDS = ("video", "image")
@@ -20,7 +19,7 @@ def read(item: Item, roots: Roots) -> Row:
     options = item.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise Refused("options must be a list of texts")
-    answer = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", text_of(item, "solution"), re.DOTALL)
+    answer = TAGGED.fullmatch(text_of(item, "solution"))
     if answer is None or not answer[1].strip():
         raise Refused("solution must be <answer>...</answer> with something inside")
     row: Row = {
