@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import ray
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from actors.fleet_replicas import Replicas
 
 
-def draining_nodes() -> Collection[str]:
-    """Nodes that will be taken away, as their provider has announced. No public module of Ray says it; Ray Train asks
-    like this too."""
-    nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
-    return nodes.keys()
+def draining_nodes() -> set[str]:
+    """Nodes that will be taken away, as their provider has announced. Ray has no public function for it; Ray Train
+    calls this one too."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 class Growth:
@@ -63,8 +62,8 @@ class Growth:
             self.replicas.start(replica)
 
     def shrink(self) -> None:
-        """Replicas on a node that will go away, as a cloud announces before it takes a machine back, finish their work,
-        get no more, and leave, as far as enough others are running."""
+        """Let replicas leave whose node will be taken away, as a cloud announces beforehand: they are given no more
+        work, and leave when theirs is done, as far as enough others run."""
         nodes = draining_nodes()
         going = {r for r in self._fleet.members() if self.replicas.nodes.get(r) in nodes}
         for replica in going - self._told:
@@ -76,9 +75,10 @@ class Growth:
             self._remove(replica)
 
     def leave(self, replica: ReplicaId) -> bool:
-        """A dead replica whose node is gone, or will be, leaves, if enough others are left; one may join elsewhere."""
+        """A dead replica leaves if its node is gone or will be taken away, and enough others are left; one may join
+        elsewhere."""
         node = self.replicas.nodes.get(replica)
-        staying = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - set(draining_nodes())
+        staying = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - draining_nodes()
         if node is None or node in staying or len(self._fleet.members()) <= self._fleet.min_replicas:
             return False
         self._remove(replica)

@@ -150,8 +150,8 @@ class Fleet(Generic[Work]):
         self._end(record, State.RETIRED)
 
     def drain(self, leaving: Collection[ReplicaId]) -> list[ReplicaId]:
-        """These will have to leave. They get no more work, as far as `min_replicas` others run; an earlier call is
-        void. Returns those of them that have no work left: the caller may stop them."""
+        """Give these no more work, because they will have to leave, as far as `min_replicas` others run. Each call
+        replaces the one before. Returns those of them that have no work left: the caller may stop them."""
         going = [r for r in self.members(State.STALE, State.READY, State.SUSPECT) if r in leaving]
         staying = [r for r in self.members(State.STALE, State.READY) if r not in leaving]
         self._draining = set(going[: max(0, len(going) + len(staying) - self.min_replicas)])

@@ -106,7 +106,6 @@ class VllmEngine:
                     disable_log_stats=True,
                     enable_sleep_mode=sleeps and on_gpu,  # vLLM refuses it on CPU
                     enable_lora=lora is not None,
-                    max_loras=1,
                     max_lora_rank=_rank_for(lora),
                 )
             )

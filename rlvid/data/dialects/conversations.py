@@ -49,7 +49,7 @@ def conversation(turns: Sequence[tuple[str, str]], videos: Media, images: Media,
             waiting = {"video": [], "image": []}
         for i, piece in enumerate(PLACEHOLDER.split(text)):  # text, kind, text
             if i % 2:
-                kind = piece if waiting[piece] else "video"  # <image> for a video
+                kind = piece if waiting[piece] or is_placed else "video"  # LLaVA-NeXT writes <image> for a video
                 if not waiting[kind]:
                     raise Refused(f"a <{piece}> has no {piece}")
                 content.append({"type": kind, kind: waiting[kind].pop(0)})
@@ -106,8 +106,8 @@ def media_of(item: Item, roots: Roots, *keys: str) -> tuple[list[Path | Pictures
     return videos, images
 
 
-def _rest(item: Item, *used: str) -> Mapping[str, Any]:
-    return {key: item[key] for key in ("problem_type", "task", "source") if key in item and key not in used}
+def _rest(item: Item) -> Mapping[str, Any]:
+    return {key: item[key] for key in ("problem_type", "task", "source") if key in item}
 
 
 def read_sharegpt(item: Item, roots: Roots) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row
 
@@ -87,9 +88,9 @@ def prompt(task: Task, text: str, sees_video: bool) -> str:
 
 
 def read(item: Item, roots: Roots, sees_video: bool) -> Row:
-    folder = roots.file.parent if roots.file else None
-    dataset = dataset_of(folder.name) if folder else None
-    if folder is None or dataset is None:
+    folder = roots.file.parent if roots.file else Path()
+    dataset = dataset_of(folder.name)
+    if dataset is None:
         raise Refused(f"its folder is not named after a data set of MMLA: {', '.join(TASKS)}")
     task = TASKS[dataset]
     name, text, label = (_column(item, what) for what in ("id", "text", "label"))

@@ -111,6 +111,7 @@ def test_llava_and_its_heirs(media: Path) -> None:
     [
         ("sharegpt", {"conversations": [human("What?"), gpt("x")], "videos": ["a.mp4"]}, "0 placeholders for 1 media"),
         ("sharegpt", {"conversations": [human("<video>?"), gpt("x")]}, "1 placeholders for 0 media"),
+        ("sharegpt", {"conversations": [human("<image>?"), gpt("x")], "videos": ["a.mp4"]}, "a <image> has no image"),
         ("swift", {"query": "<video> <video>", "response": "x", "videos": ["a.mp4"]}, "2 placeholders for 1 media"),
         ("swift", {"query": "<video>?", "response": "x", "images": ["c.png"]}, "a <video> has no video"),
         ("swift", {"query": "What?", "response": ""}, "response is missing or empty"),
