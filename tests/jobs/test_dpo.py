@@ -19,9 +19,9 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from jobs.cli import main
-from tests.jobs.runs import ROOT, finish, metrics_of, wait_for
+from tests.jobs.runs import LIMIT_S, ROOT, finish, metrics_of, wait_for
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1800)
 
 CONFIG = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -31,7 +31,7 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
 video: {{frames: 4, height: 56, width: 56}}
 train: {{steps: 6, batch_size: 4, lr: 1.0e-3}}
 evaluate: {{every: 100}}
-placement: {{threads: 1}}
+placement: {{threads: 1, encoders: 1}}
 """
 
 
@@ -94,7 +94,7 @@ def test_ctrl_c_saves_the_step_and_a_bad_clip_is_left_out(config: Path, syntheti
     run = config.parent / "stopped"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 3, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, out + err
     assert "resumes after step" in err and "Traceback" not in out + err
     (checkpoint,) = (run / "checkpoints").iterdir()
@@ -120,7 +120,7 @@ def test_workers_follow_the_cluster(config: Path) -> None:
         cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
         wait_for(lambda: "2 workers" in out.read_text() and steps_of(run)[-1]["step"] > alone + 100, process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
         cluster.shutdown()

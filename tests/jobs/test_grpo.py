@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.runs import finish, metrics_of, start, wait_for
+from tests.jobs.runs import LIMIT_S, finish, metrics_of, start, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 SMALL = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -62,7 +62,7 @@ def test_real_clips_of_which_some_are_bad(real_clips: Path, tmp_path: Path) -> N
     (step,) = (row for row in metrics_of(second) if "policy/kl" in row)
     assert step["policy/logprob_gap"] < 1e-4 and step["policy/kl"] == pytest.approx(0.0, abs=1e-9)
     process = start("grpo", config, *lora, "grpo.group_size=4")
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 2
     assert "grpo.group_size" in err and "Traceback" not in err
 
@@ -89,7 +89,7 @@ def test_run_resumes_after_ctrl_c_in_warm_start_and_training_and_after_kill_9(tm
         process = start("grpo", config, *arguments)
         wait_for(condition, process)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 130, out + err
         assert "resumes after step" in err and "Traceback" not in out + err
         return out

@@ -25,7 +25,7 @@ from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judge_prompts import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Encoded, Sample
 from tests.http_server import chat_answer, serving
-from tests.jobs.runs import finish, start
+from tests.jobs.runs import LIMIT_S, finish, start
 
 STAGES = ("contexts", "responses", "judgements", "pairs")
 CONFIG = """
@@ -35,13 +35,13 @@ video: {{frames: 2, height: 56, width: 56}}
 run: {{wandb: disabled, checkpoint_every: 1000}}
 rollout: {{max_tokens: 6, max_model_len: 512, max_sequences: 32}}
 train: {{batch_size: 4, lr: 1.0e-4}}
-placement: {{threads: 1}}
+placement: {{threads: 1, encoders: 1}}
 """
 
 
 def pairs_made(process: subprocess.Popen[str]) -> int:
     """The number of pairs of a run with `--only-data`, which ends with exit code 2 where there is none (fault 30)."""
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=LIMIT_S)
     if process.returncode == 2:
         assert "there is no pair to train on: of 48 prompts" in err and "inconsistent" in err, out + err
         return 0
@@ -51,7 +51,7 @@ def pairs_made(process: subprocess.Popen[str]) -> int:
 
 def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     """kill -9 as soon as `condition` is true."""
-    deadline = time.monotonic() + 480
+    deadline = time.monotonic() + LIMIT_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -88,7 +88,7 @@ def endpoint() -> Iterator[SimpleNamespace]:
 
 @pytest.mark.slow
 @pytest.mark.engine
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpoint: SimpleNamespace) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(layers=1, train=24, folder=tmp_path))
@@ -124,7 +124,7 @@ def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpo
         with (folder / f"{stage}.jsonl").open("a") as file:
             file.write('{"id": "train-0000')  # an incomplete line, as after a kill during a write
     endpoint.down_after = endpoint.asked + 13  # within the fourth chunk: two samples each, judged in both orders
-    out, err = (down := start("isrt", config, *arguments, "isrt.chunk_size=2")).communicate(timeout=600)
+    out, err = (down := start("isrt", config, *arguments, "isrt.chunk_size=2")).communicate(timeout=LIMIT_S)
     assert down.returncode == 2 and "HTTP 503" in err and "judge-1" in err, out + err
     assert count("judgements") % 2 == 0 and 2 <= count("judgements") < len(judged)  # whole chunks that were answered
     endpoint.down_after = math.inf
@@ -143,7 +143,7 @@ def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpo
 
 @pytest.mark.slow
 @pytest.mark.engine
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_model_judges_itself(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(layers=2, train=48, folder=tmp_path))

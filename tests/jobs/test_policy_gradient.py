@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from tests.http_server import chat_answer, serving
-from tests.jobs.runs import finish, metrics_of, start, wait_for
+from tests.jobs.runs import LIMIT_S, finish, metrics_of, start, wait_for
 from tests.prompts import noise
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 SMALL = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -29,7 +29,7 @@ video: {{frames: 4, height: 56, width: 56}}
 rollout: {{max_tokens: 4, max_model_len: 512, max_sequences: 32}}
 train: {{batch_size: 4, lr: 1.0e-4}}
 evaluate: {{every: 100}}
-placement: {{threads: 1}}
+placement: {{threads: 1, encoders: 1}}
 """
 
 CODE = """
@@ -144,7 +144,7 @@ def test_ppo_with_a_critic_of_its_own_and_overlap_resumes_both_networks(config: 
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 9999, "content": "<another>"})
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     process = start("ppo", config, *arguments[1:], "train.steps=2", f"run.dir={tmp_path}/x", f"ppo.critic_path={other}")
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 2 and "has another tokenizer than the policy" in err
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from rlvid.config import SyntheticConfig
 from rlvid.synthetic.moving_shapes import make_synthetic, write_mp4
+from tests.jobs.runs import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 CONFIG = """
 model: {{tiny: {{layers: 1, vision_layers: 1}}}}
@@ -26,14 +27,14 @@ run: {{wandb: disabled, dir: {root}/run}}
 reward_model: {reward_model}
 train: {{steps: {steps}, batch_size: 12, lr: 3.0e-3}}
 rollout: {{max_tokens: 4, max_model_len: 1024}}
-placement: {{threads: 1}}
+placement: {{threads: 1, encoders: 1}}
 """
 
 
 def rlvid(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -90,7 +91,10 @@ def test_regression_learns_scores_by_name_and_its_model_ranks_videos(tmp_path: P
     ).stderr  # fmt: skip
 
 
-def test_a_model_trained_on_pairs_scores_answers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def on_pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and result of a run on pairs."""
+    tmp_path = tmp_path_factory.mktemp("pairs")
     make_synthetic(tmp_path, SyntheticConfig(train=24, eval=8, kinds=("colour",)), seed=0)
     # A wrong answer is recognised by its words here, so that a tiny model learns it in seconds.
     for split in ("train", "eval"):
@@ -101,7 +105,11 @@ def test_a_model_trained_on_pairs_scores_answers(tmp_path: Path) -> None:
     paths = {f: tmp_path / f"{split}_pairs.jsonl" for f, split in (("train", "train"), ("eval", "eval"))}
     kind = "{kind: bradley_terry, template: question}"
     config.write_text(CONFIG.format(**paths, root=tmp_path, reward_model=kind, steps=12))
-    outcome = result(rlvid("reward-model", config))
+    return tmp_path, result(rlvid("reward-model", config))
+
+
+def test_a_model_trained_on_pairs_scores_answers(on_pairs: tuple[Path, dict[str, Any]]) -> None:
+    tmp_path, outcome = on_pairs
     losses = [row["loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5)  # the head begins at 0
     assert losses[-1] < 0.3 and outcome["accuracy"] == 1.0 and outcome["n"] == 8
@@ -115,13 +123,17 @@ def test_a_model_trained_on_pairs_scores_answers(tmp_path: Path) -> None:
     assert "--out" in rlvid("score", tmp_path / "run", video, "--prompt", "x", "--out", no_folder, code=2).stderr
     assert [row["response"] for row in rows_of(out)] == ["red", "no idea"]
 
-    # As after a kill between the last checkpoint and the evaluation: the same command does it.
-    run = tmp_path / "run"
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_kill_prevented_is_made_by_the_same_command(
+    on_pairs: tuple[Path, dict[str, Any]],
+) -> None:
+    run = on_pairs[0] / "run"
     before = rows_of(run / "metrics.jsonl")
     assert "eval/accuracy" in before[-1]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before[:-1]))
     (run / "policy.training.json").unlink()
-    again = result(rlvid("reward-model", config))
+    again = result(rlvid("reward-model", on_pairs[0] / "config.yaml"))
     after = rows_of(run / "metrics.jsonl")
     assert again["accuracy"] == 1.0 and [(r["step"], "loss" in r) for r in after] == [
         (r["step"], "loss" in r) for r in before

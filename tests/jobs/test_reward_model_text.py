@@ -11,7 +11,7 @@ import pytest
 from rlvid.synthetic.moving_shapes import write_mp4
 from tests.jobs.test_reward_model import CONFIG, result, rlvid, rows_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 def test_scores_as_text_are_generated_and_parsed_and_can_be_soft(tmp_path: Path) -> None:

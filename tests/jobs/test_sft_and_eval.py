@@ -16,17 +16,17 @@ import pytest
 
 from rlvid.config import SyntheticConfig
 from rlvid.synthetic.moving_shapes import make_synthetic
-from tests.jobs.runs import metrics_of, wait_for
+from tests.jobs.runs import LIMIT_S, metrics_of, wait_for
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 def run(job: str, config: Path, *overrides: str) -> dict[str, Any]:
     command = [sys.executable, "-m", f"jobs.{job}", "--config", str(config), *overrides]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -40,7 +40,7 @@ data: {{synthetic: {{train: 24, eval: 10}}, cache_dir: {tmp_path}/cache}}
 video: {{height: 56, width: 56}}
 run: {{wandb: disabled}}
 train: {{steps: 12, batch_size: 10, lr: 3.0e-3}}
-placement: {{threads: 1}}
+placement: {{threads: 1, encoders: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """
     )
@@ -81,7 +81,7 @@ video: {{height: 56, width: 56}}
 run: {{dir: {tmp_path}/run, wandb: disabled, checkpoint_every: 1, keep_checkpoints: 3}}
 train: {{steps: 3, batch_size: 1}}
 sft: {{loss: all}}
-placement: {{threads: 1}}
+placement: {{threads: 1, encoders: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """
     )
@@ -118,7 +118,7 @@ placement: {{threads: 1, trainer_workers: 2}}
         killed_at = metrics_of(folder)[-1]["step"]
         wait_for(lambda: metrics_of(folder)[-1]["step"] > killed_at + 40, process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
     assert process.returncode == 130, out.read_text() + err

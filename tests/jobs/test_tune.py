@@ -20,10 +20,10 @@ from rlvid.config import TuneJobConfig
 from rlvid.config.load import load_config
 from rlvid.errors import UserError
 from rlvid.reporting.report.sweep import TrialRow
-from tests.jobs.runs import ROOT, finish, wait_for
+from tests.jobs.runs import LIMIT_S, ROOT, finish, wait_for
 from tests.jobs.test_dpo import CONFIG
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1800)
 
 SWEEP = """
 dir: {tmp}/sweep
@@ -62,7 +62,7 @@ def test_an_interrupted_and_a_killed_sweep_resume_and_report_the_best_trial(swee
         process = start(sweep)
         wait_for(lambda n=before: len(list(folder.glob("trials/*/checkpoints/step_*"))) > n, process)  # type: ignore[misc]
         process.send_signal(how)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode == code and not (folder / "best.yaml").exists()
         assert how != signal.SIGINT or "resumes the sweep" in err
 

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.training.conftest import ZERO3_FAMILIES, Results
 
 
+def check_equal(one: dict[str, list[float]], two: dict[str, list[float]]) -> None:
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name  # after an update of AdamW
+        if name in ("supervised", "ppo", "critic"):  # loss and gradient norm before one
+            assert two[name] == pytest.approx(values, rel=1e-5), name
+
+
 @pytest.mark.parametrize("family", ZERO3_FAMILIES)
 def test_two_ranks_with_uneven_work_equal_one(family: str, one_rank: Results, two_ranks: Results) -> None:
     one, two = one_rank[f"zero3_rank.{family}", 0], two_ranks[f"zero3_rank.{family}", 3]
-    assert one["numbers"].keys() == two["numbers"].keys()
-    for name, values in one["numbers"].items():
-        found = two["numbers"][name]
-        assert found == pytest.approx(values, rel=1e-4, abs=1e-5), name  # after an update of AdamW
-        if name in ("supervised", "ppo", "critic"):  # loss and gradient norm before one
-            assert found[:2] == pytest.approx(values[:2], rel=1e-5), name
+    check_equal(one["numbers"], two["numbers"])
+
+
+@pytest.mark.slow
+def test_heads_of_every_family_too(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    results = []
+    for world_size, stage in ((1, 0), (2, 3)):
+        (folder := tmp_path / str(world_size)).mkdir()
+        programs = {f"zero3_heads_rank.{family}": (stage,) for family in ZERO3_FAMILIES[1:]}
+        results.append(list(Results(world_size, folder, tiny_models, programs).values()))
+    assert len(results[0]) == len(ZERO3_FAMILIES) - 1
+    for one, two in zip(*results, strict=True):
+        check_equal(one["numbers"], two["numbers"])
 
 
 @pytest.mark.parametrize("family", ZERO3_FAMILIES)
 def test_activations_are_computed_again_in_text_and_tower(family: str, one_rank: Results, two_ranks: Results) -> None:
     assert not one_rank[f"zero3_rank.{family}", 0]["again"]
     again = two_ranks[f"zero3_rank.{family}", 3]["again"]
-    assert len(again) == (1 if family in ("qwen2", "qwen3") else 2) and min(again.values()) > 5
+    assert len(again) == (1 if family in ("qwen2", "qwen3") else 2) and min(again.values()) > 3, again

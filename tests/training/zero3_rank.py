@@ -4,6 +4,9 @@ One rank has prompts without a clip and long responses; the other has one with t
 Rows and chunks of logits are small, so each rank has another number of them, and some groups
 are deeper than a row. Every parameter is sharded: DeepSpeed
 would keep those of a tiny model whole. Two ranks compute their activations again, one rank keeps them.
+
+A gather of a small layer takes longer than its product, so each family trains with the objectives of a policy, and one
+family with those of the heads too; zero3_heads_rank.py has the heads for all.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ OUTPUTS = ("a", "b")
 ARRAYS = ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 
 
-def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> dict[str, Any]:
+def run(rank: int, world_size: int, stage: int, model: Path, folder: Path, heads: bool = False) -> dict[str, Any]:
     from rlvid.config import DpoConfig, GrpoConfig, ModelConfig, TrainConfig
     from rlvid.models import tower
     from rlvid.models.families import load_family
@@ -64,7 +67,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
     graded = [Group(g.prompt, g.prompt_cost, targets={"labels": x}) for g, x in zip(groups, labels, strict=True)]
     policy = objectives.PolicyGradient(GrpoConfig(kl_coef=0.1), "trainer")
     values = objectives.Values(0.2)
-    works: list[tuple[Head | None, list[tuple[str, Any, Sequence[Group[Any]]]]]] = [
+    policies: list[tuple[Head | None, list[tuple[str, Any, Sequence[Group[Any]]]]]] = [
         (
             None,
             [
@@ -73,11 +76,15 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
             ],
         ),
         (VALUE, [("ppo", objectives.ActorCritic(policy, values, 0.5), [with_arrays(g, 0.7) for g in groups])]),
+    ]
+    scorers: list[tuple[Head | None, list[tuple[str, Any, Sequence[Group[Any]]]]]] = [
         (Head(OUTPUTS, 2.5), [("regression", objectives.Regression(len(groups)), graded)]),
         (Head(OUTPUTS[:1]), [("bradley_terry", objectives.BradleyTerry(n_pairs), groups)]),
+        (VALUE, [("critic", values, [with_arrays(g) for g in groups])]),
     ]
+    works = scorers if heads else policies
     if family.architecture == "Qwen2VLForConditionalGeneration":
-        works.append((VALUE, [("critic", values, [with_arrays(g) for g in groups])]))
+        works = policies + scorers
     found: dict[str, Any] = {}
     again: Counter[str] = Counter()  # calls in a backward
 
@@ -96,10 +103,9 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
                 if name.endswith(".0.mlp"):  # of the first layers of text and tower
                     module.register_forward_pre_hook(partial(note, name))
             for name, objective, everything in steps:
-                # A new head of scores is 0, and so is the network's gradient at first; the others are compared before
-                # an update too, where no optimizer has made rounding larger.
-                rates = (1e-3, 1e-3) if head and head != VALUE else (0.0, 1e-3)
-                stats = [trained.step(everything[rank::world_size], objective, lr=lr) for lr in rates]
+                # A new head of scores is 0, and so is the network's gradient at first
+                n_steps = 2 if head and head != VALUE else 1
+                stats = [trained.step(everything[rank::world_size], objective, lr=1e-3) for _ in range(n_steps)]
                 found[name] = [s[key] for s in stats for key in ("loss", "grad_norm")]
             found[f"outputs {len(found)}"] = np.concatenate(trained.outputs(everything)).flatten().tolist()
     return {"numbers": found, "again": +again}
