@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.supervised_tasks import Example, Task
 from rlvid.config import JobConfig
-from rlvid.data.order import Strata, batch_indices
+from rlvid.data.mixing import shares_of
+from rlvid.data.order import Shares, Strata, batch_indices
 from rlvid.errors import UserError
 from rlvid.reporting.checkpoints import Checkpoints
 
@@ -52,17 +54,24 @@ class Plan:
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of one mini-batch, over all workers: a function of seed and step alone."""
         size = self.cfg.train.batch_size
-        return batch_indices(len(self.train), self.cfg.seed, step * size, size, together=self.together)
+        return self._order(step * size, size)
 
     def shares(self, rank: int, world: int, start: int) -> list[tuple[int, int]]:
         """(step, index of an example) of everything that a rank trains on from step `start` on: every world-th example
         of each mini-batch, or a part of it whose examples stay `together`. So neither a restart nor another number of
         workers changes a mini-batch."""
         size, steps = self.cfg.train.batch_size, self.cfg.train.steps
-        n, count = len(self.train), (steps - start) * size
-        order = batch_indices(n, self.cfg.seed, start * size, count, together=self.together)
+        order = self._order(start * size, (steps - start) * size)
         rank_of = [i % world if self.together is None else i * world // size for i in range(size)]
         return [(start + i // size, index) for i, index in enumerate(order) if rank_of[i % size] == rank]
+
+    def _order(self, start: int, count: int) -> list[int]:
+        n, seed = len(self.train), self.cfg.seed
+        return batch_indices(n, seed, start, count, together=self.together, shares=self.shares_of_examples)
+
+    @cached_property
+    def shares_of_examples(self) -> Shares | None:
+        return shares_of([example.sample for example in self.train])
 
     def is_evaluated_after(self, step: int) -> bool:
         """Before the first step, every `evaluate.every` steps and after the last one; each evaluation once."""

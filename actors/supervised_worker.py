@@ -28,7 +28,7 @@ from rlvid.algorithms.schedule import lr_multiplier
 from rlvid.data.encoding import Source
 from rlvid.data.ray_stream import open_prompt, prompt_stream
 from rlvid.errors import SampleUnusable, UserError
-from rlvid.files import replace_folder
+from rlvid.files import replace_folder, write_atomic
 from rlvid.reporting.checkpoints import STATE_FILE, Unfinished, exports_after
 from rlvid.types import Prompt
 
@@ -132,6 +132,7 @@ class Worker:
         self.learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, self.task.head)
         self._unfinished: Unfinished | None = None
         self._kept: list[list[Group[Prompt]]] = []  # the held-out groups, if they are small enough
+        self._best = self.gather(self._read_best() if self.rank == 0 else None)[0]
 
     def work(self) -> None:
         newest = self.plan.checkpoints.newest()
@@ -157,10 +158,15 @@ class Worker:
                     self._end_checkpoint()
             if is_stopping and not is_last:
                 return
-            if not is_last and exports_after(done, self.cfg.run):
+            if not is_last and not self.cfg.evaluate.best and exports_after(done, self.cfg.run):
                 self._export()
             self._evaluate(done)
-        self._export()
+            if self._is_stale(done):
+                self.report("note", f"stopped early: no evaluation since step {self._best['step']} is better")
+                break
+        self._end_checkpoint()
+        if self._best is None:
+            self._export()
 
     def _train(self, step: int, rows: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step on this rank's share; none where a rank has no readable clip."""
@@ -188,11 +194,43 @@ class Worker:
         examples = [e for e in self.plan.held_out if e.sample.id in scored]
         if examples:
             metrics = self.task.summarize(examples, [scored[e.sample.id] for e in examples])
+            self._keep_best(step, metrics)
+            if self._best is not None:
+                metrics |= {"best": self._best["value"], "best_step": self._best["step"]}
             named = {f"eval/{name}": value for name, value in metrics.items()}
             self.report("evaluation", {"step": step, **named, "time/evaluation": time.monotonic() - begin_s})
         else:
             self.report("note", "no evaluation: no held-out sample has readable clips")
         self.report("stage", "training")
+
+    def _keep_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Export the model if it is the best so far by `evaluate.best`. All ranks have the same metrics."""
+        name = self.cfg.evaluate.best
+        if name is None:
+            return
+        if name not in metrics:
+            raise UserError(f"evaluate.best={name}: this job's evaluation measures {', '.join(sorted(metrics))}")
+        value, sign = metrics[name], -1 if name == "loss" else 1
+        # a rank correlation of constant columns is None
+        if value is None or (self._best is not None and sign * value <= sign * self._best["value"]):
+            return
+        self._export()
+        self._best = {"step": step, "value": value, "metric": name}
+        if self.rank == 0:
+            write_atomic(self._best_file, json.dumps(self._best))
+
+    def _is_stale(self, step: int) -> bool:
+        cfg = self.cfg.evaluate
+        return bool(cfg.patience and self._best and step - self._best["step"] >= cfg.patience * cfg.every)
+
+    @property
+    def _best_file(self) -> Path:
+        """Says what the exported model is, so that a restart compares with it."""
+        return self.plan.out.with_name(f"{self.plan.out.name}.best.json")
+
+    def _read_best(self) -> dict[str, Any] | None:
+        kept = json.loads(self._best_file.read_text()) if self._best_file.exists() else None
+        return kept if kept and kept["metric"] == self.cfg.evaluate.best else None
 
     # --- data
 

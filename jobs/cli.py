@@ -109,6 +109,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     replay.add_argument("step", type=int, metavar="STEP")
     replay.add_argument("--count", type=int, default=1, metavar="N", help="steps in a row, 1")
     replay.set_defaults(run=_main_of("jobs.replay"))
+    merge = commands.add_parser("merge", help="add an adapter to its base: one checkpoint for transformers and vLLM")
+    merge.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="folder of an adapter, or of a run with model.lora"
+    )
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR")
+    merge.add_argument("--base", type=Path, metavar="DIR", help="checkpoint folder (the one that the adapter names)")
+    merge.set_defaults(run=_main_of("jobs.merge"))
     report = commands.add_parser("report", help="write report.html of a run folder, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.set_defaults(run=_write_report)

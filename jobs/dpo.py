@@ -34,7 +34,7 @@ def run(cfg: DpoJobConfig) -> dict[str, Any]:
         task = Preferred(cfg.dpo, reference, reference == inputs.model, inputs.pairs)
         train, held_out = ([Example.of_pair(p) for p in pairs] for pairs in (inputs.pairs, inputs.held_out_pairs))
         metrics = train_job(run, inputs, task, train, held_out, f"preferences ({cfg.dpo.loss})")
-        return {**results(metrics, RESULT), "steps": cfg.train.steps, **run.ending()}
+        return {**results(metrics, RESULT), **run.ending()}
 
 
 def train_preferences(

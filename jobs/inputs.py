@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.clip_store import ClipStore
 from actors.placement import describe
 from jobs.run import Run
-from jobs.specs import JOBS, JobSpec, Rows
-from rlvid.config import JobConfig
+from jobs.specs import JOBS, JobSpec, ManifestKind, Rows
+from rlvid.config import DataConfig, JobConfig
 from rlvid.data.manifest import count_media, load_manifest
+from rlvid.data.mixing import balanced, mixed, shares_of
 from rlvid.data.order import Strata, batch_indices
 from rlvid.data.splits import check_disjoint
 from rlvid.errors import BadClip, UserError
@@ -50,8 +52,8 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
         UserError: what the job itself would find before it starts.
     """
     lines = describe(cfg, spec.roles(cfg)).splitlines()
-    paths = {"data.train": cfg.data.train, "data.eval": cfg.data.eval}
-    rows = {key: spec.load(cfg).read(path, cfg.data) for key, path in paths.items() if path}
+    kind, splits = spec.load(cfg), {"data.train": "train", "data.eval": "eval"}
+    rows = {key: loaded for key, split in splits.items() if (loaded := read_split(kind, cfg.data, split)).samples}
     for key, loaded in rows.items():
         refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
         lines.append(f"{key}: {count_media(loaded.samples)}{refused}")
@@ -65,6 +67,31 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
     if cfg.model.path is not None:
         lines.append(f"model.path: {check_model(cfg.model.path, spec.roles(cfg)).architecture}")
     return lines
+
+
+def paths_of(data: DataConfig, split: str) -> list[Path]:
+    """The manifests of a split, "train" or "eval": one, those of a mix, or none."""
+    return [path for source in data.sources.values() if (path := getattr(source, split))]
+
+
+def read_split(kind: ManifestKind, data: DataConfig, split: str) -> Rows:
+    """The rows of all manifests of a split, with their weights."""
+    found = Rows()
+    for name, source in data.sources.items():
+        if (path := getattr(source, split)) is None:
+            continue
+        rows = kind.read(path, source)
+        samples, pairs = rows.samples, rows.pairs
+        if name:
+            samples = mixed(samples, name, data.mix[name].weight)
+            pairs = [replace(pair, sample=sample) for pair, sample in zip(pairs, samples, strict=False)]
+        refused = [(f"{name}/{row}" if name else row, reason) for row, reason in rows.refused]
+        found = Rows([*found.samples, *samples], [*found.pairs, *pairs], [*found.refused, *refused])
+    if data.balance and split == "train":
+        samples = balanced(found.samples, data.balance)
+        pairs = [replace(pair, sample=sample) for pair, sample in zip(found.pairs, samples, strict=False)]
+        found = Rows(samples, pairs, found.refused)
+    return found
 
 
 def check_model(folder: Path, roles: Sequence[str]) -> ChatFamily:
@@ -125,6 +152,7 @@ class PromptStream:
         self.position = self.used = 0
         self._strata = Strata.of([(sample.problem_type, sample.answer) for sample in samples])
         self._samples, self._seed, self._clips = samples, seed, clips
+        self._shares = shares_of(samples)
         self._ahead: tuple[int, list[Future[Encoded | None]]] | None = None  # position after it, what is encoded
 
     def take(self, count: int, is_ahead: bool = False) -> list[Encoded]:
@@ -147,7 +175,7 @@ class PromptStream:
         self.position = self.used = position
 
     def _submit(self, start: int, count: int) -> list[Future[Encoded | None]]:
-        indices = batch_indices(len(self._samples), self._seed, start, count, self._strata)
+        indices = batch_indices(len(self._samples), self._seed, start, count, self._strata, shares=self._shares)
         return self._clips.submit([self._samples[i] for i in indices])
 
 
@@ -172,12 +200,11 @@ class Inputs:
         kind, data = spec.load(cfg), cfg.data
         if cfg.model.path is not None:  # before clips are made
             check_model(cfg.model.path, spec.roles(cfg))
-        train, held_out = data.train, data.eval
-        if train is None and data.synthetic is not None:
+        if data.train is None and data.synthetic is not None:
             run.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
             train, made = map(kind.of_synthetic, make_synthetic(run.folder.dir / "data", data.synthetic, cfg.seed))
-            held_out = held_out or made
-        rows, held_out_rows = (kind.read(path, data) if path else Rows() for path in (train, held_out))
+            data = data.model_copy(update={"train": train, "eval": data.eval or made})
+        rows, held_out_rows = (read_split(kind, data, split) for split in ("train", "eval"))
         self.train, self.pairs = list(rows.samples), list(rows.pairs)
         self.held_out, self.held_out_pairs = list(held_out_rows.samples), list(held_out_rows.pairs)
         if refused := [*rows.refused, *held_out_rows.refused]:
@@ -186,12 +213,13 @@ class Inputs:
                 run.console.message(f"refused, left out: {name}: {reason}")
             if len(refused) > SHOWN:
                 run.console.message(f"refused, left out: {len(refused)} rows in all, see {run.folder.refused_file}")
-        lessons = self._load_warm_up(spec, train)
+        lessons = self._load_warm_up(spec, data.train)
         check_disjoint(self.train, self.held_out)
         check_disjoint(self.warm_up, self.held_out)
         check_video_counts(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
         check_scored(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
-        run.folder.record(data={str(path): _sha256(path) for path in (train, held_out, lessons) if path})
+        paths = [*paths_of(data, "train"), *paths_of(data, "eval"), *([lessons] if lessons else [])]
+        run.folder.record(data={str(path): _sha256(path) for path in paths})
         if self.train:
             run.console.message(f"data.train: {count_media(self.train)}")
         self._load_model()
@@ -204,7 +232,8 @@ class Inputs:
         if self.train:
             return
         if (self._run.folder.dir / "refused.jsonl").exists():
-            raise UserError(f"no row of {self.cfg.data.train} can be trained on; see {self._run.folder.refused_file}")
+            paths = ", ".join(map(str, paths_of(self.cfg.data, "train")))
+            raise UserError(f"no row of {paths} can be trained on; see {self._run.folder.refused_file}")
         raise UserError("data.train is empty: give a manifest, or data.synthetic to make a synthetic set")
 
     @contextmanager

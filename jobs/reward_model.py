@@ -28,7 +28,7 @@ def run(cfg: RewardModelJobConfig) -> dict[str, Any]:
             train, held_out = ([Example.of_answer(s) for s in ss] for ss in (inputs.train, inputs.held_out))
         task = REWARD_MODELS[rubric.kind](rubric)
         metrics = train_job(run, inputs, task, train, held_out, f"reward model ({rubric.kind})")
-        return {**results(metrics, RESULT), "steps": cfg.train.steps, **run.ending()}
+        return {**results(metrics, RESULT), **run.ending()}
 
 
 if __name__ == "__main__":

@@ -14,13 +14,24 @@ RESULT = {"loss": "loss", "eval_loss": "eval/loss"}
 
 
 def run(cfg: SftJobConfig) -> dict[str, Any]:
-    """Run or resume the job."""
+    """Run or resume the job, or each of its stages."""
+    result: dict[str, Any] = {}
+    model = cfg.model
+    for number in range(1, len(cfg.stages) + 1):
+        print(f"stage {number} of {len(cfg.stages)}", flush=True)
+        stage = cfg.stage(number).model_copy(update={"model": model})
+        result = train(stage)
+        model = model.model_copy(update={"path": stage.run.dir / "policy", "tiny": None})
+    return result or train(cfg)
+
+
+def train(cfg: SftJobConfig) -> dict[str, Any]:
     with open_job(cfg, "sft") as (run, inputs):
         inputs.require_training_data()
-        train, held_out = ([Example.of_answer(s) for s in samples] for samples in (inputs.train, inputs.held_out))
+        rows, held_out = ([Example.of_answer(s) for s in samples] for samples in (inputs.train, inputs.held_out))
         task, together = Answers(cfg.sft), cfg.sft.share_media
-        metrics = train_job(run, inputs, task, train, held_out, "supervised fine-tuning", together)
-        return {**results(metrics, RESULT), "steps": cfg.train.steps, **run.ending()}
+        metrics = train_job(run, inputs, task, rows, held_out, "supervised fine-tuning", together)
+        return {**results(metrics, RESULT), **run.ending()}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from actors.supervised_tasks import Example, Task
 from jobs.inputs import Inputs
 from jobs.run import Run, check_resumable, how_to_resume
 from rlvid.data.order import Strata
+from rlvid.errors import UserError
 from rlvid.files import write_atomic
 
 METRICS_FILE = "training.json"  # beside the exported model: what `Training.train` returned
@@ -43,8 +44,10 @@ def train_job(
     Returns:
         The last value of each metric, and `eval/accuracy_before` of the evaluation before the first step.
     """
-    run.resume_point()
     cfg, out = run.cfg, run.folder.dir.resolve() / "policy"
+    if cfg.evaluate.best and not held_out:
+        raise UserError(f"evaluate.best={cfg.evaluate.best} needs held-out samples: give data.eval, or leave it out")
+    run.resume_point()
     shown = tuple(held_out[: cfg.evaluate.max_samples])
     together = None
     if keeps_media_together:
@@ -94,6 +97,7 @@ class Training:
             for kind, content in training.events(run.state_of_parts):
                 self._handle(kind, content)
         run.end_if_interrupted(how_to_resume(plan.folder))
+        self._last["steps"] = self._done  # fewer than train.steps if it stopped early
         write_atomic(file, json.dumps({"steps": plan.cfg.train.steps, "metrics": self._last}))
         return self._last
 
@@ -164,4 +168,5 @@ def is_shown(step: int, steps: int, silent_s: float) -> bool:
 
 def results(metrics: Metrics, names: dict[str, str]) -> Metrics:
     """The metrics of a job's result, under their names there; those that the job does not have are left out."""
+    names = {**names, "best_step": "eval/best_step", "steps": "steps"}
     return {key: metrics[name] for key, name in names.items() if name in metrics}

@@ -81,6 +81,7 @@ class Sample:
     choices: tuple[str, ...] | None = None
     problem_type: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # further manifest fields, for custom rewards
+    weight: float = 1.0  # how often it is drawn in an epoch of training, on average
 
     @property
     def has_video(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig, SftConfig
 from rlvid.config.limits import DeadlinesConfig, ParityConfig
@@ -99,8 +99,12 @@ class JobConfig(Section):
             not model.path and not model.tiny,
             "model.path is empty: give a checkpoint, or model.tiny for a random model",
         )
-        lacks_data = getattr(data, self.manifest) is data.synthetic is None
+        lacks_data = data.synthetic is None and not any(getattr(d, self.manifest) for d in data.sources.values())
         refuse_if(lacks_data, f"data.{self.manifest} is empty: give a manifest, or data.synthetic for a synthetic set")
+        refuse_if(
+            model.lora and train.lr_factors,
+            "train.lr_factors is of the whole model, and model.lora trains adapters alone: leave one of them out",
+        )
         least, most = place.trainer_workers, train.max_workers or place.trainer_workers
         refuse_if(most < least, f"train.max_workers={most} is less than placement.trainer_workers={least}")
         refuse_if(
@@ -156,7 +160,7 @@ class JobConfig(Section):
 def video_tokens(cfg: JobConfig) -> int:
     """The least tokens of a clip in the prompts of a synthetic set; 0 where clips are not known yet."""
     video = cfg.video
-    if cfg.data.train is not None or cfg.data.eval is not None or video.sampling == "fps":
+    if cfg.data.train is not None or cfg.data.eval is not None or cfg.data.mix or video.sampling == "fps":
         return 0
     # A token of a Qwen-VL model covers two frames of at least 32 x 32 pixels.
     return video.frames // 2 * max((video.height or 0) // 32, 1) * max((video.width or 0) // 32, 1)
@@ -180,6 +184,33 @@ class SftJobConfig(JobConfig):
     """`rlvid sft`: supervised fine-tuning on the manifest's answers."""
 
     sft: SftConfig = SftConfig()
+    stages: tuple[dict[str, Any], ...] = ()
+    """Trainings one after another, each with the sections in which it differs from the rest of the config. The first
+    starts from `model`, the others from what the one before made. Each has a run folder, `run.dir`/stage_N."""
+
+    def stage(self, number: int) -> SftJobConfig:
+        """The config of a stage, from 1 on, with the model of the first."""
+        whole = self.model_dump(exclude_unset=True, exclude={"stages"})
+        whole.setdefault("run", {})["dir"] = self.run.dir / f"stage_{number}"
+        return SftJobConfig(**_updated(whole, self.stages[number - 1]))
+
+    @model_validator(mode="after")
+    def _stages_are_jobs(self) -> SftJobConfig:
+        for i, changed in enumerate(self.stages):
+            if taken := changed.keys() & {"stages", "model", "run"}:
+                raise ValueError(f"stages.{i}: {min(taken)} is set for all stages, leave it out here")
+            try:
+                self.stage(i + 1)
+            except ValidationError as e:
+                wrong = e.errors()[0]
+                raise ValueError(f"stages.{i}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+        return self
+
+
+def _updated(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """The config with the keys that `changed` has, in sections of any depth."""
+    both = {key: (config[key], value) for key, value in changed.items() if isinstance(config.get(key), dict)}
+    return config | changed | {key: _updated(old, new) for key, (old, new) in both.items() if isinstance(new, dict)}
 
 
 class DpoJobConfig(JobConfig):
@@ -231,6 +262,7 @@ class IsrtJobConfig(JobConfig):
 
     @model_validator(mode="after")
     def _rewards_are_rules(self) -> IsrtJobConfig:
+        refuse_if(self.evaluate.best, "evaluate.best is for sft, dpo and reward-model, not for isrt: leave it out")
         refuse_if(self.reward_models, "rewards: isrt uses them for evaluation only; leave out those of kind model")
         return self
 
@@ -309,6 +341,7 @@ class PolicyGradientJobConfig(JobConfig):
         batch, n_parts, n_ranks = self.train.batch_size, cfg.minibatches, self.placement.trainer_workers
         refuse_if(self.train.max_workers is not None, f"train.max_workers: {name} is not elastic, leave it empty")
         self._check_rewards(name)
+        refuse_if(self.evaluate.best, f"evaluate.best is for sft, dpo and reward-model, not for {name}: leave it out")
         refuse_if(
             self.engines_sleep and cfg.async_steps > 0,
             f"{name}.async_steps={cfg.async_steps} generates while the trainer works, when rollout.sleep=true takes "

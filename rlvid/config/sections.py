@@ -159,9 +159,6 @@ class ModelConfig(Section):
     """Make a tiny random model if `path` is empty."""
     lora: LoraConfig | None = None
     """Train adapters instead of the whole model."""
-    freeze_vision: bool = False
-    """Do not train the vision tower. The projector, which maps its features into the language model, is still
-    trained."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and activations. Use float32 on CPU (bfloat16 stops with SIGILL on many), bfloat16 on
     GPU."""
@@ -184,6 +181,26 @@ class SyntheticConfig(Section):
     """Kinds of question, in equal shares."""
 
 
+Dialect = Literal[
+    "hound", "llava", "mesc", "mmla", "mmla_text", "rlaif", "sharegpt", "swift", "video_r1", "videofeedback"
+]
+
+
+class MixedConfig(Section):
+    """Manifests of one source of a mix."""
+
+    train: InputFile
+    """Manifest of training samples."""
+    eval: InputFile | None = None
+    """Manifest of held-out samples."""
+    weight: float = Field(1.0, gt=0)
+    """How often each of its samples is drawn in an epoch, on average."""
+    dialect: Dialect | None = None
+    """Form of its files. Empty: that of `data.dialect`."""
+    root: InputFolder | None = None
+    """Where its relative paths start. Empty: `data.root`."""
+
+
 class DataConfig(Section):
     """Manifests, the clips they name, and the share of bad clips that is tolerated."""
 
@@ -191,12 +208,12 @@ class DataConfig(Section):
     """Manifest of training samples (JSON lines, a JSON list or parquet). Empty: the `synthetic` set is made."""
     eval: InputFile | None = None
     """Manifest of held-out samples. An id that `train` has too is an error."""
-    dialect: (
-        Literal[
-            "hound", "llava", "mesc", "mmla", "mmla_text", "rlaif", "sharegpt", "swift", "video_r1", "videofeedback"
-        ]
-        | None
-    ) = None
+    mix: dict[str, MixedConfig] = {}
+    """Several sources in place of `train` and `eval`, each with a name, which is put before the ids of its samples."""
+    balance: Literal["answer", "problem_type"] | None = None
+    """Draw the samples of frequent answers, or problem types, less often and those of rare ones more often, so that all
+    are trained equally often. An epoch keeps its length. Empty: each sample once an epoch."""
+    dialect: Dialect | None = None
     """Form of `train` and `eval`, which are read as they were published; items that cannot be used are left out and
     listed in refused.jsonl. Empty: manifests (`rlvid data convert --help` says what each dialect is)."""
     path_map: dict[str, str] = {}
@@ -220,12 +237,27 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _dialects_are_of_files(self) -> DataConfig:
+        is_made = self.train is None and self.synthetic is not None
         refuse_if(
-            self.dialect is not None and self.train is None and self.synthetic is not None,
+            self.dialect is not None and is_made and not self.mix,
             f"dialect={self.dialect} is of published files, and synthetic makes a manifest: give train",
         )
-        refuse_if(self.path_map and self.dialect is None, "path_map has no effect without dialect: set it too")
+        dialects = [self.dialect, *(part.dialect for part in self.mix.values())]
+        refuse_if(self.path_map and not any(dialects), "path_map has no effect without dialect: set it too")
+        refuse_if(
+            self.mix and (self.train or self.eval or self.synthetic),
+            "mix takes the place of train, eval and synthetic: leave those out, or give them as a part of mix",
+        )
         return self
+
+    @property
+    def sources(self) -> dict[str, DataConfig]:
+        """The parts of `mix` by their names, each as the data of a run of its own; without a mix "" and this."""
+        own = ("train", "eval", "dialect", "root")
+        return {
+            name: self.model_copy(update={key: getattr(part, key) or getattr(self, key) for key in own} | {"mix": {}})
+            for name, part in self.mix.items()
+        } or {"": self}
 
 
 class VideoConfig(Section):
@@ -310,6 +342,9 @@ class TrainConfig(ScheduleConfig):
     """Rollout batches (grpo) or optimizer steps (other jobs)."""
     batch_size: int = Field(32, ge=1)
     """Prompts (grpo), pairs or samples (other jobs) in a step."""
+    lr_factors: dict[Literal["tower", "projector", "text"], Annotated[float, Field(ge=0)]] = {}
+    """Learning rates of the model's parts in multiples of `lr`, 1 where not named; 0 freezes a part, as in {tower: 0,
+    projector: 10}. tower reads patches, projector maps its features into the language model, text is the latter."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas. The warm start uses the same optimizer."""
     weight_decay: float = Field(0.0, ge=0)
@@ -409,6 +444,16 @@ class EvaluateConfig(Section):
     """Evaluate only the first samples of the held-out manifest, up to this number."""
     batch_size: int = Field(256, ge=1)
     """Prompts given to the engines, or to each worker, at a time."""
+    best: Literal["loss", "accuracy", "margin", "spearman"] | None = None
+    """sft, dpo, reward-model: `policy/` is the model of the best evaluation by this metric, not that of the last step.
+    Empty: the last."""
+    patience: int | None = Field(None, ge=1)
+    """With `best`: stop after this number of evaluations in a row that are no better. Empty: train all steps."""
+
+    @model_validator(mode="after")
+    def _patience_is_for_a_metric(self) -> EvaluateConfig:
+        refuse_if(self.patience and not self.best, "patience needs a metric: set best too")
+        return self
 
 
 class PlacementConfig(Section):

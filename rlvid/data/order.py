@@ -28,8 +28,35 @@ class Strata:
         return cls(np.array([code_of[label] for label in labels], dtype=np.int64))
 
 
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """How often each sample is drawn in an epoch, on average: one with a share of 2.5 is drawn two or three times."""
+
+    ends: npt.NDArray[np.float64]  # [n], running sum of the shares; the last one is whole: the epoch's length
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> Self:
+        """Shares in the ratio of positive weights, whose sum is that of the weights, rounded."""
+        ends = np.cumsum(np.asarray(weights, dtype=np.float64))
+        length = max(1.0, np.round(ends[-1]))
+        ends *= length / ends[-1]
+        ends[-1] = length
+        return cls(ends)
+
+    def drawn(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The samples of an epoch, in rising order: those at equal steps along the running sum."""
+        shift = np.random.PCG64([seed, epoch, 2]).random_raw() / 2**64
+        return np.searchsorted(self.ends, np.arange(self.ends[-1]) + shift, side="right")
+
+
 def batch_indices(
-    n: int, seed: int, start: int, count: int, strata: Strata | None = None, together: Strata | None = None
+    n: int,
+    seed: int,
+    start: int,
+    count: int,
+    strata: Strata | None = None,
+    together: Strata | None = None,
+    shares: Shares | None = None,
 ) -> list[int]:
     """Positions start .. start + count of the endless stream of epochs, each epoch a permutation of range(n).
 
@@ -40,6 +67,7 @@ def batch_indices(
         count: Samples to draw. A batch may reach over the end of an epoch.
         strata: Each batch has its share of each stratum, give or take a sample. None: that is left to chance.
         together: Instead, the samples of a stratum follow each other, and the strata are shuffled.
+        shares: How often each sample comes in an epoch, which then has as many as their sum. None: once.
 
     Returns:
         `count` indices below n.
@@ -50,23 +78,26 @@ def batch_indices(
     if n < 1 or min(seed, start, count) < 0:
         raise ValueError(f"expected n >= 1 and nothing negative: n={n} seed={seed} start={start} count={count}")
     indices: list[int] = []
+    length = n if shares is None else int(shares.ends[-1])
     while len(indices) < count:
-        epoch, offset = divmod(start + len(indices), n)
-        indices.extend(_permutation(n, seed, epoch, strata, together)[offset : offset + count - len(indices)].tolist())
+        epoch, offset = divmod(start + len(indices), length)
+        order = _permutation(n, seed, epoch, strata, together, shares)
+        indices.extend(order[offset : offset + count - len(indices)].tolist())
     return indices
 
 
 @lru_cache(maxsize=4)  # drawn from batch by batch: that of a million samples takes 0.2 s
 def _permutation(
-    n: int, seed: int, epoch: int, strata: Strata | None, together: Strata | None
+    n: int, seed: int, epoch: int, strata: Strata | None, together: Strata | None, shares: Shares | None
 ) -> npt.NDArray[np.int64]:
-    """[n], the order of one epoch."""
+    """The order of one epoch."""
     # Not Generator.permutation: numpy may change the streams of Generator's methods, but not that of a bit generator
     # (NEP 19), and a run may be resumed under another numpy.
-    keys = np.random.PCG64([seed, epoch]).random_raw(n)
+    drawn = np.arange(n) if shares is None else shares.drawn(seed, epoch)
+    keys = np.random.PCG64([seed, epoch]).random_raw(max(n, len(drawn)))
     if together is not None:
-        return np.argsort(keys[together.codes], kind="stable")
-    order = np.argsort(keys, kind="stable")
+        return drawn[np.argsort(keys[together.codes[drawn]], kind="stable")]
+    order = drawn[np.argsort(keys[: len(drawn)], kind="stable")]
     return order if strata is None else order[_spread(strata.codes[order], seed, epoch)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from rlvid.models.families.chat import ChatFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+PROJECTORS = ("merger", "connector", "multi_modal_projector")  # in the names of their parameters
 
 
 def load_model(folder: Path, dtype: str, shares: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -105,12 +108,12 @@ def _load_shares(
     return model.eval(), missing
 
 
-def freeze_towers(network: nn.Module, family: ChatFamily) -> None:
-    """Freeze the vision towers, except for their projection (`merger` in Qwen-VL, outside the tower elsewhere)."""
-    for tower in family.towers:
-        for name, parameter in network.get_submodule(f"model.{tower}").named_parameters():
-            if "merger" not in name:
-                parameter.requires_grad_(False)
+def part_of(name: str, family: ChatFamily) -> Literal["tower", "projector", "text"]:
+    """The part of the network that a parameter belongs to. A projector is inside the tower in Qwen-VL (`merger`), and
+    outside elsewhere."""
+    if not set(name.split(".")) & set(family.no_lora):
+        return "text"
+    return "projector" if any(word in name for word in PROJECTORS) else "tower"
 
 
 class PatchProjection(nn.Module):

@@ -26,7 +26,7 @@ from rlvid.config import ModelConfig, TrainConfig
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.heads import HEAD_FILE, Head
-from rlvid.models.loading import freeze_towers, load_model
+from rlvid.models.loading import load_model, part_of
 from rlvid.models.lora import add_adapters, file_name, is_adapter
 from rlvid.training.activations import on_host
 from rlvid.training.adapters import ReferenceAdapters
@@ -92,8 +92,10 @@ class Learner:
         self.lora = model.lora
         if self.lora:
             add_adapters(self.policy.network, self.lora, family.no_lora)
-        if model.freeze_vision:
-            freeze_towers(network, family)
+        factors = {name: cfg.lr_factors.get(part_of(name, family), 1.0) for name, _ in network.named_parameters()}
+        for name, parameter in network.named_parameters():
+            if not factors[name]:
+                parameter.requires_grad_(False)
         on_gpu = get_accelerator().device_name() == "cuda"
         if on_gpu if cfg.activation_checkpointing is None else cfg.activation_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,12 +106,16 @@ class Learner:
                 head.load(self.policy.head, folder)
         named = self.policy.named_parameters()
         self._trained = [(name.removeprefix(NETWORK), p) for name, p in named if p.requires_grad]
-        # A critic's head on a policy has a learning rate of its own.
-        apart = [p for name, p in self._trained if is_policy and name.startswith(HEAD)]
-        rest = [p for name, p in self._trained if not (is_policy and name.startswith(HEAD))]
+        # A critic's head on a policy has a learning rate of its own, and so may have the parts of the network.
+        alike = defaultdict(list)
+        for name, p in self._trained:
+            alike[is_policy and name.startswith(HEAD), factors.get(name, 1.0)].append(p)
+        if not alike:
+            raise UserError("train.lr_factors freezes the whole model, so there is nothing to train")
+        self._rates = list(alike)
         # torch's own: nothing to compile, and the same numbers on CPU and GPU
         adam = torch.optim.AdamW(
-            [{"params": own} for own in (rest, apart) if own],
+            [{"params": own} for own in alike.values()],
             cfg.lr,
             cfg.betas,
             weight_decay=cfg.weight_decay,
@@ -148,8 +154,8 @@ class Learner:
             `grad_norm`, `lr`, and `skipped`: 1 if loss or gradient was not finite and nothing was changed.
         """
         check_arrays(groups, objective.needs, type(objective).__name__)
-        for parameters, own_lr in zip(self.engine.optimizer.param_groups, (lr, head_lr or lr), strict=False):
-            parameters["lr"] = own_lr
+        for parameters, (is_head, factor) in zip(self.engine.optimizer.param_groups, self._rates, strict=True):
+            parameters["lr"] = factor * (head_lr or lr if is_head else lr)
         batches = MicroBatches.of(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
         parts = [part for _, part in batches.parts]
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))

@@ -18,6 +18,7 @@ from rlvid.config import (
     JobConfig,
     JudgeConfig,
     PpoConfig,
+    PpoJobConfig,
     RewardModelConfig,
     RolloutConfig,
     SftJobConfig,
@@ -296,3 +297,32 @@ def test_engines_sleep_where_they_share_a_gpu_and_wait_for_the_trainer() -> None
     assert not sleeps(placement=gpu, rollout={"sleep": False})
     said = refusal(GrpoJobConfig, {**TINY, "rollout": {"sleep": True}, "grpo": ahead})
     assert "grpo.async_steps=1 generates while the trainer works" in said
+
+
+# --- stages, parts, the best model ------------------------------------------------------------------------------------
+
+
+def test_a_stage_has_the_keys_of_the_config_but_for_its_own(tmp_path: Path) -> None:
+    stages = [{"train": {"lr_factors": {"text": 0}, "steps": 5}}, {"train": {"lr": 2e-5}, "sft": {"loss": "all"}}]
+    run, train = {"dir": str(tmp_path), "wandb": "disabled"}, {"lr": 1e-3, "batch_size": 4}
+    cfg = SftJobConfig.model_validate({**TINY, "run": run, "train": train, "stages": stages})
+    first, second = cfg.stage(1), cfg.stage(2)
+    assert (first.train.lr, first.train.steps, first.train.lr_factors) == (1e-3, 5, {"text": 0})
+    assert (second.train.lr, second.train.batch_size, second.train.lr_factors) == (2e-5, 4, {})
+    assert (first.sft.loss, second.sft.loss) == ("last", "all")
+    assert [s.run.dir.name for s in (first, second)] == ["stage_1", "stage_2"] and second.run.wandb == "disabled"
+
+
+def test_stages_are_checked_before_the_first_one_starts() -> None:
+    wrong = [{"train": {"steps": 5}}, {"train": {"lrr": 1}}]
+    assert "stages.1: train.lrr" in refusal(SftJobConfig, {**TINY, "stages": wrong})
+    assert "stages.0: model is set for all stages" in refusal(SftJobConfig, {**TINY, "stages": [{"model": {}}]})
+
+
+def test_parts_and_the_best_model() -> None:
+    lora = {"model": {"tiny": {}, "lora": {}}, "train": {"lr_factors": {"tower": 0}}}
+    assert "train.lr_factors is of the whole model" in refusal(SftJobConfig, TINY | lora)
+    assert "tower" in refusal(SftJobConfig, {**TINY, "train": {"lr_factors": {"towr": 0}}})
+    assert "patience needs a metric" in refusal(SftJobConfig, {**TINY, "evaluate": {"patience": 2}})
+    for job in (GrpoJobConfig, PpoJobConfig, IsrtJobConfig):
+        assert "evaluate.best is for sft, dpo and reward-model" in refusal(job, {**TINY, "evaluate": {"best": "loss"}})

@@ -1,7 +1,9 @@
+from collections import Counter
+
 import pytest
 
 from rlvid.data import order
-from rlvid.data.order import Strata, batch_indices
+from rlvid.data.order import Shares, Strata, batch_indices
 
 
 def test_every_epoch_holds_every_sample_once() -> None:
@@ -92,3 +94,25 @@ def test_samples_of_one_stratum_follow_each_other_and_the_strata_are_shuffled() 
         *orders[3][4:],
         *batch_indices(6, 3, 6, 2, together=together),
     ]
+
+
+def test_an_epoch_has_each_sample_as_often_as_its_share_says() -> None:
+    shares = Shares.of([1.0, 2.5, 0.5, 4.0])
+    counts = [Counter(batch_indices(4, 7, 8 * epoch, 8, shares=shares)) for epoch in range(50)]
+    assert all(count[0] == 1 and count[3] == 4 and count[1] in (2, 3) and count[2] in (0, 1) for count in counts)
+    assert {count[2] for count in counts} == {0, 1}
+    assert sum(count[1] for count in counts) == pytest.approx(125, abs=12)
+    stream = batch_indices(4, 7, 0, 40, shares=shares)
+    assert stream[13:29] == batch_indices(4, 7, 13, 16, shares=shares)
+    assert stream[:8] != sorted(stream[:8])
+
+
+def test_shares_may_make_an_epoch_shorter_or_longer_and_go_with_strata_and_media() -> None:
+    rare = Shares.of([0.25] * 40)
+    assert len(set(batch_indices(40, 1, 0, 10, shares=rare))) == 10  # an epoch of ten
+    labels = ["a"] * 20 + ["b"] * 20
+    for start in range(0, 60, 4):
+        drawn = [labels[i] for i in batch_indices(40, 1, start, 4, Strata.of(labels), shares=Shares.of([1.5] * 40))]
+        assert 1 <= drawn.count("a") <= 3
+    order = batch_indices(4, 1, 0, 12, together=Strata.of("xyxy"), shares=Shares.of([3.0] * 4))
+    assert [i % 2 for i in order] in ([0] * 6 + [1] * 6, [1] * 6 + [0] * 6)

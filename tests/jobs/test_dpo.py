@@ -58,7 +58,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.engine
 def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(config: Path) -> None:
     """One worker with a frozen reference; and two under ZeRO 2 with stored log-probs, killed and resumed."""
-    one = finish(start(config, "one", "model.freeze_vision=true"))
+    one = finish(start(config, "one", "train.lr_factors={tower: 0}"))
     assert one["steps"] == 6 and one["accuracy_before"] == 0.5  # policy and reference are equal
     expected = steps_of(config.parent / "one")
     assert expected[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -69,7 +69,7 @@ def test_two_killed_workers_with_stored_reference_train_as_one_worker_does(confi
 
     two = config.parent / "two"
     options = ("placement.trainer_workers=2", "train.zero_stage=2", "dpo.reference=precomputed")
-    options += ("model.freeze_vision=true",)
+    options += ("train.lr_factors={tower: 0}",)
     process = start(config, "two", *options, "train.steps=6")
     wait_for(lambda: (two / "checkpoints" / "step_2").exists(), process)
     process.send_signal(signal.SIGKILL)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
 from rlvid.config import SyntheticConfig
 from rlvid.synthetic.moving_shapes import make_synthetic
@@ -40,16 +41,29 @@ data: {{synthetic: {{train: 24, eval: 10}}, cache_dir: {tmp_path}/cache}}
 video: {{height: 56, width: 56}}
 run: {{wandb: disabled}}
 train: {{steps: 12, batch_size: 10, lr: 3.0e-3}}
+evaluate: {{best: loss, patience: 1}}
+stages:
+- data: {{balance: answer}}
+- train: {{lr_factors: {{tower: 0, text: 0}}, lr: 1.0e-30}}  # nothing gets better
+  evaluate: {{every: 2}}
 placement: {{threads: 1, encoders: 1}}
 rollout: {{max_tokens: 4, max_model_len: 512}}
 """
     )
-    sft = tmp_path / "sft"
-    result = run("sft", config, f"run.dir={sft}")
+    whole = tmp_path / "sft"
+    result = run("sft", config, f"run.dir={whole}")
+    sft, second = whole / "stage_1", whole / "stage_2"
+    assert result["steps"] == 2 and result["best_step"] == 0  # of the second stage, which stopped early
+    assert [row["step"] for row in metrics_of(second) if "loss" in row] == [1, 2]
+    assert not list((second / "policy").parent.glob("checkpoints/step_12"))
+    trained, same = (load_file(folder / "policy" / "model.safetensors") for folder in (sft, second))
+    assert all((trained[name] == same[name]).all() for name in trained)
+    steps = [row["step"] for row in metrics_of(sft) if "eval/best" in row]
+    assert steps == [0, 12] and metrics_of(sft)[-1]["eval/best_step"] == 12
     rows = [json.loads(line) for line in (sft / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 13)) and result["steps"] == 12
-    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"] and result["loss"] == steps[-1]["loss"]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert steps[-1]["video/decodes"] == 34  # each of the 24 and 10 clips once, in five epochs
     held_out = {row["step"]: row for row in rows if "eval/loss" in row}
     assert list(held_out) == [0, 12] and held_out[12]["eval/loss"] < held_out[0]["eval/loss"]

@@ -5,22 +5,23 @@ from pathlib import Path
 import pytest
 
 from rlvid.models.families import load_family
-from rlvid.models.loading import freeze_towers, load_model
+from rlvid.models.loading import load_model, part_of
 
 TOWERS = {
     "qwen2_vl": "model.visual.",
     "qwen3_vl": "model.visual.",
     "idefics2": "model.vision_model.",
-    "video_llava": "model.video_tower.",
+    "video_llava": ("model.video_tower.", "model.image_tower."),
     "qwen3": "none",
 }
 
 
 @pytest.mark.parametrize("family", TOWERS)
-def test_frozen_tower_leaves_its_projection_and_the_language_model(family: str, tiny_models: dict[str, Path]) -> None:
-    network = load_model(tiny_models[family], "float32")
-    before = {name for name, p in network.named_parameters() if p.requires_grad}
-    freeze_towers(network, load_family(tiny_models[family]))
-    frozen = before - {name for name, p in network.named_parameters() if p.requires_grad}
-    assert frozen == {n for n in before if n.startswith(TOWERS[family]) and "merger" not in n}
-    assert bool(frozen) == (family != "qwen3")
+def test_every_parameter_is_of_tower_projector_or_text(family: str, tiny_models: dict[str, Path]) -> None:
+    names = [name for name, _ in load_model(tiny_models[family], "float32").named_parameters()]
+    of = {name: part_of(name, load_family(tiny_models[family])) for name in names}
+    tower = {n for n in names if n.startswith(TOWERS[family]) and "merger" not in n}
+    assert {n for n in names if of[n] == "tower"} == tower
+    projector = {n for n in names if "merger" in n or "connector" in n or "multi_modal_projector" in n}
+    assert {n for n in names if of[n] == "projector"} == projector
+    assert set(of.values()) == ({"text"} if family == "qwen3" else {"tower", "projector", "text"})
