@@ -189,7 +189,7 @@ Dialect = Literal[
 class MixedConfig(Section):
     """Manifests of one source of a mix."""
 
-    train: InputFile
+    train: InputFile | None = None
     """Manifest of training samples."""
     eval: InputFile | None = None
     """Manifest of held-out samples."""
