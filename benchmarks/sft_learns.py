@@ -23,6 +23,7 @@ import av
 from benchmarks.harness import finish, machine
 from benchmarks.runs import run, seconds_of, steps_of
 from rlvid.config import SyntheticConfig
+from rlvid.models import torchvision_ops
 from rlvid.synthetic.moving_shapes import make_synthetic
 
 MMLA = Path(__file__).parents[2] / "shared" / "data" / "mmla"
@@ -92,6 +93,7 @@ def gains(folder: Path, answers: dict[str, str]) -> dict[str, float]:
 
 def merged_difference(adapter: Path, merged: Path) -> float:
     """Largest difference of the logits of a text."""
+    torchvision_ops.ensure()  # before peft, which imports transformers
     import torch
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText

@@ -72,7 +72,16 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> di
     rows = [json.loads(line) for line in (synthetic / "train.jsonl").read_text().splitlines()]
     texts = [f"{r['question']} {r['answer']}" for r in rows]
     folders = {}
-    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2", "qwen3"):
+    for family in (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "llava_onevision",
+        "idefics2",
+        "video_llava",
+        "qwen2",
+        "qwen3",
+    ):
         folders[family] = tmp_path_factory.mktemp("model") / "tiny"
         make_tiny(folders[family], TinyModelConfig(family=family), texts, seed=0)
     return folders

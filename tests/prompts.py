@@ -12,6 +12,9 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.training.batch import Group
 from rlvid.types import Clip, Medium, MediumRef, Message, Prompt, Sample
 
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava")
+FAMILIES = (*VISION_FAMILIES, "qwen2", "qwen3")
+
 
 def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """[t, h, w, 3] uint8."""

@@ -123,7 +123,9 @@ class TinyModelConfig(Section):
     Built in the run folder when `model.path` is empty. Nothing is downloaded.
     """
 
-    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2", "qwen3"] = "qwen2_vl"
+    family: Literal[
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava", "qwen2", "qwen3"
+    ] = "qwen2_vl"
     """Architecture. vLLM does not serve idefics2 and video_llava: grpo, isrt and eval refuse them. qwen2 and
     qwen3 take text only."""
     hidden_size: int = Field(128, ge=64, multiple_of=64)

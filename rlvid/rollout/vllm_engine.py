@@ -84,6 +84,7 @@ class VllmEngine:
             vllm_plugin.keep_plain_weights()
         if torchvision_ops.ensure():
             vllm_plugin.register_model_class(family.architecture, family.vllm_module)
+        family.adapt_engine()
         try:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(

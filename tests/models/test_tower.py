@@ -14,7 +14,7 @@ from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.models.tower import InPieces, cut_grids
 from rlvid.training.packing import PackedPolicy, pack
-from tests.prompts import group_of, prompt_of
+from tests.prompts import VISION_FAMILIES, group_of, prompt_of
 
 
 def test_pieces_are_whole_temporal_patches() -> None:
@@ -24,7 +24,7 @@ def test_pieces_are_whole_temporal_patches() -> None:
     assert cut_grids([(2, 4, 4)], 8) == [[(1, 4, 4)], [(1, 4, 4)]]  # one has more than a piece should
 
 
-@pytest.mark.parametrize("model", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava"])
+@pytest.mark.parametrize("model", VISION_FAMILIES)
 @pytest.mark.parametrize("extra", [0, 2])
 def test_log_probs_and_gradients_are_those_of_the_whole_clip(
     tiny_models: dict[str, Path], model: str, extra: int, monkeypatch: pytest.MonkeyPatch

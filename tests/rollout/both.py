@@ -14,6 +14,7 @@ from actors.ranks import GroupRef
 from rlvid.config import GrpoJobConfig, RolloutConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.frames import SquareFrames
 from rlvid.models.loading import load_model
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.vllm_engine import VllmEngine
@@ -100,8 +101,9 @@ class LocalClips:
         encoded = []
         for sample in samples:
             side = self.family.frame_multiple
+            size = side if isinstance(self.family, SquareFrames) else 4 * side
             clips = [
-                probe(clip_of(noise(8, 4 * side, 4 * side, seed=int(sample.id)), f"noise-{sample.id}"), variant, side)
+                probe(clip_of(noise(8, size, size, seed=int(sample.id)), f"noise-{sample.id}"), variant, side)
                 for _ in sample.media
             ]
             prompt = self.family.encode(sample, clips)

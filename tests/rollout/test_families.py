@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.frames import SquareFrames
 from rlvid.models.families.qwen_vl import QwenVL
+from rlvid.models.families.vision import VisionFamily
 from rlvid.training.batch import Group
 from rlvid.training.packing import pack
 from rlvid.types import Prompt
@@ -20,7 +22,7 @@ from tests.prompts import clip_of, mixed_prompt, noise, prompt_of, sample_of
 from tests.rollout.both import Both, run_check
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "llava_onevision", "qwen2", "qwen3"])
 def both(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Both]:
     both = Both(tiny_models[request.param])
     yield both
@@ -29,6 +31,10 @@ def both(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterat
 
 
 def prompts_for(family: ChatFamily) -> list[Prompt]:
+    if isinstance(family, SquareFrames):
+        side = family.frame_multiple
+        clips = (6, side, side), (3, side, side)
+        return [prompt_of(family, clips[0]), prompt_of(family, *clips, seed=5), prompt_of(family)]
     if not isinstance(family, QwenVL):
         return [prompt_of(family), prompt_of(family, question="How many shapes are there, and which is left?")]
     side = family.frame_multiple
@@ -90,4 +96,4 @@ def test_new_weights_reach_every_layer(both: Both) -> None:
 
 def test_run_starts_where_both_see_the_frames(both: Both) -> None:
     """Without videos there is nothing to see, and log-probs alone are compared."""
-    assert run_check(both, n_videos=int(isinstance(both.family, QwenVL))) < 1e-5
+    assert run_check(both, n_videos=int(isinstance(both.family, VisionFamily))) < 1e-5

@@ -13,10 +13,10 @@ from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.rewards.reward_model import extended
 from rlvid.rollout.hf_engine import PlainEngine
-from tests.prompts import prompt_of
+from tests.prompts import FAMILIES, prompt_of
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics2", "video_llava", "qwen2"])
+@pytest.fixture(scope="module", params=FAMILIES[:-1])
 def engine(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> PlainEngine:
     folder = tiny_models[request.param]
     family = load_family(folder)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import ZERO3_FAMILIES, Results
+from tests.prompts import FAMILIES
+from tests.training.conftest import Results
 
 
 def check_equal(one: dict[str, list[float]], two: dict[str, list[float]]) -> None:
@@ -17,7 +18,7 @@ def check_equal(one: dict[str, list[float]], two: dict[str, list[float]]) -> Non
             assert two[name] == pytest.approx(values, rel=1e-5), name
 
 
-@pytest.mark.parametrize("family", ZERO3_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_with_uneven_work_equal_one(family: str, one_rank: Results, two_ranks: Results) -> None:
     one, two = one_rank[f"zero3_rank.{family}", 0], two_ranks[f"zero3_rank.{family}", 3]
     check_equal(one["numbers"], two["numbers"])
@@ -28,14 +29,14 @@ def test_heads_of_every_family_too(tiny_models: dict[str, Path], tmp_path: Path)
     results = []
     for world_size, stage in ((1, 0), (2, 3)):
         (folder := tmp_path / str(world_size)).mkdir()
-        programs = {f"zero3_heads_rank.{family}": (stage,) for family in ZERO3_FAMILIES[1:]}
+        programs = {f"zero3_heads_rank.{family}": (stage,) for family in FAMILIES[1:]}
         results.append(list(Results(world_size, folder, tiny_models, programs).values()))
-    assert len(results[0]) == len(ZERO3_FAMILIES) - 1
+    assert len(results[0]) == len(FAMILIES) - 1
     for one, two in zip(*results, strict=True):
         check_equal(one["numbers"], two["numbers"])
 
 
-@pytest.mark.parametrize("family", ZERO3_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_computed_again_in_text_and_tower(family: str, one_rank: Results, two_ranks: Results) -> None:
     assert not one_rank[f"zero3_rank.{family}", 0]["again"]
     again = two_ranks[f"zero3_rank.{family}", 3]["again"]

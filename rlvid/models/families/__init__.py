@@ -7,6 +7,7 @@ from pathlib import Path
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily, read_json
 from rlvid.models.families.frames import Idefics2, VideoLlava
+from rlvid.models.families.llava_onevision import LlavaOnevision
 from rlvid.models.families.qwen_vl import Qwen3VL, Qwen25VL, QwenVL
 from rlvid.models.families.text import TextModel
 
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[ChatFamily]] = {
     "qwen3_vl": Qwen3VL,
     "idefics2": Idefics2,
     "video_llava": VideoLlava,
+    "llava_onevision": LlavaOnevision,
     "qwen2": TextModel,
     "qwen3": TextModel,
     "llama": TextModel,

@@ -108,6 +108,9 @@ class ChatFamily(ABC):
 
         return tokens_input(prompt.token_ids.tolist())
 
+    def adapt_engine(self) -> None:  # noqa: B027  # most families have nothing to change
+        """Repair vLLM's class of this family, in the process of an engine. Idempotent."""
+
     def engine_limits(self, max_videos: int) -> dict[str, int]:
         """vLLM's limits on the number of media in a prompt, by kind."""
         return dict.fromkeys(self.placeholders, max_videos)
@@ -182,7 +185,10 @@ class ChatFamily(ABC):
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         env.globals["raise_exception"] = _raise_template_error
-        return env.from_string(self.chat_template).render(messages=turns, add_generation_prompt=True, **variables)
+        # `{% generation %}` marks what is trained, an extension of transformers; here its content is simply printed.
+        template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", self.chat_template)
+        template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
+        return env.from_string(template).render(messages=turns, add_generation_prompt=True, **variables)
 
     def escape(self, text: str) -> str:
         """Insert a zero-width space into special tokens in user text, so that they are tokenized as text.

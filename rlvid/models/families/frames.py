@@ -33,7 +33,7 @@ VIDEO = "<video>"
 class FrameFamily(VisionFamily):
     """A family whose tower takes whole frames: they travel as patches, and are put together again here."""
 
-    vision_tokens = (IMAGE, VIDEO, FAKE_AROUND_IMAGE)
+    vision_tokens: tuple[str, ...] = (IMAGE, VIDEO, FAKE_AROUND_IMAGE)
 
     def prepare(self, network: PreTrainedModel) -> None:
         """Long clips go through the tower in pieces."""
@@ -55,7 +55,7 @@ class FrameFamily(VisionFamily):
         return patches.view(t, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(t, 3, h * p, w * p)
 
 
-def _tiny_tower(cfg: TinyModelConfig, image_size: int) -> dict[str, Any]:
+def tiny_tower(cfg: TinyModelConfig, image_size: int) -> dict[str, Any]:
     return {
         "hidden_size": cfg.vision_size,
         "intermediate_size": 2 * cfg.vision_size,
@@ -104,7 +104,7 @@ class Idefics2(FrameFamily):
         resampler |= {"resampler_n_heads": heads, "num_key_value_heads": heads, "resampler_head_dim": HEAD_DIM}
         settings = {
             "text_config": {"model_type": "mistral", **text, "sliding_window": None},
-            "vision_config": _tiny_tower(cfg, 140),
+            "vision_config": tiny_tower(cfg, 140),
             "perceiver_config": {**resampler, "rms_norm_eps": 1e-6},
             "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
         }
@@ -147,7 +147,31 @@ class Idefics2(FrameFamily):
         return {"pixel_values": torch.cat(pixels)[None], "pixel_attention_mask": torch.cat(mask)[None]}
 
 
-class VideoLlava(FrameFamily):
+class SquareFrames(FrameFamily):
+    """A family whose tower takes frames of one size: the fixed position embeddings of its patches say which."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.frame_multiple: int = self.vision.get("image_size", 224)
+
+    def check_frames(self, frames: npt.NDArray[np.uint8]) -> None:
+        """
+        Raises:
+            UserError: frames [T, H, W, 3] have another size.
+        """
+        side = self.frame_multiple
+        if frames.shape[1:3] != (side, side):
+            raise UserError(
+                f"{self.architecture} accepts only frames of {side} x {side} pixels, not {frames.shape[2]} x "
+                f"{frames.shape[1]}: set video.height and video.width to {side}"
+            )
+
+    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
+        self.check_frames(frames)
+        return super().patchify(frames)
+
+
+class VideoLlava(SquareFrames):
     """Video-LLaVA: square frames of one size, with one token for each patch and one for the frame.
 
     Raises:
@@ -166,10 +190,6 @@ class VideoLlava(FrameFamily):
         "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
 
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.frame_multiple: int = self.vision.get("image_size", 224)
-
     def prepare(self, network: PreTrainedModel) -> None:
         super().prepare(network)
         network.model.image_tower.requires_grad_(False)  # videos do not use it
@@ -181,7 +201,7 @@ class VideoLlava(FrameFamily):
         side = 56
         settings = {
             "text_config": {"model_type": "llama", **text},
-            "vision_config": {"model_type": "clip_vision_model", **_tiny_tower(cfg, side)},
+            "vision_config": {"model_type": "clip_vision_model", **tiny_tower(cfg, side)},
             "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
             "video_token_id": tokenizer.convert_tokens_to_ids(VIDEO),
             "video_seq_length": 8 * ((side // 14) ** 2 + 1),
@@ -196,15 +216,6 @@ class VideoLlava(FrameFamily):
             chat_template=cls.default_template,
         )
         return settings, processor
-
-    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
-        side = self.frame_multiple
-        if frames.shape[1:3] != (side, side):
-            raise UserError(
-                f"{self.architecture} accepts only frames of {side} x {side} pixels, not {frames.shape[2]} x "
-                f"{frames.shape[1]}: set video.height and video.width to {side}"
-            )
-        return super().patchify(frames)
 
     def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
         return VIDEO * self.n_embeddings(grid)

@@ -34,7 +34,14 @@ class VisionFamily(ChatFamily):
     """
 
     vision_tokens: tuple[str, ...]  # must not be sampled: no clip belongs to them
-    no_lora = ("visual", "vision_model", "connector", "video_tower", "image_tower", "multi_modal_projector")
+    no_lora: tuple[str, ...] = (
+        "visual",
+        "vision_model",
+        "connector",
+        "video_tower",
+        "image_tower",
+        "multi_modal_projector",
+    )
     part_types: Mapping[str, str] = {"video": "video", "image": "image"}  # by kind: its type in the chat template
     default_patch_size = 14  # transformers' default, for config.json files without it
     merge_size = 1  # squares of merge_size x merge_size patches become one token
