@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: .venv demo demo-ppo bench bench-algorithms test test-slow lint format docs size lock clean help
+.PHONY: .venv demo demo-ppo bench bench-algorithms test test-slow test-families lint format docs size lock clean help
 
 # cpu or gpu; by default that of the existing .venv, else cpu
 EXTRA ?= $(or $(shell sed -n 's/^extra //p' .venv/.current 2>/dev/null),cpu)
@@ -62,10 +62,13 @@ bench-algorithms: .venv  ## PPO, GRPO and its relatives on three seeds each (ARG
 	@python -m benchmarks.algorithms $(ARGS)
 
 test: .venv  ## run the tests without the slow ones (ARGS="-k fleet" for some of them)
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not families" $(ARGS)
 
 test-slow: .venv  ## run the slow tests: whole runs that are killed, interrupted, resized and resumed
 	@$(PYTEST) -m slow $(ARGS)
+
+test-families: .venv  ## two steps of sft, dpo and grpo with every family
+	@$(PYTEST) -m families $(ARGS)
 
 lint: .venv  ## check style, types, imports between rooms and docs/configuration.md
 	@ruff check .
@@ -73,6 +76,7 @@ lint: .venv  ## check style, types, imports between rooms and docs/configuration
 	mypy rlvid actors jobs benchmarks
 	lint-imports
 	python -m rlvid.config.docs --check
+	python -m rlvid.models.families.docs --check
 
 format: .venv  ## format the code and fix what ruff can fix
 	@ruff check --fix .
@@ -80,6 +84,7 @@ format: .venv  ## format the code and fix what ruff can fix
 
 docs: .venv  ## write docs/configuration.md from rlvid/config
 	@python -m rlvid.config.docs
+	python -m rlvid.models.families.docs
 
 size:  ## count lines of code per room, and name the largest file, function and class
 	@python3 tests/size.py

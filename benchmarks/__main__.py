@@ -60,6 +60,8 @@ BOUNDS: dict[str, dict[str, tuple[str, float]]] = {
     "resume": {"max_loss_diff": ("<=", 0)},
     "faults": {"samples_lost": ("<=", 0), "samples_doubled": ("<=", 0), "weights_equal": (">=", 1)},
     "algorithms": {"min_gain": (">=", 0.15)},
+    "sft_vs_trl": {"ratio_questions": (">=", 2), "ratio_videos": (">=", 1), "loss_diff": ("<=", 1e-5)},
+    "sft_learns": {"gain_points": (">=", 30), "packed_loss_diff": ("<=", 1e-5), "merged_diff": ("<=", 1e-5)},
     "driver": {"samples_per_s": (">=", 2000), "growth_64": ("<=", 1.5)},
 }
 
