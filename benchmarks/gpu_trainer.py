@@ -37,8 +37,9 @@ from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import use_packed_attention
 from rlvid.models.lora import add_adapters
 from rlvid.models.tiny import make_tiny
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, normalise, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Clip, Prompt
 
 GROUP = 8

@@ -5,7 +5,7 @@ about synthetic videos and about single pictures of them are mixed with `data.mi
 them, once whole and once with adapters on all of its linear layers. `gain_points` is the smallest distance, over the
 four sources and both ways, of the accuracy on the trained rows from that of the most frequent answer.
 `packed_loss_diff` compares the first losses with and without rows that share a prompt, `merged_diff` the logits of the
-merged model with those of base and adapter.
+merged model with those of base and adapter, relative to the largest.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ def make_sources(tmp: Path) -> dict[str, dict[str, str]]:
     _write(tmp / "meld.jsonl", meld)
     make_synthetic(tmp, SyntheticConfig(train=ROWS, eval=1, kinds=("colour", "shape")), seed=0)
     videos = [json.loads(line) for line in (tmp / "train.jsonl").read_text().splitlines()]
+    # a second question about some, so that rows share the forward of a video
+    asked = [
+        {**r, "id": f"{r['id']}-n", "question": "How many shapes are there?", "answer": "one"} for r in videos[:24]
+    ]
+    _write(tmp / "train.jsonl", [*videos, *asked])
     images = []
     for row in videos:
         with av.open(tmp / row["video"]) as clip:
@@ -92,7 +97,7 @@ def gains(folder: Path, answers: dict[str, str]) -> dict[str, float]:
 
 
 def merged_difference(adapter: Path, merged: Path) -> float:
-    """Largest difference of the logits of a text."""
+    """Largest difference of the logits of a text, relative to the largest logit."""
     torchvision_ops.ensure()  # before peft, which imports transformers
     import torch
     from peft import PeftModel
@@ -103,7 +108,8 @@ def merged_difference(adapter: Path, merged: Path) -> float:
     with torch.no_grad():
         whole = AutoModelForImageTextToText.from_pretrained(merged)(tokens).logits
         network = AutoModelForImageTextToText.from_pretrained(base)
-        return float((PeftModel.from_pretrained(network, str(adapter))(tokens).logits - whole).abs().max())
+        apart = PeftModel.from_pretrained(network, str(adapter))(tokens).logits
+        return float((apart - whole).abs().max() / whole.abs().max())
 
 
 def main() -> None:

@@ -31,8 +31,9 @@ from benchmarks.tiny import family_of, tiny_model, video_prompt
 from rlvid.models import torchvision_ops
 from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.loading import load_model
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, normalise, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Prompt
 
 GROUP = 8

@@ -30,9 +30,9 @@ from rlvid.config import GrpoConfig, ModelConfig, TrainConfig
 from rlvid.models import torchvision_ops
 from rlvid.models.families.vision import frame_order, shuffle_frames
 from rlvid.models.loading import load_model
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
 from rlvid.training.objectives import PolicyGradient
-from rlvid.training.packing import normalise
 from rlvid.types import Clip, Prompt
 
 GROUP, RESPONSE, PROMPT = 8, 32, 600

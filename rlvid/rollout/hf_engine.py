@@ -12,8 +12,9 @@ import torch
 
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, normalise, pack
+from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Prompt
 
 if TYPE_CHECKING:

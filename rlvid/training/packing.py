@@ -21,6 +21,7 @@ from rlvid.models.attention import SharedPrefixLayout
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.heads import Head
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
 from rlvid.types import Prompt
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Count = Callable[[int], int]
 """This rank's number of passes -> the largest of all ranks. They meet in collectives, so all make equally many."""
 LOGITS_AT_A_TIME = 2**27  # 512 MiB in float32
-PATCHES_AT_A_TIME = 2**12  # those of Qwen-VL are 20 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,6 @@ def pack(groups: Sequence[Group[Prompt]]) -> PackedRow:
         ends=torch.tensor(np.array(ends)),
         temperature=temperature,
     )
-
-
-def normalise(patches: Tensor, family: VisionFamily, dtype: torch.dtype) -> Tensor:
-    """uint8 patches [n, 3 * rest] -> normalised [n, 3 * rest]; equal to the processor's float output, difference 0.
-
-    Source: transformers folds rescaling into mean and std, (x - 255 mean) / (255 std).
-    """
-    mean = torch.tensor(family.pixel_mean, device=patches.device)[:, None] * 255.0
-    std = torch.tensor(family.pixel_std, device=patches.device)[:, None] * 255.0
-    normalised = torch.empty(patches.shape, dtype=dtype, device=patches.device)
-    for part, out in zip(patches.split(PATCHES_AT_A_TIME), normalised.split(PATCHES_AT_A_TIME), strict=True):
-        x = part.view(len(part), 3, -1).float()
-        out.copy_(x.sub_(mean).div_(std).flatten(1))
-    return normalised
 
 
 def with_blank_clip(row: PackedRow, family: VisionFamily) -> PackedRow:

@@ -12,9 +12,9 @@ import torch
 
 from rlvid.errors import UserError
 from rlvid.models.families.vision import shuffle_frames
+from rlvid.models.tower import normalise
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import to_buckets
-from rlvid.training.packing import normalise
 from rlvid.training.parameters import in_parts
 from rlvid.types import Prompt, Rollout, WeightSpan
 from tests.prompts import mixed_prompt, prompt_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlvid.models.families import load_family
-from rlvid.training.packing import normalise
+from rlvid.models.tower import normalise
 from tests.prompts import group_of, prompt_of
 from tests.training.conftest import Results
 

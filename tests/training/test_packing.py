@@ -14,8 +14,9 @@ from rlvid.models.families.qwen_vl import QwenVL
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.heads import VALUE
 from rlvid.models.loading import load_model
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, PackedScorer, normalise, pack
+from rlvid.training.packing import PackedPolicy, PackedScorer, pack
 from rlvid.types import Medium, MediumRef, Message, Prompt, Sample
 from tests.prompts import FAMILIES, clip_of, group_of, mixed_prompt, noise, prompt_of
 

@@ -13,10 +13,11 @@ import torch
 from rlvid.models.families import load_family
 from rlvid.models.heads import Head
 from rlvid.models.loading import load_model
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
 from rlvid.training.micro_batches import MicroBatches, score
 from rlvid.training.objectives import BradleyTerry, Regression
-from rlvid.training.packing import PackedScorer, normalise, pack
+from rlvid.training.packing import PackedScorer, pack
 from rlvid.types import Prompt
 from tests.prompts import group_of, prompt_of
 

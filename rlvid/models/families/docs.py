@@ -24,10 +24,10 @@ NAMES = {
 HEAD = """\
 # Model families
 
-Written by `make docs` from rlvid/models/families. `model_type` is that of a checkpoint's config.json. All families can be
-trained whole and by LoRA, with one forward of a prompt that responses share, and be merged (`rlvid merge`). `rlvid sft`,
-`dpo` and `reward-model` take them all; `grpo`, `ppo`, `isrt` and `eval` need one that vLLM serves. `make test-families`
-trains each for two steps.
+Written by `make docs` from rlvid/models/families. `model_type` is that of a checkpoint's config.json. All families can
+be trained whole and by LoRA, with one forward of a prompt that responses share, and be merged (`rlvid merge`). All can
+be trained by `rlvid sft`, `dpo` and `reward-model`; `grpo`, `ppo`, `isrt` and `eval` need one that vLLM serves. `make
+test-families` trains each for two steps.
 
 | model_type | models | media | frames | grpo, ppo, isrt, eval |
 |---|---|---|---|---|

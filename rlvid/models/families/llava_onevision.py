@@ -118,7 +118,7 @@ class LlavaOnevision(SquareFrames):
         from vllm.inputs import mm_input
         from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 
-        from rlvid.training.packing import normalise
+        from rlvid.models.tower import normalise
 
         pixels = normalise(torch.from_numpy(prompt.patches), self, torch.float32)
         return mm_input(

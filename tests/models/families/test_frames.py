@@ -14,8 +14,8 @@ from rlvid.models.families.frames import Idefics2, VideoLlava
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import add_adapters
+from rlvid.models.tower import normalise
 from rlvid.rollout.vllm_engine import VllmEngine
-from rlvid.training.packing import normalise
 from rlvid.types import Medium, MediumRef, Message, Sample
 from tests.prompts import clip_of, noise, prompt_of, sample_of
 

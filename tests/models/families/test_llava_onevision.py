@@ -8,8 +8,9 @@ import torch
 from rlvid.models.families import load_family
 from rlvid.models.families.llava_onevision import LlavaOnevision
 from rlvid.models.loading import load_model
+from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, normalise, pack
+from rlvid.training.packing import PackedPolicy, pack
 from tests.prompts import clip_of, noise, prompt_of, sample_of, sample_with
 
 SIDE = 56  # of the tiny tower
