@@ -1,4 +1,4 @@
-"""A generator replica: vLLM in this process, in a thread of its own.
+"""A generator replica: vLLM, or transformers where vLLM does not serve the model, in a thread of its own.
 
 The thread runs its callers' commands between two steps of the engine: requests join and weights change at any time. An
 engine that fails ends its process: the fleet starts another one, with the right weights.
@@ -31,7 +31,10 @@ from rlvid.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from rlvid.rollout.engine import Sampling
+    from rlvid.rollout.hf_engine import HfEngine
     from rlvid.rollout.vllm_engine import VllmEngine
+
+    Engine: TypeAlias = VllmEngine | HfEngine
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +58,7 @@ class Generator:
     def __init__(self, log_file: Path, threads: int | None):
         self._threads = threads
         enter_process(log_file, threads)
-        self._engine: VllmEngine | None = None
+        self._engine: Engine | None = None
         self._waiting: dict[str, Future[list[Rollout] | Refused]] = {}
         self._version = -1  # of the engine's weights
         self._pump = Pump("engine", self._step, lambda: self._has_no_step, self._exit)
@@ -64,23 +67,19 @@ class Generator:
     def start(self, folder: Path, cfg: JobConfig, on_gpu: bool, seed: int) -> str:
         """Build the engine. Returns the node that it runs on."""
 
-        def build() -> VllmEngine:
+        def build() -> Engine:
             from rlvid.models.families import load_family
-            from rlvid.rollout.vllm_engine import VllmEngine
 
             set_threads(self._threads)
-            backend = weight_backend(cfg)
-            return VllmEngine(
-                folder,
-                load_family(folder),
-                cfg.rollout,
-                cfg.model.dtype,
-                seed,
-                on_gpu,
-                cfg.model.lora,
-                backend,
-                cfg.engines_sleep,
-            )
+            family = load_family(folder)
+            arguments = (folder, family, cfg.rollout, cfg.model.dtype, seed, on_gpu, cfg.model.lora)
+            if family.vllm_module is None:
+                from rlvid.rollout.hf_engine import HfEngine
+
+                return HfEngine(*arguments)
+            from rlvid.rollout.vllm_engine import VllmEngine
+
+            return VllmEngine(*arguments, weight_backend(cfg), cfg.engines_sleep)
 
         self._engine = self._pump.run_in_thread(build)
         return str(ray.get_runtime_context().get_node_id())
@@ -90,7 +89,7 @@ class Generator:
         loaded: list[Prompt] = ray.get(list(prompts))
         futures = [self._pump.future() for _ in loaded]
 
-        def submit(engine: VllmEngine) -> None:
+        def submit(engine: Engine) -> None:
             for prompt, future in zip(loaded, futures, strict=True):
                 try:
                     self._waiting[engine.submit(prompt, sampling)] = future
@@ -112,7 +111,7 @@ class Generator:
             if expected is not None and bucket.digest() != expected:
                 raise RuntimeError(f"weights {version}: a bucket arrived with another checksum than it was sent with")
 
-        def take(engine: VllmEngine) -> int:
+        def take(engine: Engine) -> int:
             engine.update_weights(version, buckets)
             self._version = engine.weight_version
             return self._version
@@ -127,7 +126,7 @@ class Generator:
     def transfer(self, step: TransferStep, *arguments: Any) -> None:
         """A step of a transfer from GPU to GPU (`actors/gpu_weight_sync.py`)."""
 
-        def run(engine: VllmEngine) -> None:
+        def run(engine: Engine) -> None:
             getattr(engine, step)(*arguments)
             self._version = engine.weight_version
 
@@ -152,7 +151,7 @@ class Generator:
         """The weight version held. Answers while the engine computes: the first video compiles kernels for a minute."""
         return self._version
 
-    def _call(self, command: Callable[[VllmEngine], T]) -> T:
+    def _call(self, command: Callable[[Engine], T]) -> T:
         """The result of `command(engine)`, which runs between two steps."""
         assert self._engine is not None
         return self._pump.run_in_thread(partial(command, self._engine))

@@ -65,7 +65,7 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
         check_rewards(cfg.rewards)
         check_scored(cfg, spec, manifests)
     if cfg.model.path is not None:
-        lines.append(f"model.path: {check_model(cfg.model.path, spec.roles(cfg)).architecture}")
+        lines.append(f"model.path: {check_model(cfg.model.path).architecture}")
     return lines
 
 
@@ -94,18 +94,13 @@ def read_split(kind: ManifestKind, data: DataConfig, split: str) -> Rows:
     return found
 
 
-def check_model(folder: Path, roles: Sequence[str]) -> ChatFamily:
-    """The family of a checkpoint that can take part in a job with these roles.
+def check_model(folder: Path) -> ChatFamily:
+    """The family of a checkpoint.
 
     Raises:
-        UserError: it is none that rlvid knows, has no weights, or cannot generate and the job has generators.
+        UserError: it is none that rlvid knows, or has no weights.
     """
     family = load_family(folder)
-    if "generator" in roles and family.vllm_module is None:
-        raise UserError(
-            f"model.path: vLLM does not serve {family.architecture} ({folder}), so it cannot generate responses. "
-            f"rlvid sft, dpo and reward-model can train it"
-        )
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path: {folder} holds no *.safetensors weights")
     return family
@@ -199,7 +194,7 @@ class Inputs:
         self._clips_before = {"decodes": 0, "cache_hits": 0}  # in the parts of the run before it was resumed
         kind, data = spec.load(cfg), cfg.data
         if cfg.model.path is not None:  # before clips are made
-            check_model(cfg.model.path, spec.roles(cfg))
+            check_model(cfg.model.path)
         if data.train is None and data.synthetic is not None:
             run.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
             train, made = map(kind.of_synthetic, make_synthetic(run.folder.dir / "data", data.synthetic, cfg.seed))
@@ -223,6 +218,8 @@ class Inputs:
         if self.train:
             run.console.message(f"data.train: {count_media(self.train)}")
         self._load_model()
+        if "generator" in spec.roles(cfg) and self.family.vllm_module is None:
+            self._check_plain_engine()
 
     def require_training_data(self) -> None:
         """
@@ -307,6 +304,15 @@ class Inputs:
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
         hashes = {p.name: remembered_sha256(self.cfg.data.cache_dir.expanduser(), p) for p in weights}
         run.folder.record(model=hashes, prompt_templates={"chat": template})
+
+    def _check_plain_engine(self) -> None:
+        cfg, name = self.cfg, self.family.architecture
+        if cfg.placement.gpus and not cfg.model.lora and cfg.rollout.weight_transfer != "buckets":
+            raise UserError(
+                f"vLLM does not serve {name}, so transformers generates, and vLLM's ways of sending weights cannot be "
+                f"used: set rollout.weight_transfer to buckets"
+            )
+        self._run.console.message(f"vLLM does not serve {name}: transformers generates, slowly")
 
     def _set_aside(self, what: str, reason: str) -> None:
         self._run.folder.append_bad_clip(BadClip(what, reason))

@@ -28,8 +28,6 @@ from rlvid.config.sections import (
 )
 from rlvid.config.tune import TuneJobConfig
 
-NO_ENGINE = ("idefics2", "video_llava")
-"""Tiny families that vLLM does not serve."""
 SHORTEST_TEXT = 16
 """Tokens: no chat template with a question is shorter."""
 
@@ -168,9 +166,7 @@ def video_tokens(cfg: JobConfig) -> int:
 
 def _check_engine(cfg: JobConfig) -> None:
     """For jobs that generate: what is known before any clip or model is made. Real prompts are measured later."""
-    tiny, video, rollout = cfg.model.tiny, cfg.video, cfg.rollout
-    if cfg.model.path is None and tiny is not None and tiny.family in NO_ENGINE:
-        raise ValueError(f"model.tiny.family={tiny.family} cannot generate, vLLM does not serve it: use another one")
+    video, rollout = cfg.video, cfg.rollout
     if tokens := video_tokens(cfg):
         least = tokens + SHORTEST_TEXT + rollout.max_tokens
         if rollout.max_model_len < least:

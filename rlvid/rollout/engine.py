@@ -6,6 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+from rlvid.models.families.chat import ChatFamily
+from rlvid.models.families.vision import VisionFamily, shuffle_frames
+from rlvid.types import Prompt
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -37,3 +41,10 @@ class Sampling:
             return None
         digest = hashlib.sha256(f"{self.seed} {sample_id}".encode()).digest()
         return int.from_bytes(digest[:7], "big")
+
+
+def shown(prompt: Prompt, family: ChatFamily, sampling: Sampling) -> Prompt:
+    """The prompt as the engine answers it."""
+    if sampling.shuffled and isinstance(family, VisionFamily):
+        return shuffle_frames(prompt, family.temporal_patch if sampling.shuffled == "frames" else 1)
+    return prompt

@@ -21,10 +21,9 @@ from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.errors import UserError
 from rlvid.models import torchvision_ops
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.vision import VisionFamily, shuffle_frames
 from rlvid.models.lora import save_adapter
 from rlvid.rollout import vllm_plugin
-from rlvid.rollout.engine import Sampling
+from rlvid.rollout.engine import Sampling, shown
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
 
@@ -147,8 +146,7 @@ class VllmEngine:
         """
         from vllm.sampling_params import RequestOutputKind
 
-        if sampling.shuffled and isinstance(self.family, VisionFamily):
-            prompt = shuffle_frames(prompt, self.family.temporal_patch if sampling.shuffled == "frames" else 1)
+        prompt = shown(prompt, self.family, sampling)
         request = self._add(
             prompt,
             n=sampling.n,

@@ -91,14 +91,6 @@ def test_temperatures_are_those_that_vllm_samples_with() -> None:
 # --- known from the configuration alone (fault 21) --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("job", ["grpo", "isrt", "eval"])
-@pytest.mark.parametrize("family", ["idefics2", "video_llava"])
-def test_a_tiny_family_without_an_engine_is_refused_where_responses_are_generated(job: str, family: str) -> None:
-    values = TINY | {"model": {"tiny": {"family": family}}}
-    assert f"model.tiny.family={family} cannot generate" in refusal(JOB_CONFIGS[job], values)
-    SftJobConfig.model_validate(values)
-
-
 def test_a_context_too_small_for_the_frames_is_refused() -> None:
     # 8 frames of 64 x 96 pixels: 4 pairs of 2 x 3 patches of 32 pixels, a question of 16 and a response of 64 tokens
     values = TINY | {"video": {"frames": 8, "height": 64, "width": 96}}

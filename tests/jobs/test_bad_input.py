@@ -130,18 +130,6 @@ def test_a_missing_judge_is_reported_before_anything_is_made(refused: Refused, j
     assert message in refused(f"isrt.judge={judge}", job="isrt")
 
 
-@pytest.mark.parametrize("is_dry", [False, True])
-def test_a_family_without_an_engine_is_refused_before_clips_are_made(
-    refused: Refused, tmp_path: Path, is_dry: bool
-) -> None:
-    """Fault 21: said after 2,304 clips."""
-    for architecture, model_type in (("Idefics2", "idefics2"), ("VideoLlava", "video_llava")):
-        model = tmp_path / model_type
-        make_tiny(model, TinyModelConfig.model_validate({"family": model_type, "layers": 1}), ["red", "blue"], 0)
-        error = refused(f"model.path={model}", *["--dry-run"] * is_dry)
-        assert f"model.path: vLLM does not serve {architecture}ForConditionalGeneration ({model})" in error
-
-
 def test_a_checkpoint_without_weights_is_refused_before_clips_are_made(refused: Refused, tmp_path: Path) -> None:
     model = tmp_path / "m"
     make_tiny(model, TinyModelConfig(layers=1), ["red", "blue"], 0)

@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from rlvid.config import LoraConfig, RolloutConfig
 from rlvid.models.families import load_family
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.rewards.reward_model import extended
-from rlvid.rollout.hf_engine import PlainEngine
+from rlvid.rollout.engine import Sampling
+from rlvid.rollout.hf_engine import HfEngine, PlainEngine
+from rlvid.rollout.weights.buckets import to_buckets
+from rlvid.training.batch import Group
+from rlvid.training.packing import PackedPolicy, pack
+from rlvid.training.parameters import in_parts
+from rlvid.types import Prompt, Rollout, WeightSpan
 from tests.prompts import FAMILIES, prompt_of
 
 
@@ -69,3 +76,93 @@ def test_an_answer_ends_with_its_turn(engine: PlainEngine) -> None:
     finally:
         with torch.no_grad():
             head.weight.copy_(weight)
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["idefics2", "video_llava", "qwen2_5_vl"])
+def hf(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> HfEngine:
+    return engine_of(tiny_models[request.param])
+
+
+def engine_of(folder: Path, lora: LoraConfig | None = None) -> HfEngine:
+    cfg = RolloutConfig(max_model_len=400)
+    return HfEngine(folder, load_family(folder), cfg, "float32", seed=0, on_gpu=False, lora=lora)
+
+
+def ended(engine: HfEngine, *asked: tuple[Prompt, Sampling]) -> list[list[Rollout]]:
+    order = [engine.submit(prompt, sampling) for prompt, sampling in asked]
+    found: dict[str, list[Rollout]] = {}
+    while engine.is_busy:
+        found |= dict(engine.step())
+    return [found[request] for request in order]
+
+
+def test_log_probs_of_rollouts_are_the_packed_trainers(hf: HfEngine) -> None:
+    prompts = prompt_of(hf.family, *clips_of(hf, 8)), prompt_of(hf.family, question="What?")
+    policy = PackedPolicy(load_model(hf.family.folder, "float32"), hf.family)
+    answers = ended(hf, *((p, Sampling(3, 0.7, 8, seed=1)) for p in prompts))
+    groups = [
+        Group(p, p.cost, tuple(r.token_ids for r in own), temperature=0.7)
+        for p, own in zip(prompts, answers, strict=True)
+    ]
+    with torch.no_grad():
+        expected = policy(pack(groups))[0].numpy()
+    found = np.concatenate([r.logprobs for own in answers for r in own])
+    assert np.abs(found - expected).max() < 1e-5
+    for own in answers:
+        assert len({r.token_ids.tobytes() for r in own}) > 1
+        for r in own:
+            assert not set(r.token_ids.tolist()) & set(hf.family.banned_tokens)
+            assert (r.finish_reason == "stop") == (r.token_ids[-1] == hf.family.end_of_turn)
+            assert r.versions == (WeightSpan(-1, 0, len(r.token_ids)),)
+
+
+def test_a_seed_decides_the_rollouts_whatever_else_is_asked(hf: HfEngine) -> None:
+    prompt, other = prompt_of(hf.family, *clips_of(hf, 4)), prompt_of(hf.family, question="What?")
+    seeded = Sampling(2, 1.0, 6, seed="s")
+    (alone,) = ended(hf, (prompt, seeded))
+    _, again = ended(hf, (other, Sampling(2, 1.0, 6)), (prompt, seeded))
+    assert [r.token_ids.tolist() for r in alone] == [r.token_ids.tolist() for r in again]
+    first, second = ended(hf, *[(prompt, Sampling(2, 1.0, 6))] * 2)  # without a seed
+    assert [r.token_ids.tolist() for r in first] != [r.token_ids.tolist() for r in second]
+    ((greedy,),) = ended(hf, (prompt, Sampling(1, 0.0, 6)))
+    assert greedy.token_ids.tolist() == hf.answers([prompt], 6)[0].tolist()
+    ((nucleus,),) = ended(hf, (prompt, Sampling(1, 1.0, 6, top_p=1e-6)))
+    assert nucleus.token_ids.tolist() == greedy.token_ids.tolist() and np.abs(nucleus.logprobs).max() < 1e-6
+
+
+def test_new_weights_come_in_buckets_and_must_be_complete(tiny_models: dict[str, Path]) -> None:
+    engine, other = (engine_of(tiny_models["idefics2"]) for _ in range(2))
+    with torch.no_grad():
+        for p in other._network.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    named = list(other._network.named_parameters())
+    first, *_, last = buckets = list(to_buckets(in_parts(named, 2**18)))
+    assert len(buckets) > 2 and engine.weight_digest() != other.weight_digest()
+    engine.update_weights(3, [first])
+    assert (engine.is_updating, engine.weight_version) == (True, -1)
+    engine.update_weights(3, buckets[1:])
+    assert (engine.is_updating, engine.weight_version) == (False, 3)
+    assert engine.weight_digest() == other.weight_digest()
+    engine.update_weights(3, [first])  # not newer: ignored
+    assert not engine.is_updating
+    with pytest.raises(RuntimeError, match="weights did not arrive"):
+        engine.update_weights(4, [last])
+
+
+def test_adapters_alone_arrive_with_lora(tiny_models: dict[str, Path]) -> None:
+    engine = engine_of(tiny_models["video_llava"], LoraConfig(rank=2))
+    prompt = prompt_of(engine.family, *clips_of(engine, 2))
+    ((before,),) = ended(engine, (prompt, Sampling(1, 0.0, 4)))
+    named = [(name, torch.randn_like(p)) for name, p in engine._sent.items()]
+    assert named and all("lora_" in name for name, _ in named)
+    engine.update_weights(0, list(to_buckets(in_parts(named, 2**20))))
+    ((after,),) = ended(engine, (prompt, Sampling(1, 0.0, 4)))
+    assert np.abs(before.logprobs[0] - after.logprobs[0]) > 1e-3
+
+
+def test_a_prompt_without_room_for_a_response_is_refused(hf: HfEngine) -> None:
+    with pytest.raises(ValueError, match="leave no room in rollout.max_model_len=400"):
+        hf.submit(prompt_of(hf.family, question="which " * 500), Sampling(1, 1.0, 4))

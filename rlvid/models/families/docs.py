@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rlvid.config.jobs import NO_ENGINE
 from rlvid.models.families import FAMILIES
 from rlvid.models.families.frames import SquareFrames
 
@@ -25,11 +24,11 @@ HEAD = """\
 # Model families
 
 Written by `make docs` from rlvid/models/families. `model_type` is that of a checkpoint's config.json. All families can
-be trained whole and by LoRA, with one forward of a prompt that responses share, and be merged (`rlvid merge`). All can
-be trained by `rlvid sft`, `dpo` and `reward-model`; `grpo`, `ppo`, `isrt` and `eval` need one that vLLM serves. `make
-test-families` trains each for two steps.
+be trained whole and by LoRA, with one forward of a prompt that responses share, and be merged (`rlvid merge`). Every
+job takes every family; where vLLM does not serve a model, transformers generates, one prompt after another. `make
+test-families` trains each for two steps of `sft`, `dpo` and `grpo`.
 
-| model_type | models | media | frames | grpo, ppo, isrt, eval |
+| model_type | models | media | frames | generates with |
 |---|---|---|---|---|
 """
 
@@ -39,8 +38,8 @@ def table() -> str:
     for name, family in FAMILIES.items():
         media = ", ".join([*(f"{kind}s" for kind in sorted(family.placeholders, reverse=True)), "text"])
         size = "of one size" if issubclass(family, SquareFrames) else "of any size" if family.placeholders else "-"
-        served = "no: vLLM does not serve it" if name in NO_ENGINE else "yes"
-        rows.append(f"| `{name}` | {NAMES[name]} | {media} | {size} | {served} |\n")
+        engine = "vLLM" if family.vllm_module else "transformers (slow)"
+        rows.append(f"| `{name}` | {NAMES[name]} | {media} | {size} | {engine} |\n")
     return HEAD + "".join(rows)
 
 

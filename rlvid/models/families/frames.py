@@ -1,8 +1,7 @@
 """Families whose vision tower takes frames as images: Idefics2 (Mantis, VideoScore) and Video-LLaVA.
 
-vLLM serves neither of them. They can be reward models and can be trained on given answers; scores as text are generated
-by `rlvid/rollout/hf_engine.py`. Token ids and pixels equal those of transformers' processors (compared in
-tests/models/families/test_frames.py).
+vLLM serves neither of them: `rlvid/rollout/hf_engine.py` generates. Token ids and pixels equal those of transformers'
+processors (compared in tests/models/families/test_frames.py).
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ class Idefics2(FrameFamily):
         UserError: the folder lacks a file that the family needs.
     """
 
-    placeholders: Mapping[str, str] = {"video": IMAGE}
-    part_types: Mapping[str, str] = {"video": "image"}
+    placeholders: Mapping[str, str] = {"video": IMAGE, "image": IMAGE}
+    part_types: Mapping[str, str] = {"video": "image", "image": "image"}
     towers = ("vision_model",)
     tiny_tokens = ("<end_of_utterance>", IMAGE, FAKE_AROUND_IMAGE)
     end_token = "<end_of_utterance>"

@@ -21,6 +21,7 @@ class TextModel(ChatFamily):
         UserError: the folder lacks a file that the family needs.
     """
 
+    vllm_module = "vllm.model_executor.models"  # in it, the module of the model's type
     frame_multiple = 1
     banned_tokens = ()
 

@@ -17,7 +17,7 @@ from rlvid.models.lora import add_adapters
 from rlvid.models.tower import normalise
 from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.types import Medium, MediumRef, Message, Sample
-from tests.prompts import clip_of, noise, prompt_of, sample_of
+from tests.prompts import clip_of, noise, prompt_of, sample_of, sample_with
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,14 @@ def test_prompt_of_idefics2_equals_that_of_the_processor(idefics2: Idefics2) -> 
     assert torch.equal(inputs["pixel_attention_mask"], theirs["pixel_attention_mask"].bool())
     assert (inputs["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-6
     assert ours.positions.tolist() == [list(range(ours.length))]
+
+
+def test_an_image_of_idefics2_is_a_video_of_one_frame(idefics2: Idefics2) -> None:
+    clips = [clip_of(noise(1, 56, 84), "a"), clip_of(noise(2, 56, 56), "b")]
+    prompts = [idefics2.encode(sample_with(kinds), clips) for kinds in (("image", "video"), ("video", "video"))]
+    as_text = [idefics2.tokenizer.decode(p.token_ids.tolist(), skip_special_tokens=False) for p in prompts]
+    assert as_text[0] == as_text[1].replace("The video 0", "The image 0")
+    assert np.array_equal(prompts[0].patches, prompts[1].patches)
 
 
 def test_earlier_answers_of_idefics2_are_not_as_they_were_generated(idefics2: Idefics2) -> None:
