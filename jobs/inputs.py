@@ -87,7 +87,7 @@ def read_split(kind: ManifestKind, data: DataConfig, split: str) -> Rows:
             pairs = [replace(pair, sample=sample) for pair, sample in zip(pairs, samples, strict=False)]
         refused = [(f"{name}/{row}" if name else row, reason) for row, reason in rows.refused]
         found = Rows([*found.samples, *samples], [*found.pairs, *pairs], [*found.refused, *refused])
-    if data.balance and split == "train":
+    if data.balance and split == "train" and found.samples:
         samples = balanced(found.samples, data.balance)
         pairs = [replace(pair, sample=sample) for pair, sample in zip(found.pairs, samples, strict=False)]
         found = Rows(samples, pairs, found.refused)

@@ -32,6 +32,8 @@ def test_a_mix_reads_every_source_in_its_own_form_and_balances_all_of_it(tmp_pat
     rows = read_split(SAMPLES, data, "train")
     assert {s.id: s.weight for s in rows.samples} == {"a/0": 2 / 3, "a/1": 2.0, "b/x": 4 / 3}
     assert [s.id for s in read_split(SAMPLES, data, "eval").samples] == ["a/0"]
+    alone = DataConfig.model_validate({"mix": {"a": {"eval": first["eval"]}}, "balance": "answer"})  # as `rlvid eval`
+    assert not read_split(SAMPLES, alone, "train").samples
 
 
 def test_pairs_of_a_mix_have_the_samples_weights(tmp_path: Path) -> None:
