@@ -192,7 +192,7 @@ def test_text_only_prompt(family: QwenVL) -> None:
 
 
 def test_a_medium_that_the_model_does_not_take_is_refused(tiny_models: dict[str, Path]) -> None:
-    for model, kind, accepted in (("idefics2", "image", "text and videos;"), ("qwen2", "video", "text;")):
+    for model, kind, accepted in (("video_llava", "image", "text and videos;"), ("qwen2", "video", "text;")):
         family = load_family(tiny_models[model])
         with pytest.raises(UserError, match=rf"'s' has the {kind} /media/0, but .* accepts only {accepted}"):
             family.check_media(sample_with((kind,)))
