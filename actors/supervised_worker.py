@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,8 +212,8 @@ class Worker:
         if name not in metrics:
             raise UserError(f"evaluate.best={name}: this job's evaluation measures {', '.join(sorted(metrics))}")
         value, sign = metrics[name], -1 if name == "loss" else 1
-        # a rank correlation of constant columns is None
-        if value is None or (self._best is not None and sign * value <= sign * self._best["value"]):
+        # a rank correlation of constant columns is NaN
+        if not math.isfinite(value) or (self._best is not None and sign * value <= sign * self._best["value"]):
             return
         self._export()
         self._best = {"step": step, "value": value, "metric": name}
@@ -229,7 +230,8 @@ class Worker:
         return self.plan.out.with_name(f"{self.plan.out.name}.best.json")
 
     def _read_best(self) -> dict[str, Any] | None:
-        kept = json.loads(self._best_file.read_text()) if self._best_file.exists() else None
+        has_model = self.plan.out.exists() and self.plan.checkpoints.newest() is not None
+        kept = json.loads(self._best_file.read_text()) if has_model and self._best_file.exists() else None
         return kept if kept and kept["metric"] == self.cfg.evaluate.best else None
 
     # --- data

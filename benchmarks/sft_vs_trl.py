@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,10 +96,10 @@ def rows_of(setting: Setting, step: int) -> list[Row]:
 class RlvidSide:
     """Learner and groups, as a worker of `rlvid sft` with `sft.share_media` has them."""
 
-    def __init__(self, model: Path, setting: Setting):
+    def __init__(self, model: Path, rows: Sequence[Sequence[Row]]):
         from rlvid.training.learner import Learner  # imports DeepSpeed
 
-        self.setting, self.family, self.steps = setting, family_of(model), 0
+        self.rows, self.family, self.steps = rows, family_of(model), 0  # rows of each step
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed's
         cfg = TrainConfig(lr=LR, micro_batch_tokens=65536, betas=(0.9, 0.999))
         self.learner = Learner(model, self.family, ModelConfig(path=model, lora=LORA), cfg)
@@ -107,7 +108,7 @@ class RlvidSide:
         self.first_loss = float("nan")
 
     def groups(self, step: int) -> list[Group[Prompt]]:
-        rows = rows_of(self.setting, step)
+        rows = self.rows[step]
         prompts = [self.family.encode(row.sample, [row.clip]) for row in rows]
         groups = [
             with_trained(group_of(prompt, (row.sample.answer,), self.family))
@@ -123,8 +124,14 @@ class RlvidSide:
         self.steps += 1
 
 
-def collate(rows: Sequence[Row], processor: Any, family: QwenVL, kind: str) -> dict[str, torch.Tensor]:
-    """A padded batch whose labels are the answers."""
+def collate(
+    rows: Sequence[Row], processor: Any, family: QwenVL, kind: str, known: Mapping[str, tuple[list[int], int]]
+) -> dict[str, torch.Tensor]:
+    """A padded batch whose labels are the answers.
+
+    Args:
+        known: by sample id, the token ids and how many of them are the prompt's.
+    """
     end = str(family.tokenizer.id_to_token(family.end_of_turn))
     texts = []
     for row in rows:
@@ -137,15 +144,21 @@ def collate(rows: Sequence[Row], processor: Any, family: QwenVL, kind: str) -> d
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for i, row in enumerate(rows):
         ids = batch["input_ids"][i][batch["attention_mask"][i].bool()]
-        prompt, answer = family.encode(row.sample, [row.clip]), family.encode_answer(row.sample.answer)
-        assert ids.tolist() == [*prompt.token_ids.tolist(), *answer.tolist()], "both sides must see the same row"
-        at = int(batch["attention_mask"][i].nonzero()[0]) + prompt.length
-        labels[i, at : at + len(answer)] = batch["input_ids"][i, at : at + len(answer)]
+        expected, n_prompt = known[row.sample.id]
+        assert ids.tolist() == expected, "both sides must see the same row"
+        begin = int(batch["attention_mask"][i].nonzero()[0])
+        labels[i, begin + n_prompt : begin + len(ids)] = ids[n_prompt:]
     return {**batch, "labels": labels}
 
 
-def trainer_of(model: Path, out: Path, setting: Setting, n_steps: int, is_accumulating: bool, family: QwenVL) -> Any:
+def trainer_of(
+    model: Path, out: Path, setting: Setting, rows: Sequence[Sequence[Row]], is_accumulating: bool, family: QwenVL
+) -> Any:
     """transformers' Trainer on the same rows in the same order."""
+    n_steps, known = len(rows), {}
+    for row in itertools.chain(*rows):
+        prompt = family.encode(row.sample, [row.clip])
+        known[row.sample.id] = ([*prompt.token_ids.tolist(), *family.encode_answer(row.sample.answer)], prompt.length)
     from peft import get_peft_model
     from torch.utils.data import Dataset, SequentialSampler
     from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
@@ -158,7 +171,6 @@ def trainer_of(model: Path, out: Path, setting: Setting, n_steps: int, is_accumu
             step, i = divmod(index, setting.n_media * setting.questions)
             return rows[step][i]
 
-    rows = [rows_of(setting, step) for step in range(n_steps)]
     network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
     processor = AutoProcessor.from_pretrained(model)
     n_parts = setting.n_media if is_accumulating else 1
@@ -183,7 +195,7 @@ def trainer_of(model: Path, out: Path, setting: Setting, n_steps: int, is_accumu
         model=get_peft_model(network, peft_config(LORA, family.no_lora)),
         args=arguments,
         train_dataset=Rows(),
-        data_collator=lambda batch: collate(batch, processor, family, setting.kind),
+        data_collator=lambda batch: collate(batch, processor, family, setting.kind, known),
     )
     trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
     return trainer
@@ -196,8 +208,9 @@ def compare(
     from transformers import PrinterCallback, TrainerCallback
 
     setting = SETTINGS[name]
-    rlvid = RlvidSide(model, setting)
-    trainer = trainer_of(model, tmp / "trainer", setting, WARMUP + rounds, is_accumulating, rlvid.family)
+    rows = [rows_of(setting, step) for step in range(WARMUP + rounds)]
+    rlvid = RlvidSide(model, rows)
+    trainer = trainer_of(model, tmp / "trainer", setting, rows, is_accumulating, rlvid.family)
     trainer.remove_callback(PrinterCallback)
     seconds: dict[str, list[float]] = {"trainer": [], "rlvid": []}
 

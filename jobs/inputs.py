@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.clip_store import ClipStore
+from actors.gpu_weight_sync import weight_backend
 from actors.placement import describe
 from jobs.run import Run
 from jobs.specs import JOBS, JobSpec, ManifestKind, Rows
@@ -171,7 +172,12 @@ class PromptStream:
 
     def _submit(self, start: int, count: int) -> list[Future[Encoded | None]]:
         indices = batch_indices(len(self._samples), self._seed, start, count, self._strata, shares=self._shares)
-        return self._clips.submit([self._samples[i] for i in indices])
+        copies = Counter[int]()  # of a sample that is drawn several times: each needs a seed, so an id, of its own
+        samples = []
+        for i in indices:
+            sample, copies[i] = self._samples[i], copies[i] + 1
+            samples.append(sample if copies[i] == 1 else replace(sample, id=f"{sample.id} ({copies[i]})"))
+        return self._clips.submit(samples)
 
 
 class Inputs:
@@ -307,12 +313,15 @@ class Inputs:
 
     def _check_plain_engine(self) -> None:
         cfg, name = self.cfg, self.family.architecture
-        if cfg.placement.gpus and not cfg.model.lora and cfg.rollout.weight_transfer != "buckets":
+        if cfg.rollout.tensor_parallel > 1 or weight_backend(cfg) != "buckets":
             raise UserError(
-                f"vLLM does not serve {name}, so transformers generates, and vLLM's ways of sending weights cannot be "
-                f"used: set rollout.weight_transfer to buckets"
+                f"vLLM does not serve {name}, so transformers generates, on one GPU and without vLLM's ways of sending "
+                f"weights: set rollout.weight_transfer to buckets and rollout.tensor_parallel to 1"
             )
-        self._run.console.message(f"vLLM does not serve {name}: transformers generates, slowly")
+        self._run.console.message(
+            f"vLLM does not serve {name}: transformers generates, one prompt after another. If that takes longer than "
+            f"deadlines.generate_s={cfg.deadlines.generate_s:g} for a batch, raise it"
+        )
 
     def _set_aside(self, what: str, reason: str) -> None:
         self._run.folder.append_bad_clip(BadClip(what, reason))

@@ -9,6 +9,7 @@ from jobs.cli import job_main
 from jobs.inputs import open_job
 from jobs.supervised import results, train_job
 from rlvid.config import SftJobConfig
+from rlvid.config.keys import check_paths
 
 RESULT = {"loss": "loss", "eval_loss": "eval/loss"}
 
@@ -17,9 +18,12 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
     """Run or resume the job, or each of its stages."""
     result: dict[str, Any] = {}
     model = cfg.model
-    for number in range(1, len(cfg.stages) + 1):
+    stages = [cfg.stage(n + 1) for n in range(len(cfg.stages))]
+    for stage in stages:
+        check_paths(stage)
+    for number, stage in enumerate(stages, start=1):
         print(f"stage {number} of {len(cfg.stages)}", flush=True)
-        stage = cfg.stage(number).model_copy(update={"model": model})
+        stage = stage.model_copy(update={"model": model})
         result = train(stage)
         model = model.model_copy(update={"path": stage.run.dir / "policy", "tiny": None})
     return result or train(cfg)

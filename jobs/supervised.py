@@ -167,6 +167,7 @@ def is_shown(step: int, steps: int, silent_s: float) -> bool:
 
 
 def results(metrics: Metrics, names: dict[str, str]) -> Metrics:
-    """The metrics of a job's result, under their names there; those that the job does not have are left out."""
-    names = {**names, "best_step": "eval/best_step", "steps": "steps"}
+    """The metrics of a job's result, under their names there; those that the job does not have are left out. Those of
+    evaluations are the last one's; `best` is of the model in `policy/`, with `evaluate.best`."""
+    names = {**names, "best_step": "eval/best_step", "best": "eval/best", "steps": "steps"}
     return {key: metrics[name] for key, name in names.items() if name in metrics}

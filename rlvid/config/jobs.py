@@ -204,9 +204,11 @@ class SftJobConfig(JobConfig):
 
 
 def _updated(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """The config with the keys that `changed` has, in sections of any depth."""
-    both = {key: (config[key], value) for key, value in changed.items() if isinstance(config.get(key), dict)}
-    return config | changed | {key: _updated(old, new) for key, (old, new) in both.items() if isinstance(new, dict)}
+    """The config with the keys that `changed` has, in sections of any depth. Names that are free are replaced as a
+    whole."""
+    inner = {k: v for k, v in changed.items() if isinstance(v, dict) and isinstance(config.get(k), dict)}
+    free = ("mix", "path_map", "lr_factors")
+    return config | changed | {k: _updated(config[k], v) for k, v in inner.items() if k not in free}
 
 
 class DpoJobConfig(JobConfig):

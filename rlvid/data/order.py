@@ -44,9 +44,13 @@ class Shares:
         return cls(ends)
 
     def drawn(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The samples of an epoch, in rising order: those at equal steps along the running sum."""
-        shift = np.random.PCG64([seed, epoch, 2]).random_raw() / 2**64
-        return np.searchsorted(self.ends, np.arange(self.ends[-1]) + shift, side="right")
+        """The samples of an epoch: those at equal steps along the running sum of the shares. Samples are in a random
+        order there, so that a pattern of the manifest (each second row is of one kind) does not come back."""
+        numbers = np.random.PCG64([seed, epoch, 2]).random_raw(len(self.ends) + 1)
+        order = np.argsort(numbers[1:], kind="stable")
+        ends = np.cumsum(np.diff(self.ends, prepend=0.0)[order])
+        steps = np.arange(self.ends[-1]) + numbers[0] / 2**64
+        return order[np.minimum(np.searchsorted(ends, steps, side="right"), len(order) - 1)]  # the sum is rounded
 
 
 def batch_indices(

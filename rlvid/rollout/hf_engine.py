@@ -97,7 +97,7 @@ class HfEngine(PlainEngine):
         folder: checkpoint; its weights are those of version -1.
     """
 
-    is_asleep = False  # it has no memory to give up
+    is_asleep = False  # the weights stay
 
     def __init__(
         self,
@@ -129,7 +129,8 @@ class HfEngine(PlainEngine):
         return bool(self._awaited)
 
     def sleep(self) -> None:
-        pass
+        """Give up the memory of earlier requests."""
+        torch.cuda.empty_cache()
 
     def weight_digest(self) -> str:
         h = hashlib.sha256()
@@ -236,6 +237,7 @@ class HfEngine(PlainEngine):
             position_ids=(positions[:, None] if len(positions) > 1 else positions).to(device),
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
             **inputs,
         )
         return out.logits[:, -1], cache

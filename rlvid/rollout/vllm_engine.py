@@ -83,7 +83,10 @@ class VllmEngine:
             vllm_plugin.keep_plain_weights()
         if torchvision_ops.ensure():
             vllm_plugin.register_model_class(family.architecture, family.vllm_module)
-        family.adapt_engine()
+        if family.adapt_engine() and cfg.tensor_parallel > 1:
+            raise UserError(
+                f"rollout.tensor_parallel: {family.architecture} runs on one GPU: vLLM's class is repaired here"
+            )
         try:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(

@@ -64,7 +64,7 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
-    assert steps[-1]["video/decodes"] == 34  # each of the 24 and 10 clips once, in five epochs
+    assert 30 < steps[-1]["video/decodes"] <= 34  # each clip at most once; balanced, some may not have come yet
     held_out = {row["step"]: row for row in rows if "eval/loss" in row}
     assert list(held_out) == [0, 12] and held_out[12]["eval/loss"] < held_out[0]["eval/loss"]
     assert held_out[12]["eval/n"] == 10

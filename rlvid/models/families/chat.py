@@ -108,8 +108,10 @@ class ChatFamily(ABC):
 
         return tokens_input(prompt.token_ids.tolist())
 
-    def adapt_engine(self) -> None:  # noqa: B027  # most families have nothing to change
-        """Repair vLLM's class of this family, in the process of an engine. Idempotent."""
+    def adapt_engine(self) -> bool:
+        """Repair vLLM's class of this family, in the process of an engine. Idempotent. Returns whether there was
+        something to repair: vLLM's workers in other processes do not have it."""
+        return False
 
     def engine_limits(self, max_videos: int) -> dict[str, int]:
         """vLLM's limits on the number of media in a prompt, by kind."""

@@ -94,7 +94,7 @@ class LlavaOnevision(SquareFrames):
         room = self.frame_multiple % self.patch_size
         return {"pixel_values_videos": [pad(own, (0, room, 0, room)) for own in frames]}
 
-    def adapt_engine(self) -> None:
+    def adapt_engine(self) -> bool:
         """vLLM 0.32 knows the tower's weights only under the names of transformers 4, and gives the embeddings of clips
         of different lengths a dimension too many, which it then refuses."""
         from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as Theirs
@@ -109,6 +109,7 @@ class LlavaOnevision(SquareFrames):
 
         if not hasattr(process, "__wrapped__"):
             Theirs._process_video_pixels = flat
+        return True
 
     def engine_input(self, prompt: Prompt) -> Mapping[str, Any]:
         """Token ids, normalised frames, and clip ids as cache keys."""
