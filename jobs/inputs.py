@@ -85,14 +85,18 @@ def read_split(kind: ManifestKind, data: DataConfig, split: str) -> Rows:
         samples, pairs = rows.samples, rows.pairs
         if name:
             samples = mixed(samples, name, data.mix[name].weight)
-            pairs = [replace(pair, sample=sample) for pair, sample in zip(pairs, samples, strict=False)]
+            pairs = _with_samples(pairs, samples)
         refused = [(f"{name}/{row}" if name else row, reason) for row, reason in rows.refused]
         found = Rows([*found.samples, *samples], [*found.pairs, *pairs], [*found.refused, *refused])
     if data.balance and split == "train" and found.samples:
         samples = balanced(found.samples, data.balance)
-        pairs = [replace(pair, sample=sample) for pair, sample in zip(found.pairs, samples, strict=False)]
-        found = Rows(samples, pairs, found.refused)
+        found = Rows(samples, _with_samples(found.pairs, samples), found.refused)
     return found
+
+
+def _with_samples(pairs: Sequence[Preference], samples: Sequence[Sample]) -> list[Preference]:
+    """The pairs, if there are any, with their samples in another form."""
+    return [replace(pair, sample=sample) for pair, sample in zip(pairs, samples, strict=bool(pairs))]
 
 
 def check_model(folder: Path) -> ChatFamily:

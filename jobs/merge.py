@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import warnings
 from pathlib import Path
 
 from rlvid.errors import UserError
-from rlvid.files import replace_folder
+from rlvid.files import copy_other_files, replace_folder
 from rlvid.models import torchvision_ops
 from rlvid.models.families import load_family
 
@@ -49,9 +48,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None) -> None:
             raise UserError(f"the adapter in {folder} does not fit {base}: {str(e).splitlines()[0]}") from e
     part = out.with_name(f"{out.name}.part")
     network.merge_and_unload(safe_merge=True).save_pretrained(part)
-    for file in base.iterdir():  # tokenizer and processor
-        if file.is_file() and not (part / file.name).exists() and "safetensors" not in file.name:
-            shutil.copyfile(file, part / file.name)
+    copy_other_files(base, part)
     replace_folder(part, out)
 
 

@@ -100,6 +100,13 @@ def replace_folder(new: Path, old: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def copy_other_files(checkpoint: Path, folder: Path) -> None:
+    """Copy what `folder` lacks of a checkpoint but for its weights: tokenizer, processor."""
+    for file in checkpoint.iterdir():
+        if file.is_file() and not (folder / file.name).exists() and "safetensors" not in file.name:
+            shutil.copyfile(file, folder / file.name)
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines, whole or not at all."""
     write_atomic(path, "".join(dumps(row) + "\n" for row in rows))

@@ -346,7 +346,7 @@ class TrainConfig(ScheduleConfig):
     """Prompts (grpo), pairs or samples (other jobs) in a step."""
     lr_factors: dict[Literal["tower", "projector", "text"], Annotated[float, Field(ge=0)]] = {}
     """Learning rates of the model's parts in multiples of `lr`, 1 where not named; 0 freezes a part, as in {tower: 0,
-    projector: 10}. tower reads patches, projector maps its features into the language model, text is the latter."""
+    projector: 10}. The tower reads patches, the projector maps its features for the language model, which is text."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas. The warm start uses the same optimizer."""
     weight_decay: float = Field(0.0, ge=0)

@@ -85,7 +85,8 @@ class VllmEngine:
             vllm_plugin.register_model_class(family.architecture, family.vllm_module)
         if family.adapt_engine() and cfg.tensor_parallel > 1:
             raise UserError(
-                f"rollout.tensor_parallel: {family.architecture} runs on one GPU: vLLM's class is repaired here"
+                f"rollout.tensor_parallel must be 1 for {family.architecture}: vLLM's class needs a fix that its other "
+                f"processes do not get"
             )
         try:
             self.engine = LLMEngine.from_engine_args(

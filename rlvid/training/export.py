@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlvid.config import LoraConfig
-from rlvid.files import sync_folder
+from rlvid.files import copy_other_files, sync_folder
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.heads import Head
 from rlvid.models.lora import file_name, is_adapter, merged, plain_name, save_adapter
@@ -128,9 +127,7 @@ class WeightFiles:
         config.dtype = str(self._network.dtype).removeprefix("torch.")
         config.architectures = [type(self._network).__name__]
         config.save_pretrained(self._folder)
-        for file in checkpoint.iterdir():
-            if file.is_file() and not (self._folder / file.name).exists() and "safetensors" not in file.name:
-                shutil.copyfile(file, self._folder / file.name)
+        copy_other_files(checkpoint, self._folder)
         sync_folder(self._folder)
 
     def _begin(self, file: str, tensors: Sequence[Described]) -> None:

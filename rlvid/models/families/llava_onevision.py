@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class LlavaOnevision(SquareFrames):
-    """
+    """LLaVA-OneVision with videos.
+
     Raises:
         UserError: the folder lacks a file that the family needs.
     """
@@ -47,7 +48,7 @@ class LlavaOnevision(SquareFrames):
 
     def prepare(self, network: PreTrainedModel) -> None:
         super().prepare(network)
-        network.model.get_video_features = _VideoFeatures(network.model)
+        network.model.get_video_features = functools.partial(_video_features, network.model)
 
     @classmethod
     def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:
@@ -133,25 +134,20 @@ class LlavaOnevision(SquareFrames):
         )
 
 
-class _VideoFeatures:
-    """transformers' `get_video_features` over clips of any lengths in one pass of the tower, which transformers has for
-    clips of one length."""
+def _video_features(model: Any, pixel_values_videos: list[Tensor], **_: Any) -> Any:
+    """In place of transformers' `get_video_features`, which takes clips of one length: here they may differ, and go
+    through the tower in one pass."""
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    def __init__(self, model: Any):
-        self._model = model
-
-    def __call__(self, pixel_values_videos: list[Tensor], **_: Any) -> Any:
-        import torch
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        model, config = self._model, self._model.config
-        seen = model.vision_tower(torch.cat(pixel_values_videos), output_hidden_states=True, return_dict=True)
-        layers = config.vision_feature_layer
-        chosen = [seen.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
-        features = torch.cat(chosen, dim=-1)
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        pooled = model.apply_pooling(model.multi_modal_projector(features))  # [frames, tokens, D]
-        clips = pooled.split([len(clip) for clip in pixel_values_videos])
-        rows = [torch.cat([clip.flatten(0, 1), model.image_newline[None].to(clip.dtype)]) for clip in clips]
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(rows)[None])
+    config = model.config
+    seen = model.vision_tower(torch.cat(pixel_values_videos), output_hidden_states=True, return_dict=True)
+    layers = config.vision_feature_layer
+    chosen = [seen.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    features = torch.cat(chosen, dim=-1)
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, 1:]
+    pooled = model.apply_pooling(model.multi_modal_projector(features))  # [frames, tokens, D]
+    clips = pooled.split([len(clip) for clip in pixel_values_videos])
+    rows = [torch.cat([clip.flatten(0, 1), model.image_newline[None].to(clip.dtype)]) for clip in clips]
+    return BaseModelOutputWithPooling(pooler_output=torch.cat(rows)[None])

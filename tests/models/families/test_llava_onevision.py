@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.llava_onevision import LlavaOnevision
 from rlvid.models.loading import load_model
@@ -75,5 +76,5 @@ def test_two_clips_of_different_lengths_give_transformers_log_probs(family: Llav
 
 
 def test_images_are_refused(family: LlavaOnevision) -> None:
-    with pytest.raises(Exception, match="accepts only text and videos"):
+    with pytest.raises(UserError, match="accepts only text and videos"):
         family.check_media(sample_with(("image",)))
