@@ -289,8 +289,7 @@ class Worker:
         """Greedy answers under the current weights, `size` at a time. All ranks call this together."""
         from rlvid.rollout.hf_engine import PlainEngine
 
-        is_sharded = self.cfg.train.zero_stage == 3 and self.world > 1
-        engine = PlainEngine(self.learner.policy.network, self.family, is_sharded)
+        engine = PlainEngine(self.learner.policy.network, self.family, self.learner.policy.most)
         texts: list[str] = []
         self.learner.engine.eval()
         for at in range(0, max(self.gather(len(prompts))), size):

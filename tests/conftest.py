@@ -65,26 +65,20 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> dict[str, Path]:
-    """Folders of random models, by family, that know the synthetic questions' words."""
+    """Folders of random models, by family, that know the synthetic questions' words. Made when asked for."""
     from rlvid.config import TinyModelConfig
     from rlvid.models.tiny import make_tiny
 
     rows = [json.loads(line) for line in (synthetic / "train.jsonl").read_text().splitlines()]
     texts = [f"{r['question']} {r['answer']}" for r in rows]
-    folders = {}
-    for family in (
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "llava_onevision",
-        "idefics2",
-        "video_llava",
-        "qwen2",
-        "qwen3",
-    ):
-        folders[family] = tmp_path_factory.mktemp("model") / "tiny"
-        make_tiny(folders[family], TinyModelConfig(family=family), texts, seed=0)
-    return folders
+
+    class Folders(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            self[family] = folder = tmp_path_factory.mktemp("model") / "tiny"
+            make_tiny(folder, TinyModelConfig(family=family), texts, seed=0)
+            return folder
+
+    return Folders()
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,11 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.training.batch import Group
 from rlvid.types import Clip, Medium, MediumRef, Message, Prompt, Sample
 
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava")
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava", "cobra")
 FAMILIES = (*VISION_FAMILIES, "qwen2", "qwen3")
+SHARING = tuple(family for family in FAMILIES if family != "cobra")  # whose responses share a prompt's forward
+# Of those, one for each way through the network: the others run under ZeRO-3 in the slow tests.
+CORE = ("qwen2_vl", "qwen3_vl", "llava_onevision", "idefics2", "qwen2")
 
 
 def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:

@@ -124,10 +124,9 @@ class TinyModelConfig(Section):
     """
 
     family: Literal[
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava", "qwen2", "qwen3"
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava", "cobra", "qwen2", "qwen3"
     ] = "qwen2_vl"
-    """Architecture. vLLM does not serve idefics2 and video_llava: transformers generates for them, slowly. qwen2 and
-    qwen3 take text only."""
+    """Architecture. docs/families.md says which media each takes, and which of them vLLM serves."""
     hidden_size: int = Field(128, ge=64, multiple_of=64)
     """Width of the language model. One attention head per 64 (vLLM on CPU refuses a head size of 16)."""
     layers: int = Field(4, ge=1)

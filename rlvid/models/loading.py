@@ -37,6 +37,9 @@ def load_model(folder: Path, dtype: str, shares: Mapping[str, Any] | None = None
 
     try:
         family = load_family(folder)
+        if shares and family.is_recurrent:  # its layers read weights of modules that they do not call
+            raise UserError(f"train.zero_stage 3 does not support {family.architecture}: set it to 2")
+        family.register()
         kind = AutoModelForImageTextToText if family.placeholders else AutoModelForCausalLM
         if shares:
             model, missing = _load_shares(kind, folder, getattr(torch, dtype), shares)

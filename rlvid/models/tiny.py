@@ -34,6 +34,7 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, texts: Iterable[str], seed: in
 
     transformers_logging.disable_progress_bar()
     family = FAMILIES[cfg.family]
+    family.register()
     tokenizer = _train_tokenizer(texts, cfg.vocab_size, family)
     settings, processor = family.tiny(cfg, _text_settings(cfg, tokenizer), tokenizer)
     auto = AutoModelForImageTextToText if family.placeholders else AutoModelForCausalLM

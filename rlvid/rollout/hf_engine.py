@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,83 @@ from rlvid.models.lora import add_adapters, file_name, is_adapter
 from rlvid.models.tower import normalise
 from rlvid.rollout.engine import Sampling, shown
 from rlvid.rollout.weights.buckets import Bucket
-from rlvid.training.batch import Group
-from rlvid.training.packing import PackedPolicy, pack
 from rlvid.types import Prompt, Rollout, WeightSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Decoding:
+    """Responses to some prompts side by side, one in each row: the keys and values of a prompt are computed once.
+
+    Prompts are padded on the left. Positions are the prompt's own, as in training: those of transformers differ for
+    some videos.
+
+    Args:
+        network: as `load_model` gives it.
+        n: responses to each prompt.
+
+    Attributes:
+        logits: [rows, vocabulary] of the next token.
+    """
+
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, prompts: Sequence[Prompt], n: int = 1):
+        from transformers import DynamicCache
+
+        self._network, device = network, network.device
+        longest = max(p.length for p in prompts)
+        padding = [longest - p.length for p in prompts]
+        padded, positions = [], []
+        for prompt, k in zip(prompts, padding, strict=True):
+            padded.append(np.pad(prompt.token_ids, (k, 0), constant_values=family.end_of_turn))
+            positions.append(np.pad(prompt.positions, ((0, 0), (k, 0))))
+        ids = torch.from_numpy(np.stack(padded).astype(np.int64)).to(device)
+        mask = (torch.arange(longest)[None] >= torch.tensor(padding)[:, None]).long().to(device)
+        inputs: dict[str, Any] = {}
+        if isinstance(family, VisionFamily) and any(len(p.patches) for p in prompts):
+            patches = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(device)
+            grids = torch.from_numpy(np.concatenate([p.grid_thw for p in prompts])).to(device)
+            inputs = family.network_inputs(normalise(patches, family, network.dtype), grids)
+            ids = family.as_videos(ids)
+        self._cache = DynamicCache(config=network.config.get_text_config())
+        following = np.tile([p.next_position for p in prompts], (len(prompts[0].positions), 1))
+        self.logits = self._forward(ids, np.stack(positions, axis=1), mask, logits_to_keep=1, **inputs)
+        if n > 1:
+            self._choose(torch.arange(len(prompts), device=device).repeat_interleave(n))
+            mask, following = mask.repeat_interleave(n, 0), following.repeat(n, axis=1)
+        self._mask, self._following = mask, following  # [rows, tokens], and the next positions [axes, rows]
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token [rows] to each response, and compute the logits of the next one."""
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        self.logits = self._forward(tokens[:, None], self._following[:, :, None], self._mask)
+        self._following = self._following + 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        chosen = torch.tensor(rows, device=self.logits.device)
+        self._choose(chosen)
+        self._mask, self._following = self._mask[chosen], self._following[:, list(rows)]
+
+    def _choose(self, rows: Tensor) -> None:
+        self._cache.reorder_cache(rows)
+        self.logits = self.logits[rows]
+
+    def _forward(self, ids: Tensor, positions: npt.NDArray[Any], mask: Tensor, **inputs: Any) -> Tensor:
+        """
+        Args:
+            positions: [3, rows, tokens], or [1, rows, tokens].
+        """
+        out = self._network(
+            input_ids=ids,
+            position_ids=torch.from_numpy((positions if len(positions) > 1 else positions[0]).astype(np.int64)).to(ids),
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **inputs,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
 
 class PlainEngine:
@@ -34,64 +107,73 @@ class PlainEngine:
 
     Args:
         network: as `load_model` gives it.
-        is_synced: the network is sharded over ranks (ZeRO-3), which generate together: none stops before all do.
+        most: whether any rank goes on. A network that is sharded over ranks (ZeRO-3) computes for all of them: none
+            stops before all do.
     """
 
-    def __init__(self, network: PreTrainedModel, family: ChatFamily, is_synced: bool = False):
+    def __init__(
+        self, network: PreTrainedModel, family: ChatFamily, most: Callable[[int], int] = lambda goes_on: goes_on
+    ):
         self.family = family
-        self._network, self._is_synced = network, is_synced
+        self._network, self._most = network, most
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[npt.NDArray[np.int32]]:
         """Greedy token ids [R] for each prompt, generated side by side; the end-of-turn token is last, unless
-        `max_tokens` came first.
-
-        Positions are the prompt's own, as in training: those of transformers differ for some videos.
-        """
-        device, end, longest = self._network.device, self.family.end_of_turn, max(p.length for p in prompts)
-        padding = [longest - p.length for p in prompts]  # on the left
-        ids = [np.pad(p.token_ids, (n, 0), constant_values=end) for p, n in zip(prompts, padding, strict=True)]
-        positions = [np.pad(p.positions, ((0, 0), (n, 0))) for p, n in zip(prompts, padding, strict=True)]
-        given, inputs = self._inputs(prompts, torch.from_numpy(np.stack(ids).astype(np.int64)).to(device))
-        axes = np.stack(positions, axis=1)  # [3, batch, tokens], or [1, batch, tokens]
+        `max_tokens` came first."""
+        end = self.family.end_of_turn
         with _own_attention(self._network):
-            out = self._network.generate(
-                input_ids=given,
-                attention_mask=(torch.arange(longest)[None] >= torch.tensor(padding)[:, None]).long().to(device),
-                position_ids=torch.from_numpy((axes if len(axes) > 1 else axes[0]).astype(np.int64)).to(device),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end,
-                suppress_tokens=list(self.family.banned_tokens) or None,
-                synced_gpus=self._is_synced,
-                **inputs,
-            )
-        answers: npt.NDArray[np.int32] = out[:, longest:].cpu().numpy().astype(np.int32)
-        lengths = [int(np.argmax(a == end)) + 1 if end in a else len(a) for a in answers]
-        return [a[:n] for a, n in zip(answers, lengths, strict=True)]
-
-    def _inputs(self, prompts: Sequence[Prompt], ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Token ids as the network takes them, and its inputs of all clips."""
-        if not isinstance(self.family, VisionFamily) or not any(len(p.patches) for p in prompts):
-            return ids, {}
-        patches = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(ids.device)
-        grids = torch.from_numpy(np.concatenate([p.grid_thw for p in prompts])).to(ids.device)
-        pixels = normalise(patches, self.family, self._network.dtype)
-        return self.family.as_videos(ids), self.family.network_inputs(pixels, grids)
+            decoding = Decoding(self._network, self.family, prompts)
+            ids = torch.empty(len(prompts), 0, dtype=torch.long, device=decoding.logits.device)
+            while True:
+                chosen = self._log_softmax(decoding.logits, 1.0, top_p=1.0).argmax(-1)
+                ids = torch.cat([ids, chosen[:, None]], 1)
+                goes_on = ids.shape[1] < max_tokens and not (ids == end).any(1).all()
+                if not self._most(goes_on):
+                    break
+                decoding.advance(chosen)
+        return [self._ended(own)[0] for own in ids[:, :max_tokens].cpu().numpy()]
 
     @torch.no_grad()
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-prob of each of `tokens` as the first response token."""
-        answers = tuple(np.array([token], dtype=np.int32) for token in tokens)
-        group = Group(prompt, prompt.cost, answers, temperature=temperature)
-        policy = PackedPolicy(self._network, self.family)
-        return policy(pack([group]).to(self._network.device))[0].float().cpu().numpy()
+        with _own_attention(self._network):
+            logits = Decoding(self._network, self.family, [prompt]).logits
+        values = self._log_softmax(logits, temperature, top_p=1.0)[0, list(tokens)]
+        return np.asarray(values.cpu(), dtype=np.float32)
+
+    def _ended(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], bool]:
+        """A response up to the end of its turn, and whether it has one."""
+        ends = np.flatnonzero(ids == self.family.end_of_turn)
+        return ids[: ends[0] + 1 if len(ends) else None].astype(np.int32), len(ends) > 0
+
+    def _log_softmax(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
+        """The distribution that is sampled from, [rows, vocabulary]; at temperature 0 that of temperature 1."""
+        values = logits.float() / (temperature or 1.0)
+        values[:, list(self.family.banned_tokens)] = -torch.inf
+        values = values.log_softmax(-1)
+        if top_p < 1:
+            ordered, order = values.sort(dim=-1, descending=True)
+            is_beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+            values = values.masked_fill(is_beyond.scatter(1, order, is_beyond), -torch.inf).log_softmax(-1)
+        return values
+
+
+@dataclass
+class Response:
+    """One that is being generated."""
+
+    request: str
+    prompt: Prompt
+    generator: torch.Generator
+    room: int  # tokens
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the weights, for each token
 
 
 class HfEngine(PlainEngine):
-    """Rollouts as `VllmEngine` makes them, group by group: a prompt's keys and values are computed once, its responses
-    are decoded side by side. Slow: there is no scheduler.
+    """Rollouts as `VllmEngine` makes them, by batches of prompts: the next begins when all responses of one have ended.
 
     Args:
         folder: checkpoint; its weights are those of version -1.
@@ -115,14 +197,19 @@ class HfEngine(PlainEngine):
         super().__init__(network.to("cuda" if on_gpu else "cpu"), family)
         named = {n: p for n, p in network.named_parameters() if is_adapter(n) or not lora}
         self._sent = {file_name(n) if is_adapter(n) else n: p for n, p in named.items()}
-        self._longest, self._seed, self._count = cfg.max_model_len, seed, 0
-        self._queue: dict[str, tuple[Prompt, Sampling]] = {}
+        self._cfg, self._seed, self._count = cfg, seed, 0
+        self._queue: list[tuple[str, Prompt, Sampling]] = []
+        self._decoding: Decoding | None = None
+        self._sampling = Sampling(1, 0.0, 1)  # of the batch
+        self._rows: list[Response] = []  # of `_decoding`
+        self._unfinished: dict[str, list[Response]] = {}  # all responses to each prompt of the batch
+        self._logits_version = -1
         self._awaited: set[str] = set()  # weights of the version that is arriving
         self.weight_version = -1
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._queue)
+        return bool(self._queue or self._unfinished)
 
     @property
     def is_updating(self) -> bool:
@@ -158,100 +245,89 @@ class HfEngine(PlainEngine):
         Raises:
             ValueError: it leaves no room for a response.
         """
-        if prompt.length >= self._longest:
-            raise ValueError(f"its {prompt.length} tokens leave no room in rollout.max_model_len={self._longest}")
+        longest = self._cfg.max_model_len
+        if prompt.length >= longest:
+            raise ValueError(f"its {prompt.length} tokens leave no room in rollout.max_model_len={longest}")
         request, self._count = str(self._count), self._count + 1
-        self._queue[request] = (shown(prompt, self.family, sampling), sampling)
+        self._queue.append((request, shown(prompt, self.family, sampling), sampling))
         return request
 
+    @torch.no_grad()
     def step(self) -> list[tuple[str, list[Rollout]]]:
-        """Answer the next prompt."""
-        request = next(iter(self._queue))
-        prompt, sampling = self._queue.pop(request)
-        return [(request, self._answer(prompt, sampling, int(request)))]
-
-    @torch.no_grad()
-    def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
+        """Sample a token of each response; the requests that ended with it."""
         with _own_attention(self._network):
-            logits, _ = self._prefill(prompt)
-        values = self._log_softmax(logits, temperature, top_p=1.0)[0, list(tokens)]
-        return np.asarray(values.cpu(), dtype=np.float32)
+            if self._decoding is None:
+                self._begin()
+            assert self._decoding is not None
+            tokens = self._sample(self._decoding.logits)
+            rows = [i for i, row in enumerate(self._rows) if not self._has_ended(row)]
+            done = [r for r, own in self._unfinished.items() if all(map(self._has_ended, own))]
+            ended = [(request, list(map(self._rollout, self._unfinished.pop(request)))) for request in done]
+            if not rows:
+                self._decoding = None
+                return ended
+            self._decoding.advance(tokens)
+            self._logits_version = self.weight_version
+            if 2 * len(rows) <= len(self._rows):
+                self._decoding.keep(rows)
+                self._rows = [self._rows[i] for i in rows]
+        return ended
 
-    @torch.no_grad()
-    def _answer(self, prompt: Prompt, sampling: Sampling, number: int) -> list[Rollout]:
-        n, end, device = sampling.n, self.family.end_of_turn, self._network.device
-        given = sampling.request_seed(prompt.sample_id)
-        first = (self._seed << 32) + number * 1024 if given is None else given
-        generators = [torch.Generator(device).manual_seed((first + i) % 2**63) for i in range(n)]
-        tokens: list[Tensor] = []
-        logprobs: list[Tensor] = []
-        ended = torch.zeros(n, dtype=torch.bool, device=device)
-        with _own_attention(self._network):
-            logits, cache = self._prefill(prompt)
-            cache.batch_repeat_interleave(n)
-            logits = logits.expand(n, -1)
-            for t in range(min(sampling.max_tokens, self._longest - prompt.length)):
-                values = self._log_softmax(logits, sampling.temperature, sampling.top_p)
-                if sampling.temperature:
-                    drawn = [p.exp().multinomial(1, generator=g) for p, g in zip(values, generators, strict=True)]
-                    chosen = torch.cat(drawn)
-                else:
-                    chosen = values.argmax(-1)
-                tokens.append(chosen)
-                logprobs.append(values.gather(1, chosen[:, None])[:, 0])
-                ended |= chosen == end
-                if ended.all():
-                    break
-                position = torch.full((len(prompt.positions), n, 1), prompt.next_position + t, device=device)
-                out = self._network(
-                    input_ids=chosen[:, None],
-                    position_ids=position if len(position) > 1 else position[0],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits = out.logits[:, -1]
-        found = zip(torch.stack(tokens, 1).cpu().numpy(), torch.stack(logprobs, 1).cpu().numpy(), strict=True)
-        return [self._rollout(prompt, ids, own) for ids, own in found]
+    def _begin(self) -> None:
+        """Take prompts with the same sampling from the queue, up to `rollout.max_sequences` responses and, with their
+        padding, `rollout.max_batched_tokens`; one at least."""
+        _, _, self._sampling = self._queue[0]
+        n, longest, taken = self._sampling.n, 0, 0
+        for _, prompt, sampling in self._queue:
+            longest = max(longest, prompt.length)
+            is_full = (taken + 1) * n > self._cfg.max_sequences or (taken + 1) * longest > self._cfg.max_batched_tokens
+            if taken and (is_full or sampling != self._sampling):
+                break
+            taken += 1
+        batch, self._queue = self._queue[:taken], self._queue[taken:]
+        for request, prompt, sampling in batch:
+            given = sampling.request_seed(prompt.sample_id)
+            first = (self._seed << 32) + int(request) * 1024 if given is None else given
+            room = min(sampling.max_tokens, self._cfg.max_model_len - prompt.length)
+            generators = [torch.Generator(self._network.device).manual_seed((first + i) % 2**63) for i in range(n)]
+            self._unfinished[request] = [Response(request, prompt, generator, room) for generator in generators]
+        self._rows = [row for own in self._unfinished.values() for row in own]
+        self._decoding = Decoding(self._network, self.family, [prompt for _, prompt, _ in batch], n)
+        self._logits_version = self.weight_version
 
-    def _rollout(self, prompt: Prompt, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32]) -> Rollout:
-        end = self.family.end_of_turn
-        n = int(np.argmax(ids == end)) + 1 if end in ids else len(ids)
+    def _sample(self, logits: Tensor) -> Tensor:
+        """The next token [rows], which is appended to the responses that have not ended."""
+        values = self._log_softmax(logits, self._sampling.temperature, self._sampling.top_p)
+        if self._sampling.temperature:
+            drawn = [p.exp().multinomial(1, generator=r.generator) for p, r in zip(values, self._rows, strict=True)]
+            chosen = torch.cat(drawn)
+        else:
+            chosen = values.argmax(-1)
+        logprobs = values.gather(1, chosen[:, None])[:, 0]
+        for row, token, logprob in zip(self._rows, chosen.tolist(), logprobs.tolist(), strict=True):
+            if not self._has_ended(row):
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.versions.append(self._logits_version)
+        return chosen
+
+    def _has_ended(self, row: Response) -> bool:
+        return len(row.ids) == row.room or row.ids[-1:] == [self.family.end_of_turn]
+
+    def _rollout(self, row: Response) -> Rollout:
+        spans, at = [], 0
+        for version, own in groupby(row.versions):
+            n = len(list(own))
+            spans.append(WeightSpan(version, at, at + n))
+            at += n
         return Rollout(
-            sample_id=prompt.sample_id,
-            token_ids=ids[:n].astype(np.int32),
-            logprobs=logprobs[:n].astype(np.float32),
-            text=self.family.decode(ids[:n].tolist()),
-            finish_reason="stop" if end in ids else "length",
-            versions=(WeightSpan(self.weight_version, 0, n),),
+            sample_id=row.prompt.sample_id,
+            token_ids=np.array(row.ids, dtype=np.int32),
+            logprobs=np.array(row.logprobs, dtype=np.float32),
+            text=self.family.decode(row.ids),
+            finish_reason="stop" if row.ids[-1] == self.family.end_of_turn else "length",
+            versions=tuple(spans),
         )
-
-    def _prefill(self, prompt: Prompt) -> tuple[Tensor, Any]:
-        """Logits [1, vocabulary] of the first response token, and the cache of the prompt."""
-        from transformers import DynamicCache
-
-        device, positions = self._network.device, torch.from_numpy(prompt.positions.astype(np.int64))
-        ids, inputs = self._inputs([prompt], torch.from_numpy(prompt.token_ids.astype(np.int64))[None].to(device))
-        cache = DynamicCache(config=self._network.config.get_text_config())
-        out = self._network(
-            input_ids=ids,
-            position_ids=(positions[:, None] if len(positions) > 1 else positions).to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **inputs,
-        )
-        return out.logits[:, -1], cache
-
-    def _log_softmax(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        """The distribution that is sampled from, [n, vocabulary]; at temperature 0 that of temperature 1."""
-        values = logits.float() / (temperature or 1.0)
-        values[:, list(self.family.banned_tokens)] = -torch.inf
-        values = values.log_softmax(-1)
-        if top_p < 1:
-            ordered, order = values.sort(dim=-1, descending=True)
-            is_beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-            values = values.masked_fill(is_beyond.scatter(1, order, is_beyond), -torch.inf).log_softmax(-1)
-        return values
 
 
 @contextmanager

@@ -156,7 +156,8 @@ class Learner:
         check_arrays(groups, objective.needs, type(objective).__name__)
         for parameters, (is_head, factor) in zip(self.engine.optimizer.param_groups, self._rates, strict=True):
             parameters["lr"] = factor * (head_lr or lr if is_head else lr)
-        batches = MicroBatches.of(groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix)
+        is_shared = self.cfg.shared_prefix and not self.policy.family.is_recurrent
+        batches = MicroBatches.of(groups, self.cfg.micro_batch_tokens, is_shared)
         parts = [part for _, part in batches.parts]
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for row, is_counted in batches.whole_rows(self._most):

@@ -105,7 +105,7 @@ def score(
     Args:
         model: `PackedPolicy`, `PackedScorer`, or an engine around one.
     """
-    batches = MicroBatches.of(groups, budget, is_shared)
+    batches = MicroBatches.of(groups, budget, is_shared and not model.family.is_recurrent)
     values: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(batches.parts)
     device = next(model.parameters()).device
 

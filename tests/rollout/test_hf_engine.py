@@ -133,6 +133,50 @@ def test_a_seed_decides_the_rollouts_whatever_else_is_asked(hf: HfEngine) -> Non
     assert nucleus.token_ids.tolist() == greedy.token_ids.tolist() and np.abs(nucleus.logprobs).max() < 1e-6
 
 
+def test_prompts_share_a_batch_up_to_the_limits(hf: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt_of(hf.family, question=question) for question in ("What?", "Which shape moves?", "Where to?")]
+    sampling = Sampling(2, 1.0, 6, seed="s")
+    (together, *_), alone = ended(hf, *((p, sampling) for p in prompts)), ended(hf, (prompts[0], sampling))[0]
+    assert [r.token_ids.tolist() for r in together] == [r.token_ids.tolist() for r in alone]
+    for limit, batches in (("max_sequences", [4, 2]), ("max_batched_tokens", [2, 2, 2])):
+        monkeypatch.setattr(hf, "_cfg", hf._cfg.model_copy(update={limit: 4}))
+        for prompt in prompts:
+            hf.submit(prompt, sampling)
+        begun, n = [], 0
+        while hf.is_busy:
+            if not hf._unfinished:
+                n = len(hf._queue)
+            hf.step()
+            if n:
+                begun.append(2 * (n - len(hf._queue)))
+                n = 0
+        assert begun == batches
+        monkeypatch.undo()
+
+
+def test_weights_change_within_a_response(tiny_models: dict[str, Path]) -> None:
+    """Between two tokens; its span says from where on."""
+    engine, other = (engine_of(tiny_models["video_llava"]) for _ in range(2))
+    with torch.no_grad():
+        for p in other._network.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    prompt, sampling = prompt_of(engine.family, *clips_of(engine, 2)), Sampling(4, 1.5, 12, seed=3)
+    engine.submit(prompt, sampling)
+    engine.step()
+    engine.step()
+    engine.update_weights(7, list(to_buckets(in_parts(list(other._network.named_parameters()), 2**20))))
+    found: list[Rollout] = []
+    while engine.is_busy:
+        for _, rollouts in engine.step():
+            found += rollouts
+    longest = max(found, key=lambda r: len(r.token_ids))
+    n = len(longest.token_ids)
+    # the third token's logits were computed before the weights came
+    assert n > 3 and longest.versions == (WeightSpan(-1, 0, 3), WeightSpan(7, 3, n))
+    ((before, *_),) = ended(engine_of(tiny_models["video_llava"]), (prompt, sampling))
+    assert before.token_ids[:3].tolist() == found[0].token_ids[:3].tolist()
+
+
 def test_new_weights_come_in_buckets_and_must_be_complete(tiny_models: dict[str, Path]) -> None:
     engine, other = (engine_of(tiny_models["idefics2"]) for _ in range(2))
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.prompts import FAMILIES
+from tests.prompts import CORE
 from tests.ranks import run_ranks
 
 FAMILY = {"mixed_rank": "qwen3_vl", "nonfinite_rank": "qwen2"}  # else qwen2_vl
@@ -36,7 +36,7 @@ class Results(dict[tuple[str, int], dict[str, Any]]):
 @pytest.fixture(scope="session")
 def one_rank(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
     programs = dict.fromkeys(("learner_rank", "mixed_rank", "lora_rank", "scorer_rank"), (0,))
-    programs |= dict.fromkeys((f"zero3_rank.{family}" for family in FAMILIES), (0,))
+    programs |= dict.fromkeys((f"zero3_rank.{family}" for family in CORE), (0,))
     return Results(1, tmp_path_factory.mktemp("one_rank"), tiny_models, programs)
 
 
@@ -46,5 +46,5 @@ def two_ranks(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         ("learner_rank", "mixed_rank", "nonfinite_rank"), (3, 0, 1, 2)
     )  # ZeRO-3 first: it loads shares
     programs |= dict.fromkeys(("lora_rank", "scorer_rank"), (3,))
-    programs |= dict.fromkeys((f"zero3_rank.{family}" for family in FAMILIES), (3,))
+    programs |= dict.fromkeys((f"zero3_rank.{family}" for family in CORE), (3,))
     return Results(2, tmp_path_factory.mktemp("two_ranks"), tiny_models, programs)

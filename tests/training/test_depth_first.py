@@ -18,7 +18,7 @@ from rlvid.training.depth_first import PromptPass
 from rlvid.training.micro_batches import score
 from rlvid.training.packing import PackedPolicy, PackedScorer, pack
 from rlvid.types import Prompt
-from tests.prompts import FAMILIES, group_of, prompt_of
+from tests.prompts import SHARING, group_of, prompt_of
 
 LENGTHS = (5, 1, 9, 3)
 
@@ -55,7 +55,7 @@ def backward_depth_first(model: Any, parts: list[Group[Prompt]]) -> torch.Tensor
 
 @pytest.mark.parametrize("is_video", [True, False])
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("model", SHARING)
 def test_log_probs_and_gradients_are_those_of_the_group_in_one_row(
     tiny_models: dict[str, Path], model: str, is_checkpointed: bool, is_video: bool
 ) -> None:

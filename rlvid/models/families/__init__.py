@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlvid.errors import UserError
 from rlvid.models.families.chat import ChatFamily, read_json
+from rlvid.models.families.cobra import Cobra
 from rlvid.models.families.frames import Idefics2, VideoLlava
 from rlvid.models.families.llava_onevision import LlavaOnevision
 from rlvid.models.families.qwen_vl import Qwen3VL, Qwen25VL, QwenVL
@@ -18,6 +19,7 @@ FAMILIES: dict[str, type[ChatFamily]] = {
     "idefics2": Idefics2,
     "video_llava": VideoLlava,
     "llava_onevision": LlavaOnevision,
+    "cobra": Cobra,
     "qwen2": TextModel,
     "qwen3": TextModel,
     "llama": TextModel,

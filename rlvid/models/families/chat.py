@@ -59,6 +59,7 @@ class ChatFamily(ABC):
     tiny_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # special tokens of a tiny model's tokenizer
     end_token = "<|im_end|>"  # the special token that ends a response
     placeholders: Mapping[str, str] = {}  # by the kinds of media that it accepts: the token of a medium in a prompt
+    is_recurrent = False  # its state is of one sequence: responses cannot share the forward of a prompt
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
     def __init__(self, folder: Path):
@@ -119,6 +120,10 @@ class ChatFamily(ABC):
 
     def prepare(self, network: PreTrainedModel) -> None:  # noqa: B027  # most families have nothing to change
         """Change a loaded network as packed training needs it."""
+
+    @classmethod  # noqa: B027  # as above
+    def register(cls) -> None:
+        """Make transformers know the network, where it has none."""
 
     @classmethod
     @abstractmethod

@@ -16,6 +16,7 @@ NAMES = {
     "llava_onevision": "LLaVA-OneVision, LLaVA-Video",
     "idefics2": "Idefics2, Mantis-Idefics2 (VideoScore)",
     "video_llava": "Video-LLaVA",
+    "cobra": "Cobra (each response is trained with a prompt of its own: Mamba's state is of one sequence)",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
     "llama": "Llama 2, 3",
@@ -25,7 +26,7 @@ HEAD = """\
 
 Written by `make docs` from rlvid/models/families. `model_type` is that of a checkpoint's config.json. All families can
 be trained whole and by LoRA, with one forward of a prompt that responses share, and be merged (`rlvid merge`). Every
-job takes every family; where vLLM does not serve a model, transformers generates, one prompt after another. `make
+job takes every family; where vLLM does not serve a model, transformers generates, batch after batch. `make
 test-families` trains each for two steps of `sft`, `dpo` and `grpo`.
 
 | model_type | models | media | frames | generates with |
