@@ -12,7 +12,10 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.training.batch import Group
 from rlvid.types import Clip, Medium, MediumRef, Message, Prompt, Sample
 
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava", "cobra")
+VISION_FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video", "internvl", "smolvlm"),
+    *("video_llama_3", "idefics2", "video_llava", "cobra"),
+)
 FAMILIES = (*VISION_FAMILIES, "qwen2", "qwen3")
 SHARING = tuple(family for family in FAMILIES if family != "cobra")  # whose responses share a prompt's forward
 # Of those, one for each way through the network: the others run under ZeRO-3 in the slow tests.

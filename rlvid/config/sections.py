@@ -124,7 +124,19 @@ class TinyModelConfig(Section):
     """
 
     family: Literal[
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "idefics2", "video_llava", "cobra", "qwen2", "qwen3"
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "llava_onevision",
+        "llava_next_video",
+        "internvl",
+        "smolvlm",
+        "video_llama_3",
+        "idefics2",
+        "video_llava",
+        "cobra",
+        "qwen2",
+        "qwen3",
     ] = "qwen2_vl"
     """Architecture. docs/families.md says which media each takes, and which of them vLLM serves."""
     hidden_size: int = Field(128, ge=64, multiple_of=64)

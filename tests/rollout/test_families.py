@@ -22,7 +22,9 @@ from tests.prompts import clip_of, mixed_prompt, noise, prompt_of, sample_of
 from tests.rollout.both import Both, run_check
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "llava_onevision", "qwen2", "qwen3"])
+@pytest.fixture(
+    scope="module", params=["qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video", "qwen2", "qwen3"]
+)
 def both(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Both]:
     both = Both(tiny_models[request.param])
     yield both
@@ -34,7 +36,8 @@ def prompts_for(family: ChatFamily) -> list[Prompt]:
     if isinstance(family, SquareFrames):
         side = family.frame_multiple
         clips = (6, side, side), (3, side, side)
-        return [prompt_of(family, clips[0]), prompt_of(family, *clips, seed=5), prompt_of(family)]
+        several = clips[: family.engine_limits(2)["video"]]
+        return [prompt_of(family, clips[1]), prompt_of(family, *several, seed=5), prompt_of(family)]
     if not isinstance(family, QwenVL):
         return [prompt_of(family), prompt_of(family, question="How many shapes are there, and which is left?")]
     side = family.frame_multiple

@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from rlvid.config import TinyModelConfig
 from rlvid.models.families.frames import IMAGE, SquareFrames, tiny_tower
 from rlvid.models.families.vision import Grid
-from rlvid.types import Clip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,20 +74,12 @@ class Cobra(SquareFrames):
         )
         return settings, processor
 
-    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
-        return IMAGE * self.n_embeddings(grid)
-
     def n_embeddings(self, grid: Grid) -> int:
         t, h, w = grid
         return t * h * w
 
-    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
-        """The edge beyond the last whole patch (6 of 384 pixels) is left out: the towers' convolutions skip it."""
-        self.check_frames(frames)
-        whole = self.frame_multiple // self.patch_size * self.patch_size
-        return super(SquareFrames, self).patchify(frames[:, :whole, :whole])
-
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """Frames [n, 3, H, W] of all media."""
-        _, h, w = grid_thw[0].tolist()
-        return {"pixel_values": self.images(patches, (len(patches) // (h * w), h, w))}
+        import torch
+
+        return {"pixel_values": torch.cat(self.clips(patches, grid_thw))}

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from rlvid.config import TinyModelConfig
 from rlvid.errors import PromptTooLong, UserError
 from rlvid.models.families.chat import HEAD_DIM
-from rlvid.models.families.vision import Grid, VisionFamily
-from rlvid.types import Clip, Sample
+from rlvid.models.families.vision import Grid, VisionFamily, side_of
+from rlvid.types import Clip, Prompt, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,11 +147,14 @@ class Idefics2(FrameFamily):
 
 
 class SquareFrames(FrameFamily):
-    """A family whose tower takes frames of one size: the fixed position embeddings of its patches say which."""
+    """A family whose tower takes frames of one size: the fixed position embeddings of its patches say which.
+
+    vLLM takes the clips of those that it serves one by one, as `pixel_values_videos`.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.frame_multiple: int = self.vision.get("image_size", 224)
+        self.frame_multiple = side_of(self.vision.get("image_size", 224))
 
     def check_frames(self, frames: npt.NDArray[np.uint8]) -> None:
         """
@@ -166,8 +169,49 @@ class SquareFrames(FrameFamily):
             )
 
     def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
+        """The edge beyond the last whole patch (6 of 384 pixels) is left out: the tower's convolution skips it."""
         self.check_frames(frames)
-        return super().patchify(frames)
+        whole = self.frame_multiple // self.patch_size * self.patch_size
+        return super().patchify(frames[:, :whole, :whole])
+
+    def clips(self, patches: Tensor, grid_thw: Tensor) -> list[Tensor]:
+        """The frames [t, 3, H, W] of each medium, of the size that the tower asks for."""
+        from torch.nn.functional import pad
+
+        grids = grid_thw.tolist()
+        frames = map(self.images, patches.split(grid_thw.prod(dim=1).tolist()), grids)
+        room = self.frame_multiple % self.patch_size
+        return [pad(own, (0, room, 0, room)) for own in frames]
+
+    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
+        return self.placeholders[kind] * self.n_embeddings(grid)
+
+    def engine_input(self, prompt: Prompt) -> Mapping[str, Any]:
+        """Token ids, normalised frames, and clip ids as cache keys."""
+        if not prompt.spans:
+            return super().engine_input(prompt)
+        import torch
+        from vllm.inputs import mm_input
+        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+        from rlvid.models.tower import normalise
+
+        pixels = normalise(torch.from_numpy(prompt.patches), self, torch.float32)
+        return mm_input(
+            prompt_token_ids=prompt.token_ids.tolist(),
+            mm_kwargs=MultiModalKwargsItems.from_hf_inputs(
+                {"pixel_values_videos": self.clips(pixels, torch.from_numpy(prompt.grid_thw))},
+                {"pixel_values_videos": MultiModalFieldConfig.batched("video")},
+            ),
+            mm_hashes={"video": list(prompt.clip_ids)},
+            mm_placeholders={"video": [PlaceholderRange(offset=s.offset, length=s.length) for s in prompt.spans]},
+        )
+
+
+def name_tower_for_vllm(theirs: Any) -> None:
+    """vLLM 0.32 knows the tower's weights only under the names of transformers 4."""
+    pattern = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
+    theirs.hf_to_vllm_mapper.orig_to_new_regex[pattern] = "vision_tower.vision_model."
 
 
 class VideoLlava(SquareFrames):
@@ -216,14 +260,12 @@ class VideoLlava(SquareFrames):
         )
         return settings, processor
 
-    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
-        return VIDEO * self.n_embeddings(grid)
-
     def n_embeddings(self, grid: Grid) -> int:
         t, h, w = grid
         return t * (h * w + 1)
 
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """All clips are given as one: the tower treats each frame separately."""
-        _, h, w = grid_thw[0].tolist()
-        return {"pixel_values_videos": self.images(patches, (len(patches) // (h * w), h, w))[None]}
+        import torch
+
+        return {"pixel_values_videos": torch.cat(self.clips(patches, grid_thw))[None]}

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from rlvid.config import TinyModelConfig
-from rlvid.models.families.frames import IMAGE, VIDEO, SquareFrames, tiny_tower
+from rlvid.models.families.frames import IMAGE, VIDEO, SquareFrames, name_tower_for_vllm, tiny_tower
 from rlvid.models.families.vision import Grid
-from rlvid.types import Clip, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,35 +68,19 @@ class LlavaOnevision(SquareFrames):
         )
         return settings, processor
 
-    def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
-        return VIDEO * self.n_embeddings(grid)
-
     def n_embeddings(self, grid: Grid) -> int:
         t, h, w = grid
         return t * math.ceil(h / 2) * math.ceil(w / 2) + 1
 
-    def patchify(self, frames: npt.NDArray[np.uint8]) -> tuple[Grid, npt.NDArray[np.uint8]]:
-        """The edge beyond the last whole patch (6 of 384 pixels) is left out: the tower's convolution skips it."""
-        self.check_frames(frames)
-        whole = self.frame_multiple // self.patch_size * self.patch_size
-        return super(SquareFrames, self).patchify(frames[:, :whole, :whole])
-
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Any]:
-        """A list of clips [t, 3, H, W], of the size that the tower asks for."""
-        from torch.nn.functional import pad
-
-        clips = patches.split(grid_thw.prod(dim=1).tolist())
-        frames = [self.images(own, grid) for own, grid in zip(clips, grid_thw.tolist(), strict=True)]
-        room = self.frame_multiple % self.patch_size
-        return {"pixel_values_videos": [pad(own, (0, room, 0, room)) for own in frames]}
+        return {"pixel_values_videos": self.clips(patches, grid_thw)}
 
     def adapt_engine(self) -> bool:
-        """vLLM 0.32 knows the tower's weights only under the names of transformers 4, and gives the embeddings of clips
-        of different lengths a dimension too many, which it then refuses."""
+        """The names of the tower's weights; and vLLM 0.32 gives the embeddings of clips of different lengths a
+        dimension too many, which it then refuses."""
         from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as Theirs
 
-        pattern = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
-        Theirs.hf_to_vllm_mapper.orig_to_new_regex[pattern] = "vision_tower.vision_model."
+        name_tower_for_vllm(Theirs)
         process = Theirs._process_video_pixels
 
         @functools.wraps(process)
@@ -111,27 +90,6 @@ class LlavaOnevision(SquareFrames):
         if not hasattr(process, "__wrapped__"):
             Theirs._process_video_pixels = flat
         return True
-
-    def engine_input(self, prompt: Prompt) -> Mapping[str, Any]:
-        """Token ids, normalised frames, and clip ids as cache keys."""
-        if not prompt.spans:
-            return super().engine_input(prompt)
-        import torch
-        from vllm.inputs import mm_input
-        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
-
-        from rlvid.models.tower import normalise
-
-        pixels = normalise(torch.from_numpy(prompt.patches), self, torch.float32)
-        return mm_input(
-            prompt_token_ids=prompt.token_ids.tolist(),
-            mm_kwargs=MultiModalKwargsItems.from_hf_inputs(
-                self.network_inputs(pixels, torch.from_numpy(prompt.grid_thw)),
-                {"pixel_values_videos": MultiModalFieldConfig.batched("video")},
-            ),
-            mm_hashes={"video": list(prompt.clip_ids)},
-            mm_placeholders={"video": [PlaceholderRange(offset=s.offset, length=s.length) for s in prompt.spans]},
-        )
 
 
 def _video_features(model: Any, pixel_values_videos: list[Tensor], **_: Any) -> Any:

@@ -42,6 +42,7 @@ class VisionFamily(ChatFamily):
         "image_tower",
         "multi_modal_projector",
     )
+    media_token: str | None = None  # in a prompt, for all kinds; else what the template writes (`placeholders`)
     part_types: Mapping[str, str] = {"video": "video", "image": "image"}  # by kind: its type in the chat template
     default_patch_size = 14  # transformers' default, for config.json files without it
     merge_size = 1  # squares of merge_size x merge_size patches become one token
@@ -54,7 +55,7 @@ class VisionFamily(ChatFamily):
         processor = processor.get("video_processor") or processor.get("image_processor") or processor
         try:
             self.vision: dict[str, Any] = self.config["vision_config"]
-            self.patch_size: int = self.vision.get("patch_size", self.default_patch_size)
+            self.patch_size = side_of(self.vision.get("patch_size", self.default_patch_size))
             self.pixel_mean: list[float] = processor["image_mean"]
             self.pixel_std: list[float] = processor["image_std"]
         except (KeyError, TypeError, AttributeError) as e:
@@ -62,7 +63,7 @@ class VisionFamily(ChatFamily):
                 f"{folder}: config.json or the processor's configuration lacks {e}; expected a checkpoint of "
                 f"{self.config.get('model_type')}"
             ) from e
-        self.media_tokens = {kind: self.special(token) for kind, token in self.placeholders.items()}
+        self.media_tokens = {k: self.special(self.media_token or token) for k, token in self.placeholders.items()}
         self.video_token = self.media_tokens["video"]
         ids = (self.tokenizer.token_to_id(token) for token in self.vision_tokens)
         self.banned_tokens = tuple(i for i in ids if i is not None)
@@ -192,6 +193,11 @@ class VisionFamily(ChatFamily):
         t, h, w = n // s, height // p, width // p
         blocks = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
         return (t, h, w), blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, self.patch_dim)
+
+
+def side_of(size: int | Sequence[int]) -> int:
+    """Of a square, which some configurations give as height and width."""
+    return size if isinstance(size, int) else size[0]
 
 
 def shuffle_frames(prompt: Prompt, in_patch: int = 1) -> Prompt:
