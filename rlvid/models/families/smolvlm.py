@@ -77,7 +77,7 @@ class SmolVlm(SquareFrames):
         frame = FAKE_AROUND_IMAGE + GLOBAL + IMAGE * self.n_embeddings((1, *grid[1:])) + FAKE_AROUND_IMAGE
         if kind == "image":
             return frame
-        from num2words import num2words
+        from num2words import num2words  # type: ignore[import-untyped]
 
         length = timedelta(seconds=int(clip.n_frames / clip.fps))
         intro = f"You are provided the following series of {num2words(n)} frames from a {length} [H:MM:SS] video.\n"
