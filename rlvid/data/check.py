@@ -18,7 +18,7 @@ from typing import Any
 from rlvid.config import VideoConfig
 from rlvid.data.dialects import DIALECTS, looks_like
 from rlvid.data.dialects.conversion import id_of, number_of
-from rlvid.data.dialects.dialect import Dialect, Item, Roots, plain
+from rlvid.data.dialects.dialect import Dialect, Roots, plain
 from rlvid.data.dialects.mmla import label_faults, task_of
 from rlvid.data.items import Refused, opened, read_items
 from rlvid.data.manifest import RowReader
@@ -95,9 +95,7 @@ def _dialect_of(file: Path, name: str | None) -> Dialect | None:
 def _rows(file: Path, dialect: Dialect | None, roots: Roots, report: Report) -> Iterator[_Row]:
     folder = Path(os.path.abspath(roots.folder or file.parent))
     noting = _NotingRoots(folder, roots.mapped, Path(os.path.abspath(file)))
-    base = noting.folder if dialect is None else Path("/")
-    assert base is not None
-    reader = RowReader(MediaReader(base, True), None, "", needs_answer=False)
+    reader = RowReader(MediaReader(folder if dialect is None else Path("/"), True), None, "", needs_answer=False)
     first: dict[str, str] = {}
     last = 0
     for number, item in read_items(file, tables=True):
@@ -108,7 +106,11 @@ def _rows(file: Path, dialect: Dialect | None, roots: Roots, report: Report) -> 
         report.counts["rows"] += 1
         noting.missing.clear()
         try:
-            sample = reader.sample(_row(item, dialect, noting, number_of(file, number)))
+            if isinstance(item, Refused):
+                raise item
+            if dialect is not None:
+                item = plain({"id": id_of(item) or number_of(file, number), **dialect.read(item, noting)})
+            sample = reader.sample(item)
         except Refused as reason:
             report.faults["rows that cannot be used"].append(f"{where}: {reason}")
             continue
@@ -128,15 +130,6 @@ def _rows(file: Path, dialect: Dialect | None, roots: Roots, report: Report) -> 
         yield _Row(where, file, sample)
     if _ends_with_blank_line(file):
         report.faults["blank lines"].append(f"after {file}:{last}")
-
-
-def _row(item: Item | Refused, dialect: Dialect | None, roots: Roots, number: str) -> dict[str, Any]:
-    if isinstance(item, Refused):
-        raise item
-    if dialect is None:
-        return dict(item)
-    row: dict[str, Any] = plain({"id": id_of(item) or number, **dialect.read(item, roots)})
-    return row
 
 
 def _ends_with_blank_line(file: Path) -> bool:

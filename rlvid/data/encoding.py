@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlvid.config import JobConfig, VideoConfig
@@ -39,9 +39,8 @@ class Source:
         Raises:
             UserError: a size or a cache folder that does not work.
         """
-        return ClipReader(
-            self.video, load_family(self.model).frame_multiple, FrameCache(self.cache_dir, self.cache_bytes)
-        )
+        cache = FrameCache(self.cache_dir, self.cache_bytes)
+        return ClipReader(self.video, load_family(self.model).frame_multiple, cache)
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,13 @@ class SampleEncoder:
                 return None, Outcome(decodes=len(clips) - hits, cache_hits=hits, bad=(medium.name, e.reason))
             clips.append(probe(clip, variant, self.family.frame_multiple))
             hits += is_hit
+        read = Outcome(decodes=len(clips) - hits, cache_hits=hits)
         try:
             prompt = self.family.encode(sample, clips, self.source.max_prompt_tokens)
         except PromptTooLong as e:
-            return None, Outcome(
-                decodes=len(clips) - hits, cache_hits=hits, bad=(sample.id, str(e)), is_prompt_bad=True
-            )
-        return prompt, Outcome(
-            prompt.length, prompt.cost, prompt.patches.nbytes, len(clips) - hits, hits, clip_ids=prompt.clip_ids
+            return None, replace(read, bad=(sample.id, str(e)), is_prompt_bad=True)
+        return prompt, replace(
+            read, n_tokens=prompt.length, cost=prompt.cost, patch_bytes=prompt.patches.nbytes, clip_ids=prompt.clip_ids
         )
 
     def strip(self, sample: Sample) -> list[bytes]:

@@ -16,12 +16,7 @@ from rlvid.errors import UserError
 TABLES = (".tsv", ".csv")
 SHOWN = 20  # errors of one file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-COMPRESSED = {
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
+COMPRESSED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Refused(ValueError):

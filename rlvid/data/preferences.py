@@ -11,24 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from rlvid.data.items import Refused, refuse_all
-from rlvid.data.manifest import load_manifest
 from rlvid.data.row_media import READ_AS
 from rlvid.types import MediumRef, Preference, Sample
 
 SIDES = ("chosen", "rejected")
 
 
-def load_preferences(path: Path, root: Path | None, system_prompt: str | None, suffix: str) -> list[Preference]:
-    """Read and check a manifest of pairs; arguments as `load_manifest`.
+def pairs_of(path: Path, samples: Iterable[Sample]) -> list[Preference]:
+    """The pairs of the rows of `path`.
 
     Raises:
-        UserError: the first wrong rows: a side is missing or empty, both are the same, or what `load_manifest` refuses.
+        UserError: the first wrong rows: a side is missing or empty, or both are the same.
     """
-    return pairs_of(path, load_manifest(path, root, system_prompt, suffix, needs_answer=False))
-
-
-def pairs_of(path: Path, samples: Iterable[Sample]) -> list[Preference]:
-    """The pairs of the rows of `path`; see `load_preferences`."""
     pairs, problems = [], []
     for sample in samples:
         try:

@@ -41,7 +41,7 @@ class MediaReader:
         Raises:
             Refused: one of them cannot be meant, or leads out of the root.
         """
-        videos, images = _as_list(row.get("video")), _as_list(row.get("image"))
+        videos, images = as_list(row.get("video")), as_list(row.get("image"))
         if isinstance(row.get("video"), list) and videos and all(map(_is_picture, videos)):
             videos = [videos]  # the frames of one
         part = read_part(row)
@@ -150,5 +150,5 @@ def _is_picture(path: object) -> bool:
     return isinstance(path, str) and path.lower().endswith(PICTURES)
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]

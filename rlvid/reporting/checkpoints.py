@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlvid.config import RunConfig
-from rlvid.files import naming_write_errors, sync_folder
+from rlvid.files import naming_write_errors, replace_folder, sync_folder
 
 STATE_FILE = "job.json"  # in a checkpoint: the state of the job
 _COMPLETE = re.compile(r"step_(\d+)")
@@ -66,11 +66,10 @@ class Checkpoints:
         Raises:
             UserError: writing failed, for example because the disk is full.
         """
-        final, unfinished, replaced = (self.dir / f"step_{step}{end}" for end in ("", ".tmp", ".replaced.tmp"))
+        unfinished = self.dir / f"step_{step}.tmp"
         fix = "free some space; earlier checkpoints are complete, and the same command resumes from the newest"
         with naming_write_errors(f"the checkpoint of step {step} in {self.dir}", fix):
-            for leftover in (unfinished, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             try:
                 yield unfinished
@@ -78,15 +77,12 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             sync_folder(unfinished)
-            if final.exists():  # a folder cannot be renamed over one with files in it
-                final.rename(replaced)
-            unfinished.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
+            replace_folder(unfinished, self.dir / f"step_{step}")
             for old in self.complete()[:-keep]:
                 # Renamed first: if the process is killed here, no incomplete `step_N` is left.
                 shutil.rmtree(old.path.rename(f"{old.path}.tmp"))
 
     def remove_unfinished(self) -> None:
         """Remove what a killed process left incomplete. Call it only while holding the run folder's lock."""
-        for path in self.dir.glob("step_*.tmp"):
+        for path in (*self.dir.glob("step_*.tmp"), *self.dir.glob("step_*.replaced")):
             shutil.rmtree(path, ignore_errors=True)

@@ -57,9 +57,8 @@ def write(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]], frames: M
         missing, unknown = sorted(set(SCHEMA.names) - row.keys()), sorted(row.keys() - set(SCHEMA.names))
         if missing or unknown:
             raise ValueError(f"a rollout row lacks {missing} and has unknown {unknown}")
-    _write_table(
-        _path(run_dir, "frames", step), [{"sample_id": k, "frames": v} for k, v in frames.items()], FRAME_SCHEMA
-    )
+    frame_rows = [{"sample_id": name, "frames": own} for name, own in frames.items()]
+    _write_table(_path(run_dir, "frames", step), frame_rows, FRAME_SCHEMA)
     path = _path(run_dir, "rollouts", step)
     _write_table(path, rows, SCHEMA)
     return path

@@ -54,10 +54,6 @@ def load_function(path: str) -> Callable[..., Any]:
     return function
 
 
-def check_custom(part: CustomPart) -> None:
-    load_function(part.path)
-
-
 def custom(part: CustomPart, group: Group) -> Values:
     """What the function returns. No value where it fails or returns something else than a list of numbers or None."""
     responses = [response.text for response in group.responses]

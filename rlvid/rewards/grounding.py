@@ -5,20 +5,31 @@ Its division by a union of 0 is 0 here. Text of a model is read as JSON, never e
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, TypeVar
 
 import numpy as np
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from rlvid.config import AnswerPart, BoxIouPart, GlueIouPart
 from rlvid.rewards.answers import MAX_ANSWER_CHARS, answer_text
-from rlvid.rewards.part import Group, NoReward, Values
+from rlvid.rewards.part import Group, NoReward, Values, answers
 
 _SPAN = re.compile(r"(\d+\.?\d*) (?:to|and) (\d+\.?\d*)")
+T = TypeVar("T")
 Interval = tuple[float, float]
+
+
+def _in_order(span: Interval) -> Interval:
+    if span[0] > span[1]:
+        raise ValueError("it ends before it starts")
+    return span
+
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+SPANS = TypeAdapter(Annotated[list[Annotated[tuple[Number, Number], AfterValidator(_in_order)]], Field(min_length=1)])
+BOXES = TypeAdapter(Annotated[list[tuple[Number, Number, Number, Number]], Field(min_length=1)])
 
 
 def last_span(text: str) -> Interval | None:
@@ -53,30 +64,26 @@ def temporal_iou(part: AnswerPart, group: Group) -> Values:
     right = last_span(group.sample.answer)
     if right is None:
         raise NoReward(f"the sample's answer {group.sample.answer[:80]!r} has no time span such as 3.5 to 7")
-    spans = [last_span(answer_text(r.text, part.tags, group.opening) or "") for r in group.responses]
+    spans = map(last_span, answers(part, group))
     return [interval_iou([span], [right]) if span else 0.0 for span in spans]
 
 
 def glue_iou(part: GlueIouPart, group: Group) -> Values:
-    right = numbers(group.sample.extra.get(part.gold), 2)
-    if right is None or any(start > end for start, end in right):
+    right = _valid(SPANS, group.sample.extra.get(part.gold))
+    if right is None:
         raise NoReward(f"the sample has no time spans [[start, end], ...] in {part.gold!r}")
-    values = []
-    for response in group.responses:
-        spans = _read(answer_text(response.text, (part.tag,), group.opening) or "", 2)
-        is_fit = spans is not None and all(start <= end for start, end in spans)
-        values.append(interval_iou(_pairs(spans), _pairs(right)) if spans is not None and is_fit else 0.0)
-    return values
+    found = [_read(SPANS, answer_text(r.text, (part.tag,), group.opening) or "") for r in group.responses]
+    return [interval_iou(spans, right) if spans else 0.0 for spans in found]
 
 
 def box_iou(part: BoxIouPart, group: Group) -> Values:
     """Mean over the right boxes; a missing box counts 0, further ones are ignored."""
-    right = numbers(group.sample.extra.get(part.gold), 4)
+    right = _valid(BOXES, group.sample.extra.get(part.gold))
     if right is None:
         raise NoReward(f"the sample has no boxes [[x0, y0, x1, y1], ...] in {part.gold!r}")
     values = []
-    for response in group.responses:
-        boxes = _read(answer_text(response.text, part.tags, group.opening) or "", 4) or []
+    for answer in answers(part, group):
+        boxes = _read(BOXES, answer) or []
         ious = [_box_iou(one, other) for one, other in zip(boxes, right, strict=False)]
         values.append(sum(ious) / len(right))
     return values
@@ -90,27 +97,17 @@ def _box_iou(one: Sequence[float], other: Sequence[float]) -> float:
     return both / union if union > 0 else 0.0
 
 
-def _pairs(rows: Sequence[Sequence[float]]) -> list[Interval]:
-    return [(row[0], row[1]) for row in rows]
-
-
-def _read(text: str, size: int) -> list[list[float]] | None:
-    """Rows of `size` numbers from a text such as [(1, 2), (3, 4)]; None if it is anything else."""
-    if len(text) > MAX_ANSWER_CHARS:
-        return None
+def _valid(kind: TypeAdapter[T], value: object) -> T | None:
+    """`value`, or None if it is of another kind."""
     try:
-        return numbers(json.loads(text.replace("(", "[").replace(")", "]")), size)
-    except (ValueError, RecursionError):
+        return kind.validate_python(value)
+    except ValidationError:
         return None
 
 
-def numbers(value: Any, size: int) -> list[list[float]] | None:
-    """A list of at least one row of `size` finite numbers; None if it is anything else."""
-    if not isinstance(value, list | tuple) or not value:
+def _read(kind: TypeAdapter[T], text: str) -> T | None:
+    """A text such as [(1, 2), (3, 4)]; None if it is anything else."""
+    try:
+        return kind.validate_json(text.replace("(", "[").replace(")", "]")) if len(text) <= MAX_ANSWER_CHARS else None
+    except ValidationError:
         return None
-    for row in value:
-        if not isinstance(row, list | tuple) or len(row) != size:
-            return None
-        if any(isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) for x in row):
-            return None
-    return [[float(x) for x in row] for row in value]

@@ -60,15 +60,7 @@ SCORE = Template(
     _RATED + "How well does the response answer the question about the video? What the video shows counts, length does "
     "not. Say first what the right answer is, then end with a number from 1 to 10, as <score>7</score>."
 )
-TRUST_DIMS = (
-    "Truthfulness",
-    "Safety",
-    "Fairness",
-    "Privacy",
-    "Empathy",
-    "Reliability",
-    "Ethical Guidance",
-)
+TRUST_DIMS = ("Truthfulness", "Safety", "Fairness", "Privacy", "Empathy", "Reliability", "Ethical Guidance")
 """Dimensions of MultiMood's reward."""
 TRUST = Template(
     _RATED
@@ -101,27 +93,26 @@ class PairVerdict:
         return self.state in ("consistent", "inconsistent")
 
 
-_CHOICE_TAG = re.compile(r"<\s*/?\s*choice\s*>", re.IGNORECASE)
-_CHOICE = re.compile(r"<choice>\s*([12])\s*</choice>", re.IGNORECASE)
+def _in_only_tag(tag: str, form: str, text: str) -> str | None:
+    """What is in the tag of an answer that has exactly one, if it has this form."""
+    tags = re.findall(rf"<\s*/?\s*{tag}\s*>", text, re.IGNORECASE)
+    found = re.findall(rf"<{tag}>\s*({form})\s*</{tag}>", text, re.IGNORECASE)
+    return found[0] if len(found) == 1 and len(tags) == 2 else None
 
 
 def parse_choice(text: str) -> Literal[1, 2] | None:
     """The choice in an answer that has exactly one `<choice>` tag, with 1 or 2 in it."""
-    found = _CHOICE.findall(text)
-    if len(found) != 1 or len(_CHOICE_TAG.findall(text)) != 2:
-        return None
-    return 1 if found[0] == "1" else 2
+    choices: dict[str | None, Literal[1, 2]] = {"1": 1, "2": 2}
+    return choices.get(_in_only_tag("choice", "[12]", text))
 
 
-_SCORE_TAG = re.compile(r"<\s*/?\s*score\s*>", re.IGNORECASE)
-_SCORE = re.compile(r"<score>\s*(10|[1-9])\s*</score>", re.IGNORECASE)
 _TRUST = re.compile(rf"^\W*({'|'.join(TRUST_DIMS)})\W*:\W*(10|[1-9])\s*/\s*10\b", re.IGNORECASE | re.MULTILINE)
 
 
 def parse_score(text: str) -> float | None:
     """The score of an answer that has exactly one `<score>` tag, from 1 to 10; scaled to 0 to 1."""
-    found = _SCORE.findall(text)
-    return (int(found[0]) - 1) / 9 if len(found) == 1 and len(_SCORE_TAG.findall(text)) == 2 else None
+    found = _in_only_tag("score", "10|[1-9]", text)
+    return None if found is None else (int(found) - 1) / 9
 
 
 def parse_trust(text: str) -> float | None:

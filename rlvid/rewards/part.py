@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlvid.config import RewardPart
+from rlvid.config import AnswerPart, RewardPart
 from rlvid.errors import UserError
+from rlvid.rewards.answers import answer_text
 from rlvid.types import Reward, Sample
 
 
@@ -48,6 +49,22 @@ class NoReward(Exception):
 Values = Sequence[float | NoReward]  # one per response
 
 
+def answers(part: AnswerPart, group: Group) -> list[str]:
+    """The answer of each response, spaces around it removed; empty where there is none."""
+    return [(answer_text(r.text, part.tags, group.opening) or "").strip() for r in group.responses]
+
+
+def right_answer(group: Group) -> str:
+    """
+    Raises:
+        NoReward: the sample has no answer.
+    """
+    text = group.sample.answer.strip()
+    if not text:
+        raise NoReward("the sample has no answer")
+    return text
+
+
 @dataclass(frozen=True)
 class Kind:
     """How the parts of one kind score.
@@ -64,7 +81,7 @@ class Kind:
     score: Callable[[Any, Group], Values] | None
     range: tuple[float, float] = (0.0, 1.0)
     measures_accuracy: bool = False
-    check: Callable[[Any], None] = lambda cfg: None
+    check: Callable[[Any], object] = lambda cfg: None
     is_rule: bool = True
     waits: bool = False
 

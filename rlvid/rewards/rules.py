@@ -13,20 +13,13 @@ from rlvid.config import AnswerPart, FormatPart, LengthPart, ModelPart, NumberPa
 from rlvid.errors import UserError
 from rlvid.rewards import custom, grounding, similarity, video_r1
 from rlvid.rewards.answers import MAX_ANSWER_CHARS, answer_text, choices_meant, normalise, read_choice, read_number
-from rlvid.rewards.part import Group, Kind, NoReward, Part, Values
+from rlvid.rewards.part import Group, Kind, NoReward, Part, Values, answers, right_answer
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
-
-
-def answers(part: AnswerPart, group: Group) -> list[str]:
-    """The answer of each response; empty where there is none."""
-    return [answer_text(response.text, part.tags, group.opening) or "" for response in group.responses]
 
 
 def exact(part: AnswerPart, group: Group) -> Values:
     """1.0 when the answer equals the sample's after `normalise`, else 0.0."""
-    gold = group.sample.answer
-    if not gold.strip():
-        raise NoReward("the sample has no answer")
+    gold = right_answer(group)
     longest, right = max(MAX_ANSWER_CHARS, 2 * len(gold)), normalise(gold)
     return [float(len(answer) <= longest and normalise(answer) == right) for answer in answers(part, group)]
 
@@ -122,7 +115,7 @@ KINDS: dict[str, Kind] = {
     "length": Kind(length),
     "model": Kind(None, range=UNLIMITED, check=check_reward_model),
     "similarity": Kind(similarity.similarity),
-    "custom": Kind(custom.custom, check=custom.check_custom, is_rule=False),
+    "custom": Kind(custom.custom, check=lambda part: custom.load_function(part.path), is_rule=False),
     "endpoint": Kind(custom.endpoint, is_rule=False, waits=True),
     "judge": Kind(None),
 }

@@ -9,8 +9,7 @@ from typing import Any
 
 from rlvid.config import SimilarityPart
 from rlvid.models import torchvision_ops
-from rlvid.rewards.part import Group, Values
-from rlvid.rewards.video_r1 import answers, gold
+from rlvid.rewards.part import Group, Values, answers, right_answer
 
 
 @cache
@@ -35,7 +34,7 @@ def embeddings(part: SimilarityPart, texts: Sequence[str]) -> Any:
 
 
 def similarity(part: SimilarityPart, group: Group) -> Values:
-    right = gold(group)
+    right = right_answer(group)
     if not group.responses:
         return []
     vectors = embeddings(part, [right, *answers(part, group)])

@@ -15,30 +15,14 @@ from typing import Any
 
 from rlvid.config import AnswerPart, TinyLlavaPart
 from rlvid.rewards.answers import MAX_ANSWER_CHARS, answer_text
-from rlvid.rewards.part import Group, NoReward, Values
+from rlvid.rewards.part import Group, NoReward, Values, answers, right_answer
 
 FULL_REASONING = 1200  # characters, TinyLLaVA-Video-R1
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 
 
-def answers(part: AnswerPart, group: Group) -> list[str]:
-    """The answer of each response, spaces around it removed; empty where there is none."""
-    return [(answer_text(r.text, part.tags, group.opening) or "").strip() for r in group.responses]
-
-
-def gold(group: Group) -> str:
-    """
-    Raises:
-        NoReward: the sample has no answer.
-    """
-    text = group.sample.answer.strip()
-    if not text:
-        raise NoReward("the sample has no answer")
-    return text
-
-
 def verbatim(part: AnswerPart, group: Group) -> Values:
-    right = gold(group)
+    right = right_answer(group)
     return [float(answer == right) for answer in answers(part, group)]
 
 
@@ -52,7 +36,7 @@ def plain_number(text: str) -> float | None:
 
 
 def _gold_number(group: Group) -> float:
-    value = plain_number(gold(group))
+    value = plain_number(right_answer(group))
     if value is None:
         raise NoReward(f"the sample's answer {group.sample.answer[:80]!r} is not a number")
     return value
@@ -60,7 +44,7 @@ def _gold_number(group: Group) -> float:
 
 def numerical(part: AnswerPart, group: Group) -> Values:
     """1 when `round(., 2)` of both is equal, and both or neither are written with a point or comma."""
-    right, is_decimal = _gold_number(group), bool(re.search("[.,]", gold(group)))
+    right, is_decimal = _gold_number(group), bool(re.search("[.,]", right_answer(group)))
     values = []
     for answer in answers(part, group):
         number = plain_number(answer)
@@ -84,14 +68,14 @@ def ocr(part: AnswerPart, group: Group) -> Values:
     """clip(1 - word error rate, 0, 1)."""
     import jiwer
 
-    right = " ".join(gold(group).split())
+    right = " ".join(right_answer(group).split())
     given = [" ".join(answer[:MAX_ANSWER_CHARS].split()) for answer in answers(part, group)]
     return [min(max(1.0 - float(jiwer.wer(right, answer)), 0.0), 1.0) for answer in given]
 
 
 def free_form(part: AnswerPart, group: Group) -> Values:
     """The mean F-score of ROUGE-1, ROUGE-2 and ROUGE-L with Porter's stemmer."""
-    right = gold(group)
+    right = right_answer(group)
     scored = [_rouge().score(right, answer[:MAX_ANSWER_CHARS]) for answer in answers(part, group)]
     return [min(max(sum(s.fmeasure for s in scores.values()) / len(scores), 0.0), 1.0) for scores in scored]
 
@@ -110,7 +94,7 @@ def math_equal(part: AnswerPart, group: Group) -> Values:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # math-verify's own time-outs use a signal, which only the main thread may set.
     limit_s = 5 if threading.current_thread() is threading.main_thread() else None
-    right = gold(group)
+    right = right_answer(group)
     parsed = parse(right, parsing_timeout=limit_s)
     values = []
     for answer in answers(part, group):
@@ -123,14 +107,12 @@ def math_equal(part: AnswerPart, group: Group) -> Values:
 
 def tiny_llava(part: TinyLlavaPart, group: Group) -> Values:
     """accuracy + (2 accuracy - 1) format, and -2 where that is 0."""
-    right, values = gold(group), []
+    right, values = right_answer(group), []
     for response in group.responses:
-        text = group.opening + response.text
+        text, form, accuracy = group.opening + response.text, 0.0, 0.0
         match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
-        is_one = match is not None and all(
-            text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")
-        )
-        form = 0.5 + 0.5 * min(len(match[1]) / FULL_REASONING, 1.0) if match is not None and is_one else 0.0
-        accuracy = float(match is not None and is_one and match[2].strip() == right)
+        if match is not None and all(answer_text(text, (tag,)) is not None for tag in ("think", "answer")):
+            form = 0.5 + 0.5 * min(len(match[1]) / FULL_REASONING, 1.0)
+            accuracy = float(match[2].strip() == right)
         values.append(accuracy + (2 * accuracy - 1) * form or -2.0)
     return values

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlvid.data.preferences import load_preferences, pair_row
+from rlvid.data.manifest import load_manifest
+from rlvid.data.preferences import pair_row, pairs_of
 from rlvid.errors import UserError
 from rlvid.files import write_rows
 from rlvid.types import Medium, MediumRef, Message, Preference, Sample
@@ -15,7 +16,11 @@ ROW = {"id": "a", "video": "a.mp4", "question": "What moves?", "chosen": "A circ
 def load(tmp_path: Path, *rows: dict[str, object]):  # type: ignore[no-untyped-def]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_preferences(file, None, None, "")
+    return read(file)
+
+
+def read(file: Path, root: Path | None = None) -> list[Preference]:
+    return pairs_of(file, load_manifest(file, root, None, "", needs_answer=False))
 
 
 def test_a_row_is_a_prompt_and_two_responses(tmp_path: Path) -> None:
@@ -28,7 +33,7 @@ def test_a_row_is_a_prompt_and_two_responses(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     write_rows(tmp_path / "out.jsonl", [ROW, {**ROW, "id": "b", "rejected": "Ein Kreis, größer"}])
-    pairs = load_preferences(tmp_path / "out.jsonl", None, None, "")
+    pairs = read(tmp_path / "out.jsonl")
     assert [(p.sample.id, p.rejected) for p in pairs] == [("a", "A square."), ("b", "Ein Kreis, größer")]
     assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
 
@@ -72,8 +77,8 @@ def test_a_pair_written_as_a_row_is_read_as_the_same_pair(tmp_path: Path) -> Non
     folder = tmp_path / "iterations" / "01"
     folder.mkdir(parents=True)
     write_rows(folder / "pairs.jsonl", [pair_row(p) for p in pairs])
-    read = load_preferences(folder / "pairs.jsonl", tmp_path, None, "")
-    assert [dataclasses.replace(p, sample=dataclasses.replace(p.sample, extra={})) for p in read] == pairs
+    again = read(folder / "pairs.jsonl", tmp_path)
+    assert [dataclasses.replace(p, sample=dataclasses.replace(p.sample, extra={})) for p in again] == pairs
 
 
 def test_all_bad_pairs_are_named_at_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from actors.judge import checkpoint_id
 from jobs.isrt import Iteration, add_different, judge_accuracy, metrics_of, prompts_of
 from rlvid.config import IsrtJobConfig
 from rlvid.data.manifest import load_manifest
-from rlvid.data.preferences import load_preferences
+from rlvid.data.preferences import pairs_of
 from rlvid.reporting.run_folder import RunFolder
 from rlvid.rewards.judge_prompts import DESCRIBE, PAIR, PAIR_WITH_CONTEXT
 from rlvid.types import Encoded, Sample
@@ -108,7 +108,8 @@ def test_a_run_stopped_in_every_stage_makes_the_same_pairs(tmp_path: Path, endpo
     described = {row["id"] for row in rows_of(files["contexts"]) if row["context"]}  # others may be empty
     for row in judged:
         assert row["prompt"] == (PAIR_WITH_CONTEXT if row["id"] in described else PAIR).hash
-    assert len(load_preferences(files["pairs"], whole, None, "")) == len(pairs)
+    samples = load_manifest(files["pairs"], whole, None, "", needs_answer=False)
+    assert len(pairs_of(files["pairs"], samples)) == len(pairs)
 
     run = tmp_path / "killed"
     folder = run / "iterations" / "01"

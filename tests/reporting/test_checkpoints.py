@@ -48,12 +48,13 @@ def test_failed_writing_leaves_nothing_and_removes_nothing(checkpoints: Checkpoi
 
 def test_leftovers_of_a_killed_process_are_ignored_and_removed(checkpoints: Checkpoints) -> None:
     write(checkpoints, 1)
-    (checkpoints.dir / "step_2.tmp").mkdir()
-    (checkpoints.dir / "step_2.tmp" / "model").write_text("half")
+    for leftover in ("step_2.tmp", "step_1.replaced"):
+        (checkpoints.dir / leftover).mkdir()
+        (checkpoints.dir / leftover / "model").write_text("half")
     (checkpoints.dir / "step_3").write_text("a file")
     assert [checkpoint.step for checkpoint in checkpoints.complete()] == [1]
     checkpoints.remove_unfinished()
-    assert not (checkpoints.dir / "step_2.tmp").exists()
+    assert sorted(path.name for path in checkpoints.dir.iterdir()) == ["step_1", "step_3"]
 
 
 def test_writing_over_leftovers_starts_empty(checkpoints: Checkpoints) -> None:

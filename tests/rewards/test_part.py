@@ -24,8 +24,19 @@ from rlvid.config import (
 )
 from rlvid.config.load import load_config
 from rlvid.errors import UserError
-from rlvid.rewards.part import Group, Kind, NoReward, Part, Response, Values, check_samples, combine, score_rules
-from rlvid.rewards.rules import KINDS, answers, make_parts
+from rlvid.rewards.part import (
+    Group,
+    Kind,
+    NoReward,
+    Part,
+    Response,
+    Values,
+    answers,
+    check_samples,
+    combine,
+    score_rules,
+)
+from rlvid.rewards.rules import KINDS, make_parts
 from rlvid.types import Reward, Sample
 from tests.prompts import sample_of
 

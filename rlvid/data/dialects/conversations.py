@@ -10,23 +10,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
-from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row, text_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
 from rlvid.data.dialects.hound import video_or_frames
-from rlvid.data.row_media import PLACEHOLDER, VIDEOS
+from rlvid.data.row_media import PLACEHOLDER, VIDEOS, as_list
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-Media = Sequence[Path | Pictures]
+KEPT = ("problem_type", "task", "source")
 
 
-def conversation(turns: Sequence[tuple[str, str]], videos: Media, images: Media, is_placed: bool = False) -> Row:
+def conversation(turns: Sequence[tuple[str, str]], media: Sequence[Row], is_placed: bool = False) -> Row:
     """A row in the messages form.
 
     Args:
         turns: (role, text); the last one is the answer.
+        media: parts of a message's content.
         is_placed: every medium must have its placeholder; otherwise media without any come before the first question.
 
     Raises:
@@ -37,22 +37,22 @@ def conversation(turns: Sequence[tuple[str, str]], videos: Media, images: Media,
     *asked, (_, answer) = turns
     if not answer.strip():
         raise Refused("the answer is empty")
-    waiting = {"video": list(videos), "image": list(images)}
-    n_media, n_places = len(videos) + len(images), sum(len(PLACEHOLDER.findall(text)) for _, text in asked)
-    if n_places != n_media and (n_places or is_placed):
-        raise Refused(f"{n_places} placeholders for {n_media} media")
+    waiting, n_places = list(media), sum(len(PLACEHOLDER.findall(text)) for _, text in asked)
+    if n_places != len(media) and (n_places or is_placed):
+        raise Refused(f"{n_places} placeholders for {len(media)} media")
     messages = []
     for role, text in asked:
-        content: list[dict[str, Any]] = []
-        if n_media and not n_places and role == "user":
-            content = [{"type": kind, kind: medium} for kind, media in waiting.items() for medium in media]
-            waiting = {"video": [], "image": []}
+        content: list[Row] = []
+        if not n_places and role == "user":
+            content, waiting = waiting, []
         for i, piece in enumerate(PLACEHOLDER.split(text)):  # text, kind, text
             if i % 2:
-                kind = piece if waiting[piece] or is_placed else "video"  # LLaVA-NeXT writes <image> for a video
-                if not waiting[kind]:
+                kinds = [piece] if is_placed else [piece, "video"]  # LLaVA-NeXT writes <image> for a video
+                meant = next((part for kind in kinds for part in waiting if kind in part), None)
+                if meant is None:
                     raise Refused(f"a <{piece}> has no {piece}")
-                content.append({"type": kind, kind: waiting[kind].pop(0)})
+                waiting.remove(meant)
+                content.append(meant)
             elif piece.strip():
                 content.append({"type": "text", "text": piece.strip("\n")})
         messages.append({"role": role, "content": content})
@@ -90,37 +90,23 @@ def turns_of(item: Item) -> list[tuple[str, str]]:
     return found
 
 
-def media_of(item: Item, roots: Roots, *keys: str) -> tuple[list[Path | Pictures], list[Path | Pictures]]:
-    """Videos and images that an item names under these keys. A video file is one whatever its key."""
-    videos: list[Path | Pictures] = []
-    images: list[Path | Pictures] = []
+def media_of(item: Item, roots: Roots, *keys: str) -> list[Row]:
+    """Videos, then images, that an item names under these keys. A video file is one whatever its key."""
+    media: list[Row] = []
     for key in keys:
-        value = item.get(key)
-        for name in value if isinstance(value, list) else [] if value is None else [value]:
+        for name in as_list(item.get(key)):
             if not isinstance(name, str) or not name.strip():
                 raise Refused(f"{key} must be a path or a list of paths, got {name!r:.60}")
             if key.startswith("video") or name.lower().endswith(VIDEOS):
-                videos.append(video_or_frames(roots, name))
+                media.append({"type": "video", **video_or_frames(roots, name)})
             else:
-                images.append(roots.find(name))
-    return videos, images
+                media.append({"type": "image", "image": roots.find(name)})
+    return sorted(media, key=lambda part: "image" in part)
 
 
-def _rest(item: Item) -> Mapping[str, Any]:
-    return {key: item[key] for key in ("problem_type", "task", "source") if key in item}
-
-
-def read_sharegpt(item: Item, roots: Roots) -> Row:
-    return {**conversation(turns_of(item), *media_of(item, roots, "videos", "images"), is_placed=True), **_rest(item)}
-
-
-def read_swift(item: Item, roots: Roots) -> Row:
-    return {**conversation(turns_of(item), *media_of(item, roots, "videos", "images")), **_rest(item)}
-
-
-def read_llava(item: Item, roots: Roots) -> Row:
-    media = media_of(item, roots, "video", "videos", "image", "images")
-    return {**conversation(turns_of(item), *media), **_rest(item)}
+def read(item: Item, roots: Roots, keys: Sequence[str] = ("videos", "images"), is_placed: bool = False) -> Row:
+    row = conversation(turns_of(item), media_of(item, roots, *keys), is_placed)
+    return row | {key: item[key] for key in KEPT if key in item}
 
 
 def _is_sharegpt(item: Item) -> bool:
@@ -135,10 +121,15 @@ def _is_llava(item: Item) -> bool:
     return has_place and (bool(item.keys() & {"video", "image"}) or isinstance(item.get("images"), str))
 
 
-SHAREGPT = Dialect(read_sharegpt, "LLaMA-Factory: conversations with videos and images", _is_sharegpt, is_numbered=True)
-SWIFT = Dialect(read_swift, "ms-swift: query and response", lambda item: "query" in item, is_numbered=True)
+SHAREGPT = Dialect(
+    partial(read, is_placed=True),
+    "LLaMA-Factory: conversations with videos and images",
+    _is_sharegpt,
+    is_numbered=True,
+)
+SWIFT = Dialect(read, "ms-swift: query and response", lambda item: "query" in item, is_numbered=True)
 LLAVA = Dialect(
-    read_llava,
+    partial(read, keys=("video", "videos", "image", "images")),
     "LLaVA, LLaVA-NeXT, LLaVA-CoT, VideoLLaMA2 and 3, LLaVA-Hound's SFT: conversations with video or image",
     _is_llava,
     is_numbered=True,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, files_of, media_in, plain
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, plain
 from rlvid.data.items import read_items, refuse_all
 from rlvid.data.manifest import RowReader
 from rlvid.data.row_media import MediaReader
@@ -76,11 +76,13 @@ def convert(
     if mismatched and dialect.mismatch is None:
         raise UserError("--mismatched: this dialect has no rows that could be mismatched")
     found, refused = _read(source, dialect, roots, RowReader(ANYWHERE, None, "", needs_answer=False))
-    rows = {where: row for where, (row, _) in found.items() if only in (None, row.get("source"))}
-    _check_some_left(f"{source}{f' of source {only}' if only else ''}", rows, refused)
-    more = dialect.mismatch([*rows.values()], mismatched, np.random.default_rng(seed)) if dialect.mismatch else []
+    kept = [(row, sample) for row, sample in found.values() if only in (None, row.get("source"))]
+    _check_some_left(f"{source}{f' of source {only}' if only else ''}", kept, refused)
+    rows, files = [row for row, _ in kept], {Path(f) for _, s in kept for medium in s.media for f in medium.files}
+    if dialect.mismatch:
+        rows += dialect.mismatch(rows, mismatched, np.random.default_rng(seed))
     with naming_write_errors(f"the converted set {out}", "make room or name another folder, and start it again"):
-        written, root = _written([*rows.values(), *more], out.absolute())
+        written, root = _written(rows, files, out.absolute())
         out.mkdir(parents=True, exist_ok=True)
         write_rows(out / REFUSED, refused.values())
         write_rows(out / MANIFEST, written)
@@ -141,15 +143,14 @@ def id_of(item: Item) -> str:
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-def _check_some_left(source: str, rows: Mapping[str, Any], refused: Mapping[str, Row]) -> None:
+def _check_some_left(source: str, rows: Collection[Any], refused: Mapping[str, Row]) -> None:
     if not rows:
         first = [f"{row['where']}: {row['reason']}" for row in refused.values()]
         refuse_all([f"no item left of {source}, {len(refused)} refused", *first])
 
 
-def _written(rows: Sequence[Row], out: Path) -> tuple[list[Row], Path | None]:
-    """Rows with paths as text, and the folder above all of them where that is not `out`."""
-    files = {file for row in rows for medium in media_in(row) for file in files_of(medium)}
+def _written(rows: Sequence[Row], files: Collection[Path], out: Path) -> tuple[list[Row], Path | None]:
+    """Rows with their paths, all of `files`, as text, and the folder above them where that is not `out`."""
     is_inside = all(file.is_relative_to(out) for file in files)
     texts = {file: os.path.relpath(file, out) if is_inside else str(file) for file in files}
     written = [plain(row, texts.__getitem__) for row in rows]

@@ -1,13 +1,13 @@
 """What a dialect is: a function from one published item to one row of a manifest, and what it may use.
 
 The function is pure: it writes nothing and copies no video. It names files by `Roots.find`, which checks that they are
-there, and gives `Pictures` where a video comes as frames.
+there. A video that comes as frames is the list of them, with `fps` beside it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,12 @@ class Roots:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The frames of a video as picture files, and how many of them are a second."""
-
-    files: tuple[Path, ...]
-    fps: int
-
-
-@dataclass(frozen=True)
 class Dialect:
     """One published form of items.
 
     Attributes:
-        read: The row of an item, with "video" an absolute path, `Pictures`, or a list of these; the item's id is its id
-            unless it has another one. Raises `Refused` with the reason why an item cannot be used.
+        read: The row of an item as a manifest has it, but with `Path`s; the item's id is its id unless it has another
+            one. Raises `Refused` with the reason why an item cannot be used.
         about: For the help.
         is_like: Whether an item is surely of this dialect.
         is_numbered: Items may have no id; they are numbered.
@@ -77,32 +69,13 @@ class Dialect:
     mismatch: Callable[[Sequence[Row], float, np.random.Generator], list[Row]] | None = None
 
 
-def files_of(medium: Path | Pictures) -> Sequence[Path]:
-    return medium.files if isinstance(medium, Pictures) else (medium,)
-
-
 def plain(value: Any, text: Callable[[Path], str] = str) -> Any:
-    """A row as a manifest has it: paths as text, and pictures as the list of theirs, with `fps` beside it."""
+    """A row with its paths as text."""
     if isinstance(value, Path):
         return text(value)
-    if isinstance(value, Pictures):
-        return [text(file) for file in value.files]
     if isinstance(value, list):
         return [plain(part, text) for part in value]
-    if not isinstance(value, dict):
-        return value
-    videos = value.get("video")
-    rates = [m.fps for m in (videos if isinstance(videos, list) else [videos]) if isinstance(m, Pictures)]
-    return {key: plain(part, text) for key, part in value.items()} | ({"fps": rates[0]} if rates else {})
-
-
-def media_in(value: Any) -> Iterator[Path | Pictures]:
-    """All media of a row."""
-    if isinstance(value, Path | Pictures):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from media_in(part)
+    return {key: plain(part, text) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def text_of(item: Item, key: str) -> str:

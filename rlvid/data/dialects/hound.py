@@ -6,26 +6,23 @@ names a folder of frames, taken twice a second, or a video file without its suff
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row, question_of, sides, text_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, question_of, sides, text_of
 from rlvid.data.row_media import PICTURES, VIDEOS
 
 FPS = 2  # ffmpeg fps=2 in its setup
 
 
 def read(item: Item, roots: Roots) -> Row:
-    video = text_of(item, "video")
     return {
-        "video": video_or_frames(roots, video),
+        **video_or_frames(roots, text_of(item, "video")),
         "question": question_of(text_of(item, "prompt")),
         **sides(text_of(item, "chosen"), text_of(item, "rejected")),
         **{k: item[k] for k in ("answer", "chosen_score", "rejected_score") if item.get(k) is not None},
     }
 
 
-def video_or_frames(roots: Roots, name: str) -> Path | Pictures:
-    """A video file, perhaps named without its suffix, or the frames in a folder.
+def video_or_frames(roots: Roots, name: str) -> Row:
+    """The fields of a video file, perhaps named without its suffix, or of the frames in a folder.
 
     Raises:
         Refused: it is not there, or the folder holds no frames.
@@ -33,11 +30,11 @@ def video_or_frames(roots: Roots, name: str) -> Path | Pictures:
     names = (name,) if name.lower().endswith(VIDEOS) else (*(name + suffix for suffix in VIDEOS), name)
     path = roots.find(*names, is_there=lambda p: p.is_file() or p.is_dir())
     if not path.is_dir():
-        return path
-    files = tuple(sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES))
+        return {"video": path}
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
     if not files:
         raise Refused(f"{path.name} holds no frames")
-    return Pictures(files, FPS)
+    return {"video": files, "fps": FPS}
 
 
 DIALECT = Dialect(

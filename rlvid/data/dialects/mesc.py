@@ -36,10 +36,9 @@ def read(item: Item, roots: Roots) -> Row:
     if turns and turns[-1] == ("user", question):  # the history may end with it
         turns = turns[:-1]
     situation = f" The situation: {item['situation']}" if item.get("situation") else ""
-    videos, _ = media_of({"video": _clips(item)}, roots, "video")
+    videos = media_of({"video": _clips(item)}, roots, "video")
     asked = [("system", SYSTEM + situation), *turns, ("user", "<video>" * len(videos) + question)]
-    row = conversation([*asked, ("assistant", answer)], videos, [])
-    return row | {"dialogue": item.get("Dialogue_ID")}
+    return conversation([*asked, ("assistant", answer)], videos) | {"dialogue": item.get("Dialogue_ID")}
 
 
 def _clips(item: Item) -> list[str]:

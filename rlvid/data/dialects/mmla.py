@@ -16,47 +16,39 @@ from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked about a data set, in the order of MMLA's `labels_map`."""
+    """What is asked about a data set."""
 
     name: str
-    labels: tuple[str, ...]
+    labels: str  # as the prompt lists them, in the order of MMLA's `labels_map`
     has_video: bool = True
 
 
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(text.split(", "))
-
-
-_ACTS = _labels(
+_ACTS = (
     "greeting, question, answer, statement-opinion, statement-non-opinion, apology, command, agreement, disagreement, "
     "acknowledge, backchannel, others"
 )
 TASKS = {
     "MIntRec": Task(
         "intent",
-        _labels(
-            "complain, praise, apologise, thank, criticize, agree, taunt, flaunt, joke, oppose, comfort, care, inform, "
-            "advise, arrange, introduce, leave, prevent, greet, ask for help"
-        ),
+        "complain, praise, apologise, thank, criticize, agree, taunt, flaunt, joke, oppose, comfort, care, inform, "
+        "advise, arrange, introduce, leave, prevent, greet, ask for help",
     ),
     "MIntRec2.0": Task(
         "intent",
-        _labels(
-            "acknowledge, advise, agree, apologise, arrange, ask for help, asking for opinions, care, comfort, "
-            "complain, confirm, criticize, doubt, emphasize, explain, flaunt, greet, inform, introduce, invite, joke, "
-            "leave, oppose, plan, praise, prevent, refuse, taunt, thank, warn"
-        ),
+        "acknowledge, advise, agree, apologise, arrange, ask for help, asking for opinions, care, comfort, complain, "
+        "confirm, criticize, doubt, emphasize, explain, flaunt, greet, inform, introduce, invite, joke, leave, oppose, "
+        "plan, praise, prevent, refuse, taunt, thank, warn",
     ),
-    "MELD": Task("emotion", _labels("neutral, surprise, fear, sadness, joy, anger, disgust")),
-    "IEMOCAP": Task("emotion", _labels("angry, happy, sad, neutral, frustrated, excited"), False),
+    "MELD": Task("emotion", "neutral, surprise, fear, sadness, joy, anger, disgust"),
+    "IEMOCAP": Task("emotion", "angry, happy, sad, neutral, frustrated, excited", has_video=False),
     "MELD-DA": Task("dialogue act", _ACTS),
-    "IEMOCAP-DA": Task("dialogue act", _ACTS, False),
-    "MOSI": Task("sentiment", ("positive", "negative"), False),
-    "Ch-sims": Task("sentiment", ("neutral", "positive", "negative")),
-    "UR-FUNNY": Task("speaking style", ("humorous", "serious")),
-    "MUStARD": Task("speaking style", ("sincere", "sarcastic")),
-    "AnnoMi-therapist": Task("communication behavior", _labels("question, therapist_input, reflection, other")),
-    "AnnoMi-client": Task("communication behavior", _labels("neutral, change, sustain")),
+    "IEMOCAP-DA": Task("dialogue act", _ACTS, has_video=False),
+    "MOSI": Task("sentiment", "positive, negative", has_video=False),
+    "Ch-sims": Task("sentiment", "neutral, positive, negative"),
+    "UR-FUNNY": Task("speaking style", "humorous, serious"),
+    "MUStARD": Task("speaking style", "sincere, sarcastic"),
+    "AnnoMi-therapist": Task("communication behavior", "question, therapist_input, reflection, other"),
+    "AnnoMi-client": Task("communication behavior", "neutral, change, sustain"),
 }
 FOLDERS = {"CH-SIMSv2.0": "Ch-sims", "UR-FUNNY-v2": "UR-FUNNY"}  # other names in the published archives
 COLUMNS = {
@@ -76,14 +68,13 @@ def dataset_of(name: str) -> str | None:
 
 def prompt(task: Task, text: str, sees_video: bool) -> str:
     """The prompt of MMLA's training files."""
+    begin, based_on = "The", "text"
     if sees_video:
-        begin = f"You are presented with a video in which the speaker says: {text} Based on the text, video, and audio"
-        begin += " content,"
-    else:
-        begin = f"The speaker says: {text} Based on the text,"
+        begin, based_on = "You are presented with a video in which the", "text, video, and audio content"
     return (
-        f"{begin} what is the {task.name} of this speaker?\nThe candidate labels for {task.name} are: "
-        f"[{', '.join(task.labels)}]. Respond in the format: '{task.name}: [label]'. Only one label should be provided."
+        f"{begin} speaker says: {text} Based on the {based_on}, what is the {task.name} of this speaker?\n"
+        f"The candidate labels for {task.name} are: [{task.labels}]. "
+        f"Respond in the format: '{task.name}: [label]'. Only one label should be provided."
     )
 
 
@@ -94,8 +85,8 @@ def read(item: Item, roots: Roots, sees_video: bool) -> Row:
         raise Refused(f"its folder is not named after a data set of MMLA: {', '.join(TASKS)}")
     task = TASKS[dataset]
     name, text, label = (_column(item, what) for what in ("id", "text", "label"))
-    if label.lower() not in task.labels:
-        raise Refused(f"label {label!r} is none of {', '.join(task.labels)}")
+    if label.lower() not in task.labels.split(", "):
+        raise Refused(f"label {label!r} is none of {task.labels}")
     row: Row = {
         "id": f"{dataset}_{name}",
         "question": prompt(task, text, sees_video and task.has_video),

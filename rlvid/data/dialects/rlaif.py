@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row, pictures_of, question_of, sides
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, pictures_of, question_of, sides
 
 FPS = 1  # 50 frames of a video of any length: their rate is not written down
 
@@ -23,7 +23,8 @@ def read(item: Item, roots: Roots) -> Row:
         raise Refused("expected one turn of text before the two outputs")
     chosen, rejected = answers if item["preference"] == 1 else reversed(answers)
     return {
-        "video": Pictures(tuple(roots.find(name) for name in images), FPS),
+        "video": [roots.find(name) for name in images],
+        "fps": FPS,
         "question": question_of(turns[0]),
         **sides(chosen, rejected),
     }

@@ -9,12 +9,10 @@ from __future__ import annotations
 from rlvid.data.answers import TAGGED
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
 
-KINDS = ("video", "image")
-
 
 def read(item: Item, roots: Roots) -> Row:
     kind = item.get("data_type")
-    if kind not in KINDS:
+    if kind not in ("video", "image"):
         raise Refused(f"data_type must be video or image, got {kind!r}")
     options = item.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):

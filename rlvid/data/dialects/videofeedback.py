@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlvid.data.dialects.dialect import Dialect, Item, Pictures, Refused, Roots, Row, pictures_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, pictures_of
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import ALIGNMENT, CAPTION_BEGINS, CAPTION_ENDS, DIMS, NoScore, Rubric
 
@@ -30,7 +30,7 @@ def read(item: Item, roots: Roots) -> Row:
     # Items do not say where they are from; ids of real videos begin with p (p005353), those of Panda-70M.
     is_real = re.fullmatch(r"p\d+", str(item.get("id"))) is not None
     source = item.get("source") or ("real" if is_real else "annotated")
-    return {"video": _video(item, roots), **_texts(caption, scores), "source": source}
+    return {**_video(item, roots), **_texts(caption, scores), "source": source}
 
 
 def mismatch(rows: Sequence[Mapping[str, Any]], share: float, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -102,12 +102,12 @@ def _texts(caption: str, labels: Mapping[str, float]) -> dict[str, Any]:
     return {"question": RUBRIC.question(caption), "answer": lines, "prompt": caption, "labels": dict(labels)}
 
 
-def _video(item: Item, roots: Roots) -> Path | Pictures:
+def _video(item: Item, roots: Roots) -> Row:
     if isinstance(video := item.get("video", item.get("file")), str):
-        return roots.find(video)
+        return {"video": roots.find(video)}
     # Published files write <id>_00.jpg for images/<id>/<id>_00.jpg.
     names = [(name, f"images/{Path(name).name.split('_')[0]}/{Path(name).name}") for name in pictures_of(item)]
-    return Pictures(tuple(roots.find(*places) for places in names), FPS)
+    return {"video": [roots.find(*places) for places in names], "fps": FPS}
 
 
 DIALECT = Dialect(

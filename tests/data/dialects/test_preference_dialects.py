@@ -13,7 +13,8 @@ import pytest
 from rlvid.data.dialects import DIALECTS
 from rlvid.data.dialects.conversion import convert
 from rlvid.data.dialects.dialect import Roots
-from rlvid.data.preferences import load_preferences
+from rlvid.data.manifest import load_manifest
+from rlvid.data.preferences import pairs_of
 from rlvid.errors import UserError
 from rlvid.synthetic.moving_shapes import write_mp4
 from rlvid.types import Medium, Preference
@@ -50,7 +51,7 @@ def converted(videos: Path, items: list[Any], dialect: str) -> tuple[list[Prefer
     source, out = videos.parent / "items.jsonl", videos.parent / "out"
     source.write_text("".join(json.dumps(item) + "\n" for item in items))
     made = convert(source, out, DIALECTS[dialect], Roots(videos))
-    pairs = load_preferences(made.manifest, made.root, None, "")
+    pairs = pairs_of(made.manifest, load_manifest(made.manifest, made.root, None, "", needs_answer=False))
     said = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
     assert (made.n_rows, made.n_refused) == (len(pairs), len(said))
     return pairs, said
