@@ -6,7 +6,7 @@ The driver gets references and small rows; pixels stay in the object store and i
 from __future__ import annotations
 
 import logging
-import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,11 +72,8 @@ class ClipStore:
         self._encoders: list[ActorHandle[Any]] = []  # all that were started
         self._is_closing = False
         # One thread waits for one encoder: this bounds the work in progress and gives each clip a deadline of its own.
-        n = cfg.placement.encoders
-        self._pool = ThreadPoolExecutor(n, thread_name_prefix="encode")
-        self._free: queue.SimpleQueue[ActorHandle[Any] | None] = queue.SimpleQueue()
-        for _ in range(n):
-            self._free.put(None)  # started at its first call: a job may need none
+        self._pool = ThreadPoolExecutor(cfg.placement.encoders, thread_name_prefix="encode")
+        self._own = threading.local()  # `encoder` of each thread, once it has had a call
 
     def submit(self, samples: Sequence[Sample], variant: Variant = "as_is") -> list[Future[Encoded | None]]:
         """Start encoding; returns at once. At most `placement.encoders` run at a time."""
@@ -155,20 +152,16 @@ class ClipStore:
 
     @contextmanager
     def _encoder(self) -> Iterator[ActorHandle[Any]]:
-        """An encoder for one call; one that is dead or hangs is stopped and replaced."""
-        encoder = self._free.get()
-        if encoder is None:
-            encoder = self._new_encoder()
-            self._encoders.append(encoder)
-        kept: ActorHandle[Any] | None = encoder
+        """This thread's encoder for one call; one that is dead or hangs is stopped, the next call starts another."""
+        if getattr(self._own, "encoder", None) is None:
+            self._own.encoder = self._new_encoder()
+            self._encoders.append(self._own.encoder)
         try:
-            yield encoder
+            yield self._own.encoder
         except (GetTimeoutError, RayActorError):
-            ray.kill(encoder)  # native code cannot be interrupted
-            kept = None
+            ray.kill(self._own.encoder)  # native code cannot be interrupted
+            self._own.encoder = None
             raise
-        finally:
-            self._free.put(kept)
 
     def set_aside(self, name: str, reason: str, is_prompt: bool = False) -> None:
         """Quarantine a clip by its path, or a sample by its id; `on_bad` is called once."""
@@ -198,8 +191,7 @@ class ClipStore:
                 return None  # stopped by `close`, not by the clip
         else:
             outcome = Outcome(bad=(name, reason))
-        self.decodes += outcome.decodes
-        self.cache_hits += outcome.cache_hits
+        self.count(outcome.decodes, outcome.cache_hits)
         if outcome.bad:
             self.set_aside(*outcome.bad, outcome.is_prompt_bad)
             return None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import ray
 
 from actors.fleet_state import Fleet, ReplicaId
 from actors.placement import Placement, Slot, generator_slot
-from rlvid.config import JobConfig
 
 if TYPE_CHECKING:
     from actors.fleet_replicas import Replicas
@@ -26,39 +24,32 @@ class Growth:
 
     Attributes:
         slots: the places of the replicas, by the number of their slot.
-        replicas: starts those that join.
+        replicas: starts those that join; set after both are made.
     """
 
     replicas: Replicas
 
-    def __init__(
-        self,
-        fleet: Fleet[int],
-        cfg: JobConfig,
-        slots: Sequence[Slot],
-        placement: Placement,
-        on_event: Callable[[str], None],
-    ):
-        self._fleet, self._cfg, self._placement, self._on_event = fleet, cfg, placement, on_event
-        self.slots = dict(enumerate(slots))
-        self._is_open = False
+    def __init__(self, fleet: Fleet[int], placement: Placement):
+        self._fleet, self._placement = fleet, placement
+        self.slots = dict(enumerate(placement.slots("generator")))
         self._coming: Slot | None = None  # waits for room in the cluster
         self._told: set[ReplicaId] = set()  # those whose node will go away
 
-    def open(self) -> None:
-        """From now on others may join."""
-        self._is_open = True
-
     def grow(self) -> None:
-        """Let a replica join where the cluster has room for one more."""
-        if not self._is_open:
+        """Let a replica join where the cluster has room for one more.
+
+        Encoders start with the first prompts: when these are answered they have their CPUs, and others may join.
+        """
+        if not self.replicas.has_answered:
             return
         if self._coming is None and len(self._fleet.members()) < self._fleet.max_replicas:
-            self._coming = generator_slot(self._cfg, self._fleet.next_slot, None)
+            self._coming = generator_slot(self._placement.cfg, self._fleet.next_slot)
         if self._coming is not None and self._placement.has_room(self._coming):
             replica = self._fleet.join()
             self.slots[replica.slot], self._coming = self._coming, None
-            self._on_event(f"generator {replica} joins: {len(self._fleet.members())} of {self._fleet.max_replicas}")
+            self._placement.on_event(
+                f"generator {replica} joins: {len(self._fleet.members())} of {self._fleet.max_replicas}"
+            )
             self.replicas.start(replica)
 
     def shrink(self) -> None:
@@ -67,7 +58,7 @@ class Growth:
         nodes = draining_nodes()
         going = {r for r in self._fleet.members() if self.replicas.nodes.get(r) in nodes}
         for replica in going - self._told:
-            self._on_event(f"the node of generator {replica} will go away")
+            self._placement.on_event(f"the node of generator {replica} will go away")
         self._told |= going
         idle = self._fleet.drain(going)
         for replica in () if self.replicas.awaits("sync") else idle:  # nobody leaves a transfer
@@ -87,4 +78,4 @@ class Growth:
     def _remove(self, replica: ReplicaId) -> None:
         self._fleet.leave(replica)
         self._placement.free(self.slots.pop(replica.slot))
-        self._on_event(f"generator {replica} leaves with its node: {len(self._fleet.members())} are left")
+        self._placement.on_event(f"generator {replica} leaves with its node: {len(self._fleet.members())} are left")

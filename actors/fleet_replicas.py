@@ -1,15 +1,18 @@
-"""The replicas' processes: they are started, called with deadlines, pinged, and restarted when they fail.
+"""The replicas' processes: started, given requests, called with deadlines, pinged, and restarted when they fail.
 
-Everything here runs in the thread of the fleet's pump; Ray posts an event to it when a call is answered.
+Everything here but `submit` and `send_directly` runs in the thread of the fleet's pump; Ray posts an event to it when a
+call is answered.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 from ray import ObjectRef
@@ -20,11 +23,13 @@ from actors.fleet_state import Fleet, ReplicaId, State
 from actors.generator import EngineFailed
 from actors.pump import Pump
 from rlvid.errors import UserError
+from rlvid.types import Encoded, Prompt
 
 if TYPE_CHECKING:
     from actors.trainer import TrainerGroup
 
 PING_EVERY_S = 10.0
+Question: TypeAlias = tuple[str, tuple[Any, ...]]  # method of a generator, and its arguments after the prompts
 
 
 def cause_of(error: BaseException) -> str:
@@ -46,12 +51,21 @@ class Call:
     sent_s: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One prompt for `Generator.generate` or `first_logprobs`. Those with equal questions share a message."""
+
+    question: Question
+    prompt: ObjectRef[Prompt]
+    future: Future[Any]
+
+
 class Replicas:
-    """Makes the calls and reports to the state machine `fleet` what came of them.
+    """Makes the calls and reports to the state machine `fleet`, whose work items are numbers of requests, what came of
+    them.
 
     Args:
         leave: a dead replica leaves the fleet, if that is what has become of it; otherwise it is restarted.
-        on_given_up: called with the work items that failed too often, and why.
         on_event: called with one line on what happens to a replica.
 
     Raises (from the pump's events and `check`):
@@ -64,41 +78,57 @@ class Replicas:
         pump: Pump,
         start: Callable[[ReplicaId], tuple[ActorHandle[Any], ObjectRef[str]]],
         leave: Callable[[ReplicaId], bool],
-        on_given_up: Callable[[Sequence[int], str], None],
         on_event: Callable[[str], None],
     ):
-        self._fleet, self._pump, self._start, self._leave = fleet, pump, start, leave
-        self._on_given_up, self._on_event = on_given_up, on_event
+        self._fleet, self._pump, self._start, self._leave, self._on_event = fleet, pump, start, leave, on_event
         self.actors: dict[ReplicaId, ActorHandle[Any]] = {}
         self.nodes: dict[ReplicaId, str] = {}
         self.calls: set[Call] = set()
         self.start_s = 0.0  # that the last engine took to start
+        self.has_answered = False  # a request
         self._pinged_s = time.monotonic()
+        self._requests: dict[int, _Request] = {}  # that are not answered yet
+        self._numbers = itertools.count()
 
     def start(self, replica: ReplicaId) -> None:
         self.actors[replica], ref = self._start(replica)
-
         begin = time.monotonic()
 
         def started(node: str) -> None:
             self.nodes[replica], self.start_s = node, time.monotonic() - begin
             self._fleet.started(replica)
 
-        self.track(ref, "start", replica, self._fleet.deadlines.start_s, started)
+        self.track(ref, Call("start", replica, self._fleet.deadlines.start_s, started))
 
-    def track(
-        self,
-        ref: ObjectRef[Any],
-        kind: str,
-        replica: ReplicaId,
-        timeout_s: float,
-        on_answer: Callable[[Any], None],
-        work: Sequence[int] = (),
-    ) -> None:
-        """Call `on_answer` with what `ref` brings; a replica that does not answer in time is replaced."""
-        call = Call(kind, replica, timeout_s, on_answer, work)
+    def track(self, ref: ObjectRef[Any], call: Call) -> None:
+        """Call `call.on_answer` with what `ref` brings; a replica that does not answer in time is replaced."""
         self.calls.add(call)
         ref.future().add_done_callback(lambda answer: self._pump.post(lambda: self._answered(call, answer)))
+
+    def submit(self, question: Question, prompts: Sequence[Encoded]) -> list[Future[Any]]:
+        """Queue one request for each prompt; from any thread."""
+        requests = [_Request(question, p.prompt, self._pump.future()) for p in prompts]
+
+        def queue() -> None:
+            new = dict(zip(self._numbers, requests, strict=False))
+            self._requests |= new
+            self.hand_out(list(new))
+
+        self._pump.post(queue)
+        return [request.future for request in requests]
+
+    def hand_out(self, new: Sequence[int] = ()) -> None:
+        """One message per replica and question, however many prompts it has."""
+        for replica, items in self._fleet.assign(new).items():
+            for question, group in itertools.groupby(items, key=lambda item: self._requests[item].question):
+                self._ask(replica, question, list(group))
+
+    def abandon(self) -> None:
+        """Give up all requests; who waits for one gets an error."""
+        self._fleet.cancel()
+        for request in self._requests.values():
+            request.future.set_exception(RuntimeError("the request was given up"))
+        self._requests.clear()
 
     def awaits(self, kind: str) -> bool:
         """Whether a call of this kind is not answered yet."""
@@ -119,7 +149,8 @@ class Replicas:
             pinged = {call.replica for call in self.calls if call.kind == "ping"}
             for replica in self._fleet.members(State.READY, State.STALE, State.SUSPECT):
                 if replica not in syncing | pinged:
-                    self._ping(replica)
+                    call = Call("ping", replica, self._fleet.deadlines.suspect_s, partial(self._fleet.ping, replica))
+                    self.track(self.actors[replica].ping.remote(), call)
 
     def replace_dead(self, replica: ReplicaId, cause: str) -> None:
         """Stop what is left of a dead replica and restart it."""
@@ -172,9 +203,17 @@ class Replicas:
             ray.kill(actor)
         self.actors.clear()
 
-    def _ping(self, replica: ReplicaId) -> None:
-        ref, timeout_s = self.actors[replica].ping.remote(), self._fleet.deadlines.suspect_s
-        self.track(ref, "ping", replica, timeout_s, lambda held: self._fleet.ping(replica, held))
+    def _ask(self, replica: ReplicaId, question: Question, items: Sequence[int]) -> None:
+        def answered(values: Sequence[Any]) -> None:
+            for item, value in zip(items, values, strict=True):
+                if self._fleet.done(replica, item):
+                    self._requests.pop(item).future.set_result(value)
+            self.has_answered = True
+
+        method, arguments = question
+        prompts = [self._requests[item].prompt for item in items]
+        ref = getattr(self.actors[replica], method).remote(prompts, *arguments)
+        self.track(ref, Call(method, replica, self._fleet.deadlines.generate_s, answered, items))
 
     def _answered(self, call: Call, answer: Future[Any]) -> None:
         if call not in self.calls:
@@ -188,8 +227,11 @@ class Replicas:
             raise getattr(error, "cause", error)
         elif call.work and not isinstance(error, RayActorError | EngineFailed):
             # It runs but could not answer: its work is tried again, a few times.
-            self._on_event(f"generator {call.replica} could not answer {len(call.work)} prompts: {cause_of(error)}")
-            self._on_given_up(self._fleet.failed(call.replica, call.work), cause_of(error))
+            cause = cause_of(error)
+            self._on_event(f"generator {call.replica} could not answer {len(call.work)} prompts: {cause}")
+            for item in self._fleet.failed(call.replica, call.work):
+                given_up = UserError(f"the same prompts failed on every generator that tried them: {cause}")
+                self._requests.pop(item).future.set_exception(given_up)
         else:  # dead; or an engine that half took its weights and must not serve
             self.replace_dead(call.replica, cause_of(error))
 

@@ -21,6 +21,7 @@ restarted replica passes STARTING -> STALE and becomes READY only through `synce
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable
@@ -44,6 +45,7 @@ class State(Enum):
 
 
 GONE = frozenset({State.DEAD, State.RETIRED})
+NOT_RETIRED = tuple(state for state in State if state is not State.RETIRED)
 
 
 @dataclass(frozen=True, order=True)
@@ -112,14 +114,8 @@ class Fleet(Generic[Work]):
 
     def members(self, *states: State) -> list[ReplicaId]:
         """Replicas in these states, by slot; without an argument all that are not retired."""
-        return sorted(
-            (
-                replica
-                for replica, record in self._replicas.items()
-                if (record.state in states if states else record.state is not State.RETIRED)
-            ),
-            key=attrgetter("slot"),  # one replica per slot; comparing dataclasses is far slower
-        )
+        found = [r for r, record in self._replicas.items() if record.state in (states or NOT_RETIRED)]
+        return sorted(found, key=attrgetter("slot"))  # one replica per slot; comparing dataclasses is far slower
 
     def state(self, replica: ReplicaId) -> State:
         """A replica that was restarted since is DEAD."""
@@ -129,7 +125,7 @@ class Fleet(Generic[Work]):
     @property
     def is_lost(self) -> bool:
         """All replicas are retired."""
-        return all(record.state is State.RETIRED for record in self._replicas.values())
+        return not self.members()
 
     def join(self) -> ReplicaId:
         """A new slot, STARTING. Raises ValueError at max_replicas."""
@@ -175,7 +171,7 @@ class Fleet(Generic[Work]):
 
     def started(self, replica: ReplicaId) -> None:
         """The engine is loaded, with the weights of its start."""
-        if (record := self._alive(replica)) and record.state is State.STARTING:
+        if (record := self.heard(replica)) and record.state is State.STARTING:
             self._move(record, State.STALE)
 
     def publish(self, version: int) -> None:
@@ -189,21 +185,25 @@ class Fleet(Generic[Work]):
 
     def synced(self, replica: ReplicaId, version: int) -> None:
         """The replica has taken these weights, and they were checked. It is READY, unless newer ones exist by now."""
-        record = self._alive(replica)
+        record = self.heard(replica)
         if record is None or record.state is State.STARTING or version != self.version:
             return
         record.version = version
         if record.state is not State.READY:
             self._move(record, State.READY)
 
-    def heard(self, replica: ReplicaId) -> None:
-        """A sign of life that says nothing about the weights."""
-        self._alive(replica)
+    def heard(self, replica: ReplicaId) -> _Replica[Work] | None:
+        """A sign of life that says nothing about the weights. Returns the replica's record if it is running."""
+        record = self._replicas.get(replica)
+        if record is None or record.state in GONE:
+            return None
+        record.seen_s = self._clock()
+        return record
 
     def ping(self, replica: ReplicaId, version: int | None) -> None:
         """The replica answered and says which weights it holds. A SUSPECT one is READY again only with the current
         ones, confirmed by `synced` since its restart. A READY one with others (restarted without us) is STALE."""
-        record = self._alive(replica)
+        record = self.heard(replica)
         if record is None or record.state is State.STARTING:
             return
         if version != record.version:
@@ -227,33 +227,30 @@ class Fleet(Generic[Work]):
         if record is None:
             return []
         assigned = [item for item in work if item in record.work]
-        given_up = []
         for item in assigned:
             self._attempts[item] += 1
-            if self._attempts[item] >= self.max_attempts:
-                del record.work[item], self._attempts[item]
-                given_up.append(item)
+        given_up = [item for item in assigned if self._attempts[item] >= self.max_attempts]
+        for item in given_up:
+            del record.work[item], self._attempts[item]
         self._return(record, [item for item in assigned if item in record.work])
         self.missed(replica)
         return given_up
 
     def died(self, replica: ReplicaId) -> None:
         """Its process is gone for certain."""
-        if record := self._alive(replica):
+        if record := self.heard(replica):
             self._end(record, State.DEAD)
 
     def tick(self) -> list[ReplicaId]:
         """Apply the deadlines. Returns the replicas that are now presumed dead: stop their processes, then restart."""
         now = self._clock()
+        limits_s = {State.STARTING: self.deadlines.start_s, State.SUSPECT: self.deadlines.suspect_s}
         presumed_dead = []
         for replica, record in self._replicas.items():
-            in_state_s, silent_s = now - record.since_s, now - record.seen_s
-            if (record.state is State.STARTING and in_state_s > self.deadlines.start_s) or (
-                record.state is State.SUSPECT and in_state_s > self.deadlines.suspect_s
-            ):
+            if now - record.since_s > limits_s.get(record.state, math.inf):
                 self._end(record, State.DEAD)
                 presumed_dead.append(replica)
-            elif silent_s > self.deadlines.heartbeat_s:
+            elif now - record.seen_s > self.deadlines.heartbeat_s:
                 self.missed(replica)
         return presumed_dead
 
@@ -310,14 +307,6 @@ class Fleet(Generic[Work]):
         return {replica: tuple(record.work) for replica, record in self._replicas.items() if record.work}
 
     # --- internals ----------------------------------------------------------------------------------------------------
-
-    def _alive(self, replica: ReplicaId) -> _Replica[Work] | None:
-        """Record of a running replica; notes the sign of life."""
-        record = self._replicas.get(replica)
-        if record is None or record.state in GONE:
-            return None
-        record.seen_s = self._clock()
-        return record
 
     def _begin(self, replica: ReplicaId) -> None:
         now = self._clock()

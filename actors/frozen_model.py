@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from actors.actor_process import enter_process
@@ -42,19 +41,11 @@ class ReferenceRank(Rank):
 class ReferenceGroup(RankGroup):
     """All ranks of the reference: as many as the trainer has, sharded as it is (ZeRO-3)."""
 
-    def __init__(
-        self,
-        folder: Path,
-        cfg: JobConfig,
-        slots: Sequence[Slot],
-        placement: Placement,
-        logs: Path,
-        on_event: Callable[[str], None],
-    ):
-        super().__init__(ReferenceRank, folder, cfg, slots, placement, logs)
-        self._on_event, self._restarts, self._max_restarts = on_event, 0, cfg.train.max_failures
+    def __init__(self, folder: Path, placement: Placement):
+        super().__init__("reference", ReferenceRank, folder, placement)
+        self._restarts, self._max_restarts = 0, placement.cfg.train.max_failures
         self._reference: Path | None = None
-        self._lock = threading.Lock()  # of the processes: two threads may find them lost
+        self._lock = threading.RLock()  # of the processes: two threads may find them lost
 
     def wait_ready(self) -> None:
         restarts = self._restarts
@@ -67,9 +58,10 @@ class ReferenceGroup(RankGroup):
     def load(self, folder: Path) -> None:
         """Load a checkpoint folder, in the background: what is asked next waits for it."""
         with self._lock:
-            self._begin_load(folder)
+            self._reference = folder
+            self._loaded = self._begin("load", [(folder,)] * len(self._ranks))
 
-    def begin_logprobs(self, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
+    def begin_reference_logprobs(self, groups: Sequence[GroupRef]) -> Callable[[], LogProbs]:
         """Log-probs, one array [sum R] per group, in the order given. The function that is returned waits for them;
         where a rank was lost it starts all of them again, with the same model."""
         with self._lock:
@@ -81,13 +73,9 @@ class ReferenceGroup(RankGroup):
                 return wait()
             except RanksLost as e:
                 self._replace(restarts, e)
-                return self.begin_logprobs(groups)()
+                return self.begin_reference_logprobs(groups)()
 
         return collect
-
-    def _begin_load(self, folder: Path) -> None:
-        self._reference = folder
-        self._loaded = self._begin("load", [(folder,)] * len(self._ranks))
 
     def _replace(self, restarts: int, lost: RanksLost) -> None:
         """Start all ranks again, unless that was done since `restarts` was read.
@@ -100,13 +88,12 @@ class ReferenceGroup(RankGroup):
                 return
             self._restarts += 1
             if self._restarts > self._max_restarts:
-                raise UserError(
-                    f"{lost}, too often (train.max_failures={self._max_restarts}); see {self._log}"
-                ) from lost
-            self._on_event(f"{lost}; all of them start again ({self._restarts} of {self._max_restarts})")
+                most = f"train.max_failures={self._max_restarts}"
+                raise UserError(f"{lost}, too often ({most}); see {self._log}") from lost
+            self._placement.on_event(f"{lost}; all of them start again ({self._restarts} of {self._max_restarts})")
             self.restart()
             if self._reference is not None:
-                self._begin_load(self._reference)
+                self.load(self._reference)
 
 
 class RewardModel:
@@ -115,13 +102,13 @@ class RewardModel:
     def __init__(self, log_file: Path, threads: int | None):
         enter_process(log_file, threads)
 
-    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool) -> None:
+    def start(self, folder: Path, cfg: JobConfig) -> None:
         from rlvid.data.encoding import SampleEncoder, Source
         from rlvid.rewards.reward_model import HeadModel
 
-        self._model = HeadModel(folder, on_gpu)
-        cache = cfg.data.cache_dir.expanduser().resolve(), int(cfg.data.cache_gib * 2**30)
-        self._encoder = SampleEncoder(Source(folder, self._model.rubric.video, *cache, 2**31))
+        self._model = HeadModel(folder, on_gpu=cfg.placement.gpus > 0)
+        source = replace(Source.of(cfg, folder), video=self._model.rubric.video, max_prompt_tokens=2**31)
+        self._encoder = SampleEncoder(source)
 
     def score(self, groups: Sequence[Group]) -> list[Values]:
         """One value per response; the reason where a sample's clips cannot be read."""
@@ -142,25 +129,13 @@ class RewardModelProcess:
     It starts in the background.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        cfg: JobConfig,
-        slot: Slot,
-        placement: Placement,
-        logs: Path,
-        on_event: Callable[[str], None],
-    ):
-        self._folder, self._cfg, self._slot, self._placement = folder.resolve(), cfg, slot, placement
-        self._log, self._on_event = logs / f"{slot.name}.log", on_event
+    def __init__(self, folder: Path, slot: Slot, placement: Placement):
+        self._folder, self._slot, self._placement = folder.resolve(), slot, placement
         self._start()
 
     def _start(self) -> None:
-        options = self._placement.options(self._slot)
-        self._actor: ActorHandle[Any] = (
-            ray.remote(RewardModel).options(**options).remote(self._log, self._cfg.placement.threads)
-        )
-        self._started = self._actor.start.remote(self._folder, self._cfg, self._slot.gpus > 0)
+        self._actor = self._placement.start(RewardModel, self._slot)
+        self._started = self._actor.start.remote(self._folder, self._placement.cfg)
 
     def wait_ready(self) -> None:
         """Wait until the model is loaded; raises what loading raised."""
@@ -168,17 +143,18 @@ class RewardModelProcess:
 
     def score(self, groups: Sequence[Group]) -> list[Values]:
         """As `RewardModel.score`; where the call fails or takes too long twice, the reason for every response."""
-        reason = ""
+        reason, timeout_s = "", self._placement.cfg.deadlines.model_s
         for _ in range(TRIES):
             try:
-                values: list[Values] = ray.get(self._actor.score.remote(groups), timeout=self._cfg.deadlines.model_s)
+                values: list[Values] = ray.get(self._actor.score.remote(groups), timeout=timeout_s)
                 return values
             except RayTaskError as e:
                 reason = f"{self._slot.name}: {e.cause}"  # it runs, and would say the same again
                 break
             except RayError as e:
                 reason = f"{self._slot.name}: {type(e).__name__}"
-                self._on_event(f"{reason}; it starts again, its log: {self._log}")
+                log = self._placement.logs / f"{self._slot.name}.log"
+                self._placement.on_event(f"{reason}; it starts again, its log: {log}")
                 self.stop()
                 self._start()
         return [[NoReward(reason)] * len(group.responses) for group in groups]

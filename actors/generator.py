@@ -24,13 +24,12 @@ from actors.actor_process import enter_process, set_threads
 from actors.gpu_weight_sync import weight_backend
 from actors.pump import Pump
 from rlvid.config import JobConfig
-from rlvid.rollout.engine import Refused
+from rlvid.rollout.engine import Refused, Sampling
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Prompt, Rollout
 
 if TYPE_CHECKING:
-    from rlvid.rollout.engine import Sampling
     from rlvid.rollout.hf_engine import HfEngine
     from rlvid.rollout.vllm_engine import VllmEngine
 
@@ -64,14 +63,14 @@ class Generator:
         self._pump = Pump("engine", self._step, lambda: self._has_no_step, self._exit)
         self._pump.start()
 
-    def start(self, folder: Path, cfg: JobConfig, on_gpu: bool, seed: int) -> str:
+    def start(self, folder: Path, cfg: JobConfig, seed: int) -> str:
         """Build the engine. Returns the node that it runs on."""
 
         def build() -> Engine:
             from rlvid.models.families import load_family
 
             set_threads(self._threads)
-            family = load_family(folder)
+            family, on_gpu = load_family(folder), cfg.placement.gpus > 0
             arguments = (folder, family, cfg.rollout, cfg.model.dtype, seed, on_gpu, cfg.model.lora)
             if family.vllm_module is None:
                 from rlvid.rollout.hf_engine import HfEngine
@@ -137,10 +136,7 @@ class Generator:
     ) -> list[npt.NDArray[np.float32]]:
         """Log-probs [tokens] of `tokens` as first response token to each prompt (parity check)."""
         loaded: list[Prompt] = ray.get(list(prompts))
-        values: list[npt.NDArray[np.float32]] = self._call(
-            lambda engine: [engine.first_logprobs(prompt, tokens, temperature) for prompt in loaded]
-        )
-        return values
+        return self._call(lambda engine: [engine.first_logprobs(prompt, tokens, temperature) for prompt in loaded])
 
     def weight_digest(self) -> str:
         """A hash of the weights that the engine holds."""

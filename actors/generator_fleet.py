@@ -12,10 +12,9 @@ therefore waits until a caller waits.
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -29,22 +28,19 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.fleet_growth import Growth
-from actors.fleet_replicas import Replicas, log_name
-from actors.fleet_requests import Requests
+from actors.fleet_replicas import Call, Replicas, log_name
 from actors.fleet_state import Fleet, ReplicaId, State
 from actors.generator import CONCURRENCY_GROUPS, Generator, SentBucket
 from actors.gpu_weight_sync import weight_backend
-from actors.placement import Placement, Slot
+from actors.placement import Placement
 from actors.pump import Pump
 from actors.trainer import TrainerGroup
-from rlvid.config import JobConfig
 from rlvid.errors import UserError
 from rlvid.rollout.engine import Refused
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.rollout.weights.shared_memory import SharedBucket
 from rlvid.types import Encoded, Rollout
 
-logger = logging.getLogger(__name__)
 CHECK_EVERY_S = 0.5  # deadlines
 WAIT_S = 0.2  # how long a caller waits before it looks whether the pump needs the trainer
 MESSAGES = 16  # that a replica answers at a time; more wait in its process
@@ -67,51 +63,38 @@ def _digest_of(sent: SentBucket) -> ObjectRef[str]:
 class GeneratorFleet:
     """Replicas that hold the policy's current weights and answer prompts.
 
-    Args:
-        on_event: called with one line on what happens to a replica, from the thread of the pump.
-
     Raises (from every method that waits, and from the futures of `submit`):
         UserError: no replica is left, or the engine cannot serve this checkpoint.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        cfg: JobConfig,
-        slots: Sequence[Slot],
-        placement: Placement,
-        logs: Path,
-        seed: int,
-        on_event: Callable[[str], None] = logger.warning,
-    ):
-        self._folder, self._cfg, self._placement, self._logs, self._seed = folder, cfg, placement, logs, seed
+    def __init__(self, folder: Path, placement: Placement):
+        self._folder, self._placement, self._cfg = folder, placement, placement.cfg
+        n, rollout = len(placement.slots("generator")), self._cfg.rollout
         self.fleet: Fleet[int] = Fleet(
-            len(slots),
-            min_replicas=len(slots),
-            max_replicas=max(cfg.rollout.max_replicas or 0, len(slots)),
-            max_restarts=cfg.rollout.max_restarts,
-            deadlines=cfg.deadlines,
+            n,
+            min_replicas=n,
+            max_replicas=max(rollout.max_replicas or 0, n),
+            max_restarts=rollout.max_restarts,
+            deadlines=self._cfg.deadlines,
         )
-        self._backend = weight_backend(cfg)
+        self._backend = weight_backend(self._cfg)
         self._trainer: TrainerGroup | None = None
         self._updates = 0  # of the trainer, when it gave the current version
         self._weights: list[tuple[SentBucket, str | ObjectRef[str] | None]] = []  # of the current version, so far
-        self._sent: dict[ReplicaId, tuple[int, int]] = {}  # version, and the number of its buckets that were sent
+        self._sent: dict[ReplicaId, int] = {}  # how many of them were sent to a replica
         self._checked: set[ReplicaId] = set()  # their first weights had the right checksum
         self._needs_trainer = False
         self._checked_s = time.monotonic()
         self._owner = threading.get_ident()  # the thread that may call the trainer
         self.version = CHECKPOINT_VERSION  # of the weights that replicas have or are taking
         self._pump = Pump("generator fleet", self._act)
-        self._growth = Growth(self.fleet, cfg, slots, placement, on_event)
-        # Encoders start with the first prompts: when these are answered they have their CPUs, and others may join.
-        self._requests = Requests(self.fleet, self._pump, cfg.deadlines.generate_s, self._growth.open)
-        self._replicas = Replicas(
-            self.fleet, self._pump, self._start, self._growth.leave, self._requests.give_up, on_event
-        )
-        self._growth.replicas = self._requests.replicas = self._replicas
-        if cfg.engines_sleep and not cfg.placement.gpus:
-            on_event("rollout.sleep: engines on CPU have no GPU memory to give up, they only wait for the trainer")
+        self._growth = Growth(self.fleet, placement)
+        self._replicas = Replicas(self.fleet, self._pump, self._start, self._growth.leave, placement.on_event)
+        self._growth.replicas = self._replicas
+        if self._cfg.engines_sleep and not self._cfg.placement.gpus:
+            placement.on_event(
+                "rollout.sleep: engines on CPU have no GPU memory to give up, they only wait for the trainer"
+            )
         for replica in self.fleet.members():
             self._pump.post(partial(self._replicas.start, replica))
         self._pump.start()
@@ -137,6 +120,7 @@ class GeneratorFleet:
             self.fleet.publish(version)
             self.version = version
             self._weights.clear()
+            self._sent.clear()
             self._trainer, self._updates, self._needs_trainer = trainer, trainer.updates, False
             members, node_of = self.fleet.members(), self._replicas.nodes
             return any(r not in self._checked for r in members), {node_of[r] for r in members if r in node_of}
@@ -157,8 +141,8 @@ class GeneratorFleet:
 
         def ask() -> None:
             for replica in self.fleet.members(State.READY):
-                call = self._replicas.actors[replica].sleep.remote()
-                self._replicas.track(call, "sleep", replica, self._cfg.deadlines.sync_s, lambda _: None)
+                ref = self._replicas.actors[replica].sleep.remote()
+                self._replicas.track(ref, Call("sleep", replica, self._cfg.deadlines.sync_s))
 
         self._pump.run_in_thread(ask)
         self.wait(self._pump.when(lambda: not self._replicas.awaits("sleep")))
@@ -169,7 +153,7 @@ class GeneratorFleet:
         Requests that come while weights change are answered by the first replica that has taken them. Wait with
         `collect`: a replica that comes late may need the trainer meanwhile.
         """
-        return self._requests.submit(("generate", (sampling,)), prompts)
+        return self._replicas.submit(("generate", (sampling,)), prompts)
 
     def collect(self, futures: Sequence[Future[list[Rollout] | Refused]]) -> list[list[Rollout] | Refused]:
         """Wait for what was submitted, in the order given."""
@@ -182,14 +166,14 @@ class GeneratorFleet:
     def abandon(self) -> None:
         """Give up all requests; who waits for one gets an error. For a caller that will not sync the weights any more
         that the requests may wait for."""
-        self._pump.run_in_thread(self._requests.abandon)
+        self._pump.run_in_thread(self._replicas.abandon)
 
     def first_logprobs(
         self, prompts: Sequence[Encoded], tokens: Sequence[int], temperature: float
     ) -> list[npt.NDArray[np.float32]]:
         """Log-probs [tokens] of `tokens` as first response token to each prompt (parity check)."""
         question = ("first_logprobs", (tuple(tokens), temperature))
-        return [self.wait(future) for future in self._requests.submit(question, prompts)]
+        return [self.wait(future) for future in self._replicas.submit(question, prompts)]
 
     def weight_digests(self) -> dict[str, str]:
         """Hash of the weights that each ready replica holds; equal where all have taken the same."""
@@ -253,21 +237,19 @@ class GeneratorFleet:
             self._growth.shrink()
             self._growth.grow()
         self._update_stale()
-        self._requests.hand_out()
+        self._replicas.hand_out()
         if self.fleet.is_lost:
-            most = self.fleet.max_restarts
-            raise UserError(f"no generator is left, rollout.max_restarts={most} each; see {self._logs}/generator-*.log")
+            limit, logs = f"rollout.max_restarts={self.fleet.max_restarts}", self._placement.logs
+            raise UserError(f"no generator is left, {limit} each; see {logs}/generator-*.log")
 
     def _start(self, replica: ReplicaId) -> tuple[ActorHandle[Any], ObjectRef[str]]:
         slot = self._growth.slots[replica.slot]
-        actor = (
-            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Generator)
-            .options(max_concurrency=MESSAGES, **self._placement.options(slot))
-            .remote(self._logs / log_name(replica), self._cfg.placement.threads)
+        actor = self._placement.start(
+            Generator, slot, log_name(replica), concurrency_groups=CONCURRENCY_GROUPS, max_concurrency=MESSAGES
         )
         # Another seed for each slot and restart: two engines must not sample the same noise.
-        seed = self._seed + 1000 * replica.slot + replica.restarts
-        return actor, actor.start.remote(self._folder, self._cfg, slot.gpus > 0, seed)
+        seed = self._cfg.seed + 1000 * replica.slot + replica.restarts
+        return actor, actor.start.remote(self._folder, self._cfg, seed)
 
     def _update_stale(self) -> None:
         """Send each bucket of the current version to each stale replica once; the first time with checksums."""
@@ -284,8 +266,7 @@ class GeneratorFleet:
 
     def _send(self, replica: ReplicaId, version: int) -> None:
         """One message for each bucket that the replica has not been sent."""
-        last_version, count = self._sent.get(replica, (version, 0))
-        count = count if last_version == version else 0
+        count = self._sent.get(replica, 0)
         if count == len(self._weights):
             return  # most calls by far: each event looks at all replicas
         node = self._replicas.nodes[replica]
@@ -302,5 +283,5 @@ class GeneratorFleet:
 
         for sent in self._weights[count:]:
             ref = self._replicas.actors[replica].update_weights.remote(version, [sent])
-            self._replicas.track(ref, "sync", replica, self._cfg.deadlines.sync_s, taken)
-        self._sent[replica] = (version, len(self._weights))
+            self._replicas.track(ref, Call("sync", replica, self._cfg.deadlines.sync_s, taken))
+        self._sent[replica] = len(self._weights)

@@ -5,7 +5,6 @@ The contract is in rlvid/rollout/weights. Not yet run on a GPU.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -68,9 +67,9 @@ class ReplicaClient:
         for i, (name, replica) in enumerate(self._replicas.items()):
             if name not in self.failed:
                 calls[name] = replica.transfer.remote(step, *([] if arguments is None else [arguments[i]]))
-        deadline_s = time.monotonic() + self._timeout_s
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=self._timeout_s)
         for name, call in calls.items():
             try:
-                ray.get(call, timeout=max(0.0, deadline_s - time.monotonic()))
+                ray.get(call, timeout=0)
             except Exception as e:
                 self.failed[name] = f"{step}: {e}"

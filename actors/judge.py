@@ -19,16 +19,11 @@ from typing import Protocol, TypeAlias
 from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
 from actors.roles import Roles
-from rlvid.config import JobConfig, JudgeConfig
+from rlvid.config import JudgeConfig
 from rlvid.errors import UserError
 from rlvid.files import RowFile, remembered_sha256
-from rlvid.rewards.judge_prompts import (
-    Answer,
-    PairVerdict,
-    Template,
-    pair_prompts,
-    pair_verdict,
-)
+from rlvid.rewards.judge_prompts import Answer, PairVerdict, Template, pair_prompts, pair_verdict
+from rlvid.rewards.part import NoReward
 from rlvid.rollout.engine import Refused, Sampling
 from rlvid.types import Encoded, Sample
 
@@ -69,14 +64,6 @@ class Judged:
     answers: tuple[str | None, ...]
 
 
-@dataclass(frozen=True)
-class Rating:
-    """A number, or why there is none."""
-
-    value: float | None
-    reason: str = ""
-
-
 class Judge:
     """Asks a backend, reads its answers, counts the verdicts.
 
@@ -109,27 +96,26 @@ class Judge:
         for i in range(0, len(asked), 2):
             both = answers[i : i + 2]
             judged.append(Judged(pair_verdict(*both), self.id, asked[i][0].hash, tuple(a.text for a in both)))
-        return self._counted(judged)
+        self.counters.update(j.verdict.state for j in judged)
+        self._check_invalid(next((j.verdict.reason for j in judged if not j.verdict.is_valid), ""))
+        return judged
 
-    def rate(self, prompts: Sequence[tuple[Template, Sample]], parse: Callable[[str], float | None]) -> list[Rating]:
-        """One number for each prompt.
+    def rate(
+        self, prompts: Sequence[tuple[Template, Sample]], parse: Callable[[str], float | None]
+    ) -> list[float | NoReward]:
+        """One number for each prompt, or why there is none.
 
         Raises:
             UserError: as `compare`.
         """
-        ratings = []
+        ratings: list[float | NoReward] = []
         for answer in self._answers(prompts):
             value = None if answer.text is None else parse(answer.text)
             unread = answer.failure if answer.text is None else f"no single rating in {answer.text!r:.200}"
-            ratings.append(Rating(value, unread if value is None else ""))
+            ratings.append(NoReward(unread) if value is None else value)
             self.counters["consistent" if value is not None else "failed" if answer.text is None else "unparsed"] += 1
-        self._check_invalid(next((r.reason for r in ratings if r.value is None), ""))
+        self._check_invalid(next((str(r) for r in ratings if isinstance(r, NoReward)), ""))
         return ratings
-
-    def _counted(self, judged: list[Judged]) -> list[Judged]:
-        self.counters.update(j.verdict.state for j in judged)
-        self._check_invalid(next((j.verdict.reason for j in judged if not j.verdict.is_valid), ""))
-        return judged
 
     def _check_invalid(self, reason: str) -> None:
         valid = sum(self.counters[state] for state in ("consistent", "inconsistent"))
@@ -165,10 +151,9 @@ class Judge:
             self._backend.ask(list(new.values()), keep)
 
         def answer(sample: Sample) -> Answer:
-            if sample.id not in keys:
+            if (key := keys.get(sample.id)) is None:
                 return Answer(None, UNREADABLE)
-            key = keys[sample.id]
-            return found[key] if key in found else Answer(self._cache[key]["answer"])
+            return found.get(key) or Answer(self._cache[key]["answer"])
 
         return [answer(sample) for _, sample in asked]
 
@@ -182,15 +167,24 @@ class FleetBackend:
 
     Args:
         clips: encodes for this model; None if the prompts are encoded for it already.
+        is_training: with each version of its weights it is another judge.
     """
 
-    def __init__(self, id: str, fleet: GeneratorFleet, cfg: JudgeConfig, seed: int, clips: ClipStore | None = None):
-        self._id, self._fleet, self._clips = id, fleet, clips
+    def __init__(
+        self,
+        name: str,
+        fleet: GeneratorFleet,
+        cfg: JudgeConfig,
+        seed: int,
+        clips: ClipStore | None = None,
+        is_training: bool = False,
+    ):
+        self._name, self._fleet, self._clips, self._is_training = name, fleet, clips, is_training
         self._sampling = Sampling(1, cfg.temperature, cfg.max_tokens, seed=seed)
 
     @property
     def id(self) -> str:
-        return self._id
+        return f"{self._name}, weights {self._fleet.version}" if self._is_training else self._name
 
     def ask(self, prompts: Sequence[Encoded], keep: Keep) -> None:
         own = prompts if self._clips is None else self._clips.encode([p.sample for p in prompts])
@@ -206,60 +200,39 @@ def checkpoint_id(folder: Path, memory: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
-class PolicyBackend(FleetBackend):
-    """The policy in training: with other weights it is another judge."""
-
-    def __init__(self, fleet: GeneratorFleet, cfg: JudgeConfig, seed: int):
-        super().__init__("", fleet, cfg, seed)
-        self._process = uuid.uuid4().hex[:8]  # versions of another process may be other weights
-
-    @property
-    def id(self) -> str:
-        return f"policy {self._process}, weights {self._fleet.version}"
-
-
 @contextmanager
 def open_judge(
-    judge: JudgeConfig,
-    cfg: JobConfig,
-    fleet: GeneratorFleet,
-    clips: ClipStore,
-    cache: RowFile,
-    logs: Path,
-    seed: int,
-    on_event: Callable[[str], None],
-    model: Path | None = None,
+    judge: JudgeConfig, roles: Roles, clips: ClipStore, cache: RowFile, seed: int, model: Path | None = None
 ) -> Iterator[Judge]:
     """The judge that a config names. A local model gets generators of its own, stopped at the end.
 
     Args:
-        cfg: of the job, whose engines a local judge's are like.
-        fleet: of the policy.
+        roles: of the job; a local judge's engines are like its own.
         clips: of the policy.
-        on_event: called with one line on what is waited for, and on what fails and is restarted.
-        model: the checkpoint that `fleet` serves, unless it serves weights in training.
+        model: the checkpoint that the fleet of `roles` serves, unless it serves weights in training.
     """
-    limit = judge.max_invalid_fraction, judge.key
+    place, limit = roles.placement, (judge.max_invalid_fraction, judge.key)
+    cfg, memory = place.cfg, place.cfg.data.cache_dir
     if judge.backend == "endpoint":
         from actors.judge_endpoint import EndpointBackend, probe_endpoint
 
-        probe_endpoint(judge, on_event)
-        yield Judge(EndpointBackend(judge, seed, clips.strips, on_event), clips, cache, *limit)
+        probe_endpoint(judge, place.on_event)
+        yield Judge(EndpointBackend(judge, seed, clips.strips, place.on_event), clips, cache, *limit)
         return
     if judge.backend == "policy":
-        backend: FleetBackend = PolicyBackend(fleet, judge, seed)
-        if model is not None:
-            backend = FleetBackend(f"policy {checkpoint_id(model, cfg.data.cache_dir)}", fleet, judge, seed)
+        process = uuid.uuid4().hex[:8]  # versions of another process may be other weights
+        name = f"policy {process if model is None else checkpoint_id(model, memory)}"
+        backend = FleetBackend(name, roles.fleet, judge, seed, is_training=model is None)
         yield Judge(backend, clips, cache, *limit)
         return
     assert judge.path is not None  # JudgeConfig checks it
     own_cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": judge.path, "lora": None})})
-    with Roles(judge.path, own_cfg, ("generator",), logs / "judge", cfg.seed, on_event) as roles:
+    with Roles(judge.path, own_cfg, ("generator",), place.logs / "judge", place.on_event) as own:
         own_clips = ClipStore(own_cfg, judge.path, clips.n_clips, lambda what, reason: None, clips.n_samples)
         try:
-            roles.wait_ready()
-            roles.fleet.serve_checkpoint()
-            name = f"local {checkpoint_id(judge.path, cfg.data.cache_dir)}"
-            yield Judge(FleetBackend(name, roles.fleet, judge, seed, own_clips), clips, cache, *limit)
+            own.wait_ready()
+            own.fleet.serve_checkpoint()
+            name = f"local {checkpoint_id(judge.path, memory)}"
+            yield Judge(FleetBackend(name, own.fleet, judge, seed, own_clips), clips, cache, *limit)
         finally:
             own_clips.close()

@@ -186,11 +186,8 @@ def probe_endpoint(cfg: JudgeConfig, on_event: Callable[[str], None]) -> None:
                 f"{cfg.key}.url: no judge answers at {cfg.url} ({type(e).__name__}: {e}); start it, or correct the URL"
             ) from e
     if response.status_code == 401:
-        key = (
-            f"the key in {cfg.api_key_env}"
-            if os.environ.get(cfg.api_key_env)
-            else f"no key, {cfg.api_key_env} is empty"
-        )
+        has_key = bool(os.environ.get(cfg.api_key_env))
+        key = f"the key in {cfg.api_key_env}" if has_key else f"no key, {cfg.api_key_env} is empty"
         raise UserError(f"{cfg.key}.api_key_env: {cfg.url} answers HTTP 401 to {key}")
     if response.status_code == 200:
         parse_json(cfg, response, response.content)

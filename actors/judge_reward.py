@@ -6,79 +6,68 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from actors.clip_store import ClipStore
 from actors.judge import Comparison, Judge, open_judge
 from actors.roles import Roles
-from rlvid.config import JobConfig, JudgePart
+from rlvid.config import JudgePart
 from rlvid.files import RowFile
-from rlvid.rewards.judge_prompts import SCORE, TRUST, parse_score, parse_trust, rating_prompt
+from rlvid.rewards.judge_prompts import SCORE, TRUST, Template, parse_score, parse_trust, rating_prompt
 from rlvid.rewards.part import Group, NoReward, Values
 
 RATED = {"score": (SCORE, parse_score), "trust": (TRUST, parse_trust)}
 
 
 @contextmanager
-def judged_rewards(
-    cfg: JobConfig, roles: Roles, clips: ClipStore, cache: Path, logs: Path, on_event: Callable[[str], None]
-) -> Iterator[None]:
+def judged_rewards(roles: Roles, clips: ClipStore, cache: Path) -> Iterator[None]:
     """The rewards of `roles` have the values of the judges that the config names."""
+    cfg, answers = roles.placement.cfg, RowFile(cache, "key")
     with ExitStack() as stack:
-        answers = RowFile(cache, "key")
         for part in cfg.judges:
-            opened = open_judge(part.judge, cfg, roles.fleet, clips, answers, logs, cfg.seed, on_event)
-            roles.rewards.models[part.label] = JudgeReward(part, stack.enter_context(opened))
+            judge = stack.enter_context(open_judge(part.judge, roles, clips, answers, cfg.seed))
+            roles.rewards.models[part.label] = partial(judge_values, part, judge)
         yield
 
 
-class JudgeReward:
+def judge_values(part: JudgePart, judge: Judge, groups: Sequence[Group]) -> list[Values]:
     """The values of one part."""
+    return win_rates(judge, groups) if part.mode == "win_rate" else rated(judge, groups, *RATED[part.mode])
 
-    def __init__(self, part: JudgePart, judge: Judge):
-        self._part, self._judge = part, judge
 
-    def __call__(self, groups: Sequence[Group]) -> list[Values]:
-        return self._win_rates(groups) if self._part.mode == "win_rate" else self._ratings(groups)
+def rated(
+    judge: Judge, groups: Sequence[Group], template: Template, parse: Callable[[str], float | None]
+) -> list[Values]:
+    asked = [
+        (template, rating_prompt(template, group.sample, response.text, f"{group.sample.id}#{g}.{i}"))
+        for g, group in enumerate(groups)
+        for i, response in enumerate(group.responses)
+    ]
+    ratings = iter(judge.rate(asked, parse))
+    return [list(itertools.islice(ratings, len(group.responses))) for group in groups]
 
-    def _ratings(self, groups: Sequence[Group]) -> list[Values]:
-        template, parse = RATED[self._part.mode]
-        asked = [
-            (template, rating_prompt(template, group.sample, response.text, f"{group.sample.id}#{g}.{i}"))
-            for g, group in enumerate(groups)
-            for i, response in enumerate(group.responses)
-        ]
-        ratings = iter(self._judge.rate(asked, parse))
-        return [
-            [NoReward(r.reason) if r.value is None else r.value for r in itertools.islice(ratings, len(g.responses))]
-            for g in groups
-        ]
 
-    def _win_rates(self, groups: Sequence[Group]) -> list[Values]:
-        """A pair whose orders disagree is a tie, and so are equal responses. A response without a valid verdict has no
-        value."""
-        pairs = [
-            (g, i, j)
-            for g, group in enumerate(groups)
-            for i, j in itertools.combinations(range(len(group.responses)), 2)
-        ]
-        comparisons, verdicts = {}, {}
-        for g, i, j in pairs:
-            one, other = groups[g].responses[i].text, groups[g].responses[j].text
-            if one == other:
-                verdicts[g, i, j] = 0.5
+def win_rates(judge: Judge, groups: Sequence[Group]) -> list[Values]:
+    """A pair whose orders disagree is a tie, and so are equal responses. A response without a valid verdict has no
+    value."""
+    wins, comparisons = {}, {}  # by group and the two responses: 1 if the first one wins, 0.5 for a tie
+    for g, group in enumerate(groups):
+        for (i, one), (j, other) in itertools.combinations(enumerate(group.responses), 2):
+            if one.text == other.text:
+                wins[g, i, j] = 0.5
             else:
-                sample = groups[g].sample
-                comparisons[g, i, j] = Comparison(replace(sample, id=f"{sample.id}#{g}.{i}.{j}"), (one, other))
-        reason = "no other response to compare with"
-        for pair, judged in zip(comparisons, self._judge.compare(list(comparisons.values())), strict=True):
-            if judged.verdict.is_valid:
-                winner = judged.verdict.winner
-                verdicts[pair] = 0.5 if winner is None else float(winner == 0)
-            else:
-                reason = judged.verdict.reason
-        points: list[list[list[float]]] = [[[] for _ in group.responses] for group in groups]
-        for (g, i, j), won in verdicts.items():
-            points[g][i].append(won)
-            points[g][j].append(1.0 - won)
-        return [[sum(own) / len(own) if own else NoReward(reason) for own in group] for group in points]
+                sample = replace(group.sample, id=f"{group.sample.id}#{g}.{i}.{j}")
+                comparisons[g, i, j] = Comparison(sample, (one.text, other.text))
+    reason = "no other response to compare with"
+    for pair, judged in zip(comparisons, judge.compare(list(comparisons.values())), strict=True):
+        winner = judged.verdict.winner
+        if judged.verdict.is_valid:
+            wins[pair] = 0.5 if winner is None else float(winner == 0)
+        else:
+            reason = judged.verdict.reason
+    points: list[list[list[float]]] = [[[] for _ in group.responses] for group in groups]
+    for (g, i, j), won in wins.items():
+        points[g][i].append(won)
+        points[g][j].append(1.0 - won)
+    return [[sum(own) / len(own) if own else NoReward(reason) for own in group] for group in points]

@@ -58,12 +58,9 @@ def verdict(observations: Sequence[Observation], dtype: str, temperature: float,
     problems = []
     limits = cfg.mean or LIMITS[dtype][0], cfg.at_quantile or LIMITS[dtype][1]
     for o in observations:
-        blind = [
-            side
-            for side, change in (("engine", o.engine_change), ("trainer", o.trainer_change))
-            if change < BLIND_BELOW[dtype]
-        ]
-        problems += [f"{o.name}: the {side} does not see the video: other frames, same log-probs" for side in blind]
+        for side, change in (("engine", o.engine_change), ("trainer", o.trainer_change)):
+            if change < BLIND_BELOW[dtype]:
+                problems.append(f"{o.name}: the {side} does not see the video: other frames, same log-probs")
         gaps = o.gaps(cfg.quantile)
         if not _are_within(gaps, limits):
             where = int(np.argmax(np.abs(o.engine - o.trainer)))
@@ -124,29 +121,22 @@ def check_parity(
         raise UserError("the parity check needs a sample whose clips can be read; data.train has none")
     temperature = cfg.rollout.temperature
     answers = []
-    for probe, found in zip(
-        probes,
-        fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS)),
-        strict=True,
-    ):
+    asked = fleet.generate([p.plain for p in probes], Sampling(N_RESPONSES, temperature, N_TOKENS))
+    for probe, found in zip(probes, asked, strict=True):
         if isinstance(found, Refused):
             raise UserError(f"the parity check failed: the engine refuses the prompt of {probe.name}: {found.reason}")
         answers.append(found)
-    by_trainer = trainer.logprobs(
-        [sampled_group(p.plain, r, temperature) for p, r in zip(probes, answers, strict=True)]
-    )
+    groups = [sampled_group(p.plain, r, temperature) for p, r in zip(probes, answers, strict=True)]
+    by_engine = [np.concatenate([r.logprobs for r in rollouts]) for rollouts in answers]
+    by_trainer = trainer.logprobs(groups)
     pairs = [e for p in probes if p.altered is not None for e in (p.plain, p.altered)]
+    trainer_changes = engine_changes = [math.inf] * len(probes)  # no video that a side could be blind to
     if pairs:
         trainer_changes = _changes(trainer.logprobs([_first_tokens(e, temperature) for e in pairs]))
         engine_changes = _changes(fleet.first_logprobs(pairs, FIRST_TOKENS, temperature))
-    else:  # no video that a side could be blind to
-        trainer_changes = engine_changes = [math.inf] * len(probes)
-    observations = [
-        Observation(p.name, np.concatenate([r.logprobs for r in rollouts]), scored, engine_change, trainer_change)
-        for p, rollouts, scored, engine_change, trainer_change in zip(
-            probes, answers, by_trainer, engine_changes, trainer_changes, strict=True
-        )
-    ]
+    names = [p.name for p in probes]
+    found_by_both = zip(names, by_engine, by_trainer, engine_changes, trainer_changes, strict=True)
+    observations = [Observation(*row) for row in found_by_both]
     problems = verdict(observations, cfg.model.dtype, temperature, cfg.parity)
     if problems:
         raise UserError("the parity check failed, the run does not start:\n  " + "\n  ".join(problems))

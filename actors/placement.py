@@ -7,16 +7,23 @@ trainer rank i, and they share its GPU; on CPU there is nothing to share.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlvid.config import JobConfig, PlacementConfig
 from rlvid.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,50 +32,42 @@ class Slot:
 
     role: str  # "trainer" | "generator" | "reference" | "reward_model"
     index: int
-    group: str
     cpus: float
     gpus: float
+    is_beside_trainer: bool = False  # in the group of the trainer rank of the same index
 
     @property
     def name(self) -> str:
         return f"{self.role}-{self.index}"
 
+    @property
+    def group(self) -> str:
+        return f"trainer-{self.index}" if self.is_beside_trainer else self.name
 
-def plan(cfg: JobConfig, roles: tuple[str, ...]) -> list[Slot]:
+
+def plan(cfg: JobConfig, roles: Sequence[str]) -> list[Slot]:
     """The slots of a job's actors."""
     place = cfg.placement
     sharing = [role for role in ("trainer", "generator", "reference") if role in roles and place.colocate]
     shares = place.gpus > 0 and "trainer" in sharing and len(sharing) > 1
     gpus = place.gpus / len(sharing) if shares else place.gpus
-    slots = []
-    if "trainer" in roles:
-        slots += [Slot("trainer", i, f"trainer-{i}", place.trainer_cpus, gpus) for i in range(place.trainer_workers)]
-    if "generator" in roles:
-        slots += [generator_slot(cfg, i, gpus if shares else None) for i in range(cfg.rollout.replicas)]
-    if "reference" in roles:
-        group = "trainer" if shares else "reference"
-        slots += [
-            Slot("reference", i, f"{group}-{i}", place.reference_cpus, gpus) for i in range(place.trainer_workers)
-        ]
-    if "reward_model" in roles:
-        slots += [
-            Slot("reward_model", i, f"reward_model-{i}", place.reference_cpus, place.gpus)
-            for i in range(len(cfg.reward_models))
-        ]
-    return slots
+    ranks = range(place.trainer_workers)
+    slots = [Slot("trainer", i, place.trainer_cpus, gpus) for i in ranks]
+    slots += [generator_slot(cfg, i, gpus if shares else None) for i in range(cfg.rollout.replicas)]
+    slots += [Slot("reference", i, place.reference_cpus, gpus, is_beside_trainer=shares) for i in ranks]
+    slots += [Slot("reward_model", i, place.reference_cpus, place.gpus) for i in range(len(cfg.reward_models))]
+    return [slot for slot in slots if slot.role in roles]
 
 
-def generator_slot(cfg: JobConfig, index: int, share: float | None) -> Slot:
+def generator_slot(cfg: JobConfig, index: int, share: float | None = None) -> Slot:
     """Replica `index`: in the group of trainer rank `index` with a `share` of its GPU, else in a group of its own."""
     place = cfg.placement
-    beside_trainer = share is not None and index < place.trainer_workers
-    gpus = share if share is not None and beside_trainer else place.gpus * cfg.rollout.tensor_parallel
-    return Slot(
-        "generator", index, f"trainer-{index}" if beside_trainer else f"generator-{index}", place.generator_cpus, gpus
-    )
+    if share is not None and index < place.trainer_workers:
+        return Slot("generator", index, place.generator_cpus, share, is_beside_trainer=True)
+    return Slot("generator", index, place.generator_cpus, place.gpus * cfg.rollout.tensor_parallel)
 
 
-def describe(cfg: JobConfig, roles: tuple[str, ...]) -> str:
+def describe(cfg: JobConfig, roles: Sequence[str]) -> str:
     """The plan as text, for `--dry-run`."""
     lines = [f"{s.name:<14} in group {s.group:<14} {s.cpus:g} CPU, {s.gpus:g} GPU" for s in plan(cfg, roles)]
     place = cfg.placement
@@ -78,60 +77,67 @@ def describe(cfg: JobConfig, roles: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def _cpus_beside(place: PlacementConfig) -> float:
-    return place.encoders * place.encode_cpus + place.reward_workers * place.reward_cpus
-
-
-def require_room(slots: list[Slot], place: PlacementConfig) -> None:
+def require_room(slots: Sequence[Slot], place: PlacementConfig) -> None:
     """
     Raises:
         UserError: the cluster cannot hold the plan. One that may still grow is not asked.
     """
-    need = {"CPU": sum(s.cpus for s in slots) + _cpus_beside(place), "GPU": sum(s.gpus for s in slots)}
-    have = ray.cluster_resources()
-    for kind, amount in need.items() if "RAY_ADDRESS" not in os.environ else ():
-        if amount > have.get(kind, 0.0) + 1e-6:
-            parts = _cpu_keys(slots, place) if kind == "CPU" else f"placement.gpus={place.gpus:g} for each actor"
-            raise UserError(
-                f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower some of {parts}; "
-                f"or rollout.replicas, placement.trainer_workers; or start more nodes"
-            )
-
-
-def _cpu_keys(slots: list[Slot], place: PlacementConfig) -> str:
-    """The keys that the CPUs of a plan come from, with their values."""
+    if "RAY_ADDRESS" in os.environ:
+        return
     key_of = {"reward_model": "reference"}
     counts = Counter((f"{key_of.get(slot.role, slot.role)}_cpus", slot.cpus) for slot in slots)
     counts["encode_cpus", place.encode_cpus] = place.encoders
     counts["reward_cpus", place.reward_cpus] = place.reward_workers
-    return ", ".join(f"placement.{key}={cpus:g} (of {n})" for (key, cpus), n in counts.items())
+    cpu_keys = ", ".join(f"placement.{key}={cpus:g} (of {n})" for (key, cpus), n in counts.items())
+    need = {
+        "CPU": (sum(cpus * n for (_, cpus), n in counts.items()), cpu_keys),
+        "GPU": (sum(slot.gpus for slot in slots), f"placement.gpus={place.gpus:g} for each actor"),
+    }
+    have = ray.cluster_resources()
+    for kind, (amount, keys) in need.items():
+        if amount > have.get(kind, 0.0) + 1e-6:
+            raise UserError(
+                f"the actors need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}: lower some of {keys}; "
+                f"or rollout.replicas, placement.trainer_workers; or start more nodes"
+            )
 
 
 class Placement:
-    """The placement groups of one job.
+    """The placement groups of one job, and the actors that start in them.
+
+    Attributes:
+        cfg, logs, on_event: of the job, for the roles: its config, the folder of its log files, and what is called with
+            one line when something happens to an actor, from a thread.
 
     Raises:
         UserError: the cluster cannot hold the plan.
     """
 
-    def __init__(self, slots: list[Slot], cfg: JobConfig):
-        require_room(slots, cfg.placement)
+    def __init__(
+        self, cfg: JobConfig, roles: Sequence[str], logs: Path, on_event: Callable[[str], None] = logger.warning
+    ):
+        self.cfg, self.logs, self.on_event = cfg, logs, on_event
+        self._slots = plan(cfg, roles)
+        require_room(self._slots, cfg.placement)
         self._groups: dict[str, PlacementGroup] = {}
-        self._timeout_s = cfg.deadlines.room_s
-        for name in dict.fromkeys(s.group for s in slots):
-            self._create(name, [s for s in slots if s.group == name])
+        for group in dict.fromkeys(s.group for s in self._slots):
+            self._create([s for s in self._slots if s.group == group])
 
-    def options(self, slot: Slot) -> dict[str, object]:
-        """Ray options that start an actor in its slot; a group that is not there yet (a late replica) is made."""
+    def slots(self, role: str) -> list[Slot]:
+        return [slot for slot in self._slots if slot.role == role]
+
+    def start(self, kind: type, slot: Slot, log_name: str = "", **settings: Any) -> ActorHandle[Any]:
+        """Start an actor in its slot. `kind` is made with a log file and a number of threads; `settings` are Ray's.
+
+        A group that is not there yet (a late replica) is made.
+        """
         if slot.group not in self._groups:
-            self._create(slot.group, [slot])
-        return {
-            "num_cpus": slot.cpus,
-            "num_gpus": slot.gpus,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._groups[slot.group], placement_group_bundle_index=0
-            ),
-        }
+            self._create([slot])
+        strategy = PlacementGroupSchedulingStrategy(self._groups[slot.group], placement_group_bundle_index=0)
+        place = {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "scheduling_strategy": strategy}
+        log_file = self.logs / (log_name or f"{slot.name}.log")
+        actor: ActorHandle[Any] = ray.remote(**place, **settings)(kind).remote(log_file, self.cfg.placement.threads)
+        return actor
 
     def has_room(self, slot: Slot) -> bool:
         """Ask for a slot's group, if that is not done yet, without waiting: an autoscaler sees what is pending."""
@@ -149,20 +155,20 @@ class Placement:
             remove_placement_group(group)
         self._groups.clear()
 
-    def _create(self, name: str, slots: list[Slot]) -> None:
-        bundle = _bundle(slots)
+    def _create(self, slots: Sequence[Slot]) -> None:
+        """Make the group that these slots share."""
+        name, bundle, timeout_s = slots[0].group, _bundle(slots), self.cfg.deadlines.room_s
         group = placement_group([bundle], strategy="STRICT_PACK")
-        if not group.wait(self._timeout_s):
+        if not group.wait(timeout_s):
             remove_placement_group(group)
             raise UserError(
-                f"no node has room for {name} ({bundle}) within deadlines.room_s={self._timeout_s:g}: lower the "
+                f"no node has room for {name} ({bundle}) within deadlines.room_s={timeout_s:g}: lower the "
                 f"placement.* keys or start a larger node"
             )
         self._groups[name] = group
 
 
-def _bundle(slots: list[Slot]) -> dict[str, float]:
+def _bundle(slots: Sequence[Slot]) -> dict[str, float]:
     """What the slots of one group need together."""
-    bundle = {"CPU": sum(s.cpus for s in slots)}
     gpus = sum(s.gpus for s in slots)
-    return bundle | ({"GPU": gpus} if gpus else {})
+    return {"CPU": sum(s.cpus for s in slots)} | ({"GPU": gpus} if gpus else {})

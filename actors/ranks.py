@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import ray
 from ray import ObjectRef
-from ray.actor import ActorHandle
 
 from actors.actor_process import enter_process
-from actors.placement import Placement, Slot
+from actors.placement import Placement
 from rlvid.config import JobConfig
 from rlvid.training.batch import Group
 from rlvid.types import Prompt
@@ -41,9 +39,8 @@ def fetch(groups: Sequence[GroupRef]) -> list[Group[Prompt]]:
 class Rank:
     """One rank's process. `start` meets the other ranks, so all are called at once."""
 
-    def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
+    def __init__(self, log_file: Path, threads: int | None):
         enter_process(log_file, threads)
-        self._on_gpu = on_gpu
 
     def address(self) -> str:
         """A free port on this node, for rank 0."""
@@ -52,15 +49,14 @@ class Rank:
             return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
 
     def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
-        if not self._on_gpu:
+        if not cfg.placement.gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import torch.distributed as dist
 
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
-        dist.init_process_group(
-            "nccl" if self._on_gpu else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size
-        )
-        self._checkpoint, self._cfg = folder, cfg
+        backend = "nccl" if cfg.placement.gpus else "gloo"
+        dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size)
+        self._cfg = cfg
 
 
 class RanksLost(Exception):
@@ -68,7 +64,7 @@ class RanksLost(Exception):
 
 
 class RankGroup:
-    """All ranks. Every call goes to all of them at once, since they meet in collectives.
+    """All ranks of a role. Every call goes to all of them at once, since they meet in collectives.
 
     Args:
         kind: the class of the actors.
@@ -78,34 +74,18 @@ class RankGroup:
         RanksLost: a rank's process is gone.
     """
 
-    def __init__(
-        self,
-        kind: type[Rank],
-        folder: Path,
-        cfg: JobConfig,
-        slots: Sequence[Slot],
-        placement: Placement,
-        logs: Path,
-    ):
-        self._kind, self._folder, self._cfg, self._slots = kind, folder, cfg, slots
-        self._placement, self._logs = placement, logs
-        self._role, self._log = slots[0].role, logs / f"{slots[0].name}.log"
-        self._timeout_s = cfg.deadlines.train_s
+    def __init__(self, role: str, kind: type[Rank], folder: Path, placement: Placement):
+        self._role, self._kind, self._folder, self._placement = role, kind, folder, placement
+        self._log = placement.logs / f"{role}-0.log"
         self._launch()
 
     def _launch(self) -> None:
         """Start the processes, in the background."""
-        self._ranks: list[ActorHandle[Any]] = [
-            ray.remote(self._kind)
-            .options(**self._placement.options(slot))
-            .remote(self._logs / f"{slot.name}.log", self._cfg.placement.threads, slot.gpus > 0)
-            for slot in self._slots
-        ]
-        (address,) = self._get([self._ranks[0].address.remote()], self._cfg.deadlines.room_s)
-        n = len(self._ranks)
-        self._started = [
-            rank.start.remote(address, i, n, self._folder, self._cfg) for i, rank in enumerate(self._ranks)
-        ]
+        cfg = self._placement.cfg
+        self._ranks = [self._placement.start(self._kind, slot) for slot in self._placement.slots(self._role)]
+        (address,) = self._get([self._ranks[0].address.remote()], cfg.deadlines.room_s)
+        world = len(self._ranks)
+        self._started = [rank.start.remote(address, i, world, self._folder, cfg) for i, rank in enumerate(self._ranks)]
 
     def restart(self) -> None:
         """Start all ranks again, as they were at the start, after one was lost."""
@@ -127,31 +107,31 @@ class RankGroup:
         for rank in self._ranks:
             ray.kill(rank)
 
-    def _all(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        return self._begin(method, arguments)()
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """What `method` of every rank returns for the same arguments."""
+        return self._begin(method, [arguments] * len(self._ranks))()
 
-    def _begin(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> Callable[[], list[Any]]:
-        """Call `method` of every rank; returns a function that waits for the results."""
-        each = arguments or [()] * len(self._ranks)
-        calls = [getattr(rank, method).remote(*own) for rank, own in zip(self._ranks, each, strict=True)]
-
+    def _begin(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
+        """Call `method` of every rank with arguments of its own; returns a function that waits for the results."""
+        calls = [getattr(rank, method).remote(*own) for rank, own in zip(self._ranks, arguments, strict=True)]
         return partial(self._get, calls)
 
     def _get(self, calls: Sequence[ObjectRef[Any]], timeout_s: float | None = None) -> list[Any]:
         """What the calls return, one of each rank."""
         try:
-            return list(ray.get(list(calls), timeout=timeout_s or self._timeout_s))
+            return list(ray.get(list(calls), timeout=timeout_s or self._placement.cfg.deadlines.train_s))
         except ray.exceptions.RayActorError as e:
             raise RanksLost(f"a rank of the {self._role} was lost") from e
         except ray.exceptions.RayTaskError as e:
             # A rank that loses its connection to a dead one says so before Ray knows of the death.
             ray.wait(list(calls), num_returns=len(calls), timeout=DEATH_KNOWN_S)
             for call in calls:
-                with suppress(ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
-                    try:
-                        ray.get(call, timeout=0)
-                    except ray.exceptions.RayActorError as death:
-                        raise RanksLost(f"a rank of the {self._role} was lost") from death
+                try:
+                    ray.get(call, timeout=0)
+                except ray.exceptions.RayActorError as death:
+                    raise RanksLost(f"a rank of the {self._role} was lost") from death
+                except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
+                    pass
             raise e.as_instanceof_cause() from e
 
     def _begin_scoring(self, method: str, groups: Sequence[GroupRef], *arguments: Any) -> Callable[[], list[Any]]:
@@ -161,9 +141,8 @@ class RankGroup:
         wait = self._begin(method, [([given[i] for i in indices], *arguments) for indices in order])
 
         def collect() -> list[Any]:
-            values: dict[int, Any] = {}
-            for indices, part in zip(order, wait(), strict=True):
-                values |= zip(indices, part, strict=True)
+            parts = zip(order, wait(), strict=True)
+            values = {i: value for indices, part in parts for i, value in zip(indices, part, strict=True)}
             return [values[i] for i in range(len(groups))]
 
         return collect

@@ -74,10 +74,7 @@ class Rewards:
         ]
         self._wait_ready()
         n = len(self._workers)
-        shares = [list(range(i, len(groups), n)) for i in range(n)]
-        streams = [
-            worker.score.remote([groups[i] for i in share]) for worker, share in zip(self._workers, shares, strict=True)
-        ]
+        streams = [worker.score.remote(groups[i::n]) for i, worker in enumerate(self._workers)]
         values: list[dict[str, Values]] = [{} for _ in groups]
         for part in self._parts:
             if part.name in self.models:
@@ -85,9 +82,9 @@ class Rewards:
                 scored = self.models[part.name]([groups[i] for i in covered]) if covered else []
                 for i, own_values in zip(covered, scored, strict=True):
                     values[i][part.name] = own_values
-        for number, (stream, share) in enumerate(zip(streams, shares, strict=True)):
-            for i, own in zip(share, self._finish(number, stream, [groups[i] for i in share]), strict=True):
-                values[i] |= own
+        for i, stream in enumerate(streams):
+            for own, found in zip(values[i::n], self._finish(i, stream, groups[i::n]), strict=True):
+                own.update(found)
         return [combine(self._parts, group, own) for group, own in zip(groups, values, strict=True)]
 
     def stop(self) -> None:

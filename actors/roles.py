@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 from actors.frozen_model import ReferenceGroup, RewardModelProcess
 from actors.generator_fleet import GeneratorFleet
-from actors.placement import Placement, plan
+from actors.placement import Placement
 from actors.ranks import GroupRef, LogProbs
 from actors.rewards import Rewards
 from actors.trainer import TrainerGroup
@@ -22,6 +22,7 @@ from rlvid.rewards.rules import make_parts
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+R = TypeVar("R", TrainerGroup, GeneratorFleet, ReferenceGroup, RewardModelProcess)
 
 
 class Roles:
@@ -32,7 +33,7 @@ class Roles:
     Args:
         model: checkpoint folder of the policy.
         roles: of "trainer", "generator" (which brings the rewards), "reference", "reward_model".
-        on_event: called with one line when a generator fails and is restarted, from a thread.
+        on_event: called with one line when something happens to an actor, from a thread.
     """
 
     def __init__(
@@ -41,45 +42,38 @@ class Roles:
         cfg: JobConfig,
         roles: Sequence[str],
         logs: Path,
-        seed: int,
         on_event: Callable[[str], None] = logger.warning,
     ):
-        slots = plan(cfg, tuple(roles))
-        model, logs = model.resolve(), logs.resolve()
         self._trainer: TrainerGroup | None = None
         self._fleet: GeneratorFleet | None = None
         self._rewards: Rewards | None = None
         self._reference: ReferenceGroup | None = None
-        self._model = model
+        self._model = model = model.resolve()
         self._ready: list[Callable[[], object]] = []
         with ExitStack() as stack:
-            placement = Placement(slots, cfg)
+            self.placement = placement = Placement(cfg, roles, logs.resolve(), on_event)
             stack.callback(placement.remove)
-            by_role = {role: [s for s in slots if s.role == role] for role in roles}
+
+            def starting(role: R) -> R:
+                stack.callback(role.stop)
+                self._ready.append(role.wait_ready)
+                return role
+
             if "trainer" in roles:
-                self._trainer = TrainerGroup(model, cfg, by_role["trainer"], placement, logs)
-                stack.callback(self._trainer.stop)
-                self._ready.append(self._trainer.wait_ready)
+                self._trainer = starting(TrainerGroup(model, placement))
             if "generator" in roles:
-                self._fleet = GeneratorFleet(model, cfg, by_role["generator"], placement, logs, seed, on_event)
-                stack.callback(self._fleet.stop)
-                self._ready.append(self._fleet.wait_ready)
-                models = {}
-                for part, slot in zip(cfg.reward_models, by_role.get("reward_model", ()), strict=True):
-                    scorer = RewardModelProcess(part.path, cfg, slot, placement, logs, on_event)
-                    stack.callback(scorer.stop)
-                    self._ready.append(scorer.wait_ready)
-                    models[part.label] = scorer.score
-                place, parts = cfg.placement, make_parts(cfg.rewards)
-                opening = load_family(model).opening
-                self._rewards = Rewards(
-                    parts, place.reward_workers, place.reward_cpus, opening, models, cfg.deadlines.reward_s
-                )
+                self._fleet = starting(GeneratorFleet(model, placement))
+                slots = placement.slots("reward_model")  # none in an evaluation and for a local judge
+                models = {
+                    part.label: starting(RewardModelProcess(part.path, slot, placement)).score
+                    for part, slot in zip(cfg.reward_models, slots, strict=False)
+                }
+                place, parts, opening = cfg.placement, make_parts(cfg.rewards), load_family(model).opening
+                timeout_s = cfg.deadlines.reward_s
+                self._rewards = Rewards(parts, place.reward_workers, place.reward_cpus, opening, models, timeout_s)
                 stack.callback(self._rewards.stop)
             if "reference" in roles:
-                self._reference = ReferenceGroup(model, cfg, by_role["reference"], placement, logs, on_event)
-                stack.callback(self._reference.stop)
-                self._ready.append(self._reference.wait_ready)
+                self._reference = starting(ReferenceGroup(model, placement))
             self._stack = stack.pop_all()
 
     @property
@@ -104,9 +98,7 @@ class Roles:
         Returns:
             A function that waits for them.
         """
-        if self._reference is None:
-            return self.trainer.begin_reference_logprobs(groups)
-        return self._reference.begin_logprobs(groups)
+        return (self._reference or self.trainer).begin_reference_logprobs(groups)
 
     def freeze_reference(self, folder: Path, is_resumed: bool) -> None:
         """The reference takes the policy's present weights and keeps them in `folder`, where a resumed run reads them.
@@ -119,8 +111,7 @@ class Roles:
         folder = folder.absolute()  # not resolved: it may be a link
         if self._reference is None:
             folder.mkdir(exist_ok=True)
-            take = self.trainer.load_reference if is_resumed else self.trainer.freeze_reference
-            take(folder / "adapters.safetensors")
+            self.trainer.freeze_reference(folder / "adapters.safetensors", is_resumed)
             return
         if not is_resumed:
             part = folder.with_name(f"{folder.name}.part")

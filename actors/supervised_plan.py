@@ -89,7 +89,7 @@ class TrainingRun:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._put = self._taken = self._done = 0
+        self._is_handling = False  # the driver, what it took last
         self._state: Mapping[str, Any] = {}
         self._failed: list[int] = []  # ranks that reported an error, in order of time
         self._is_stopping = False
@@ -112,10 +112,9 @@ class TrainingRun:
             return root_error(getattr(e, "worker_failures", {}), self._failed) or e, e
         return None, None
 
-    def put(self, *events: Event) -> bool:
+    def put(self, event: Event) -> bool:
         """Returns whether to stop."""
-        self._events += events
-        self._put += len(events)
+        self._events.append(event)
         return self._is_stopping
 
     def fail(self, rank: int, error: str) -> None:
@@ -129,14 +128,13 @@ class TrainingRun:
         Args:
             state: of the job after those, for a checkpoint.
         """
-        self._done, self._state = self._taken, state
         events, self._events = self._events, []
-        self._taken += len(events)
+        self._state, self._is_handling = state, bool(events)
         return events
 
     def settled_state(self) -> Mapping[str, Any] | None:
         """The job's state once the driver has handled all events; None before."""
-        return self._state if self._done == self._put else None
+        return None if self._events or self._is_handling else self._state
 
     def stop(self) -> None:
         self._is_stopping = True

@@ -67,6 +67,7 @@ class Supervised:
     """
 
     names: Mapping[str, str] = {"loss": "loss"}  # statistic of `Learner.step` -> metric
+    merges_media = False  # conversations about the same media share the forward of what they begin with
 
     @property
     def head(self) -> Head | None:
@@ -83,10 +84,13 @@ class Supervised:
     def batch(self, step: int, groups: list[Group[Prompt]]) -> tuple[list[Group[Prompt]], Objective, Metrics]:
         """This rank's groups with the arrays of the objective, the objective, and metrics of its own."""
         from rlvid.training import objectives
+        from rlvid.training.shared_media import TRAINED, merged, with_trained
 
-        (n_tokens,) = self.worker.sum(sum(g.n_tokens for g in groups))
-        weights = [np.full(g.n_tokens, 1 / n_tokens, dtype=np.float32) for g in groups]
-        return [g.with_tokens(weights=w) for g, w in zip(groups, weights, strict=True)], objectives.Supervised(), {}
+        groups = [with_trained(group) for group in groups]
+        if self.merges_media and self.worker.cfg.train.shared_prefix:
+            groups = merged(groups)
+        (n_tokens,) = self.worker.sum(sum(float(g.tokens[TRAINED].sum()) for g in groups))
+        return [g.with_tokens(weights=g.tokens[TRAINED] / n_tokens) for g in groups], objectives.Supervised(), {}
 
     def score(self, groups: list[Group[Prompt]]) -> list[Any]:
         """What an evaluation keeps of each held-out group: small values that can be pickled."""
@@ -102,8 +106,9 @@ class Supervised:
 
 
 class Answers(Supervised):
-    """Given answers, and earlier turns of the assistant, in one forward of the conversation. Conversations about the
-    same media share the forward of what they begin with."""
+    """Given answers, and earlier turns of the assistant, in one forward of the conversation."""
+
+    merges_media = True
 
     def __init__(self, cfg: SftConfig):
         self._cfg = cfg
@@ -111,16 +116,6 @@ class Answers(Supervised):
     def group(self, prompt: Prompt, example: Example) -> Group[Prompt]:
         group = super().group(prompt, example)
         return replace(group, in_prompt=trained_turns(example.sample, prompt, self._cfg.loss))
-
-    def batch(self, step: int, groups: list[Group[Prompt]]) -> tuple[list[Group[Prompt]], Objective, Metrics]:
-        from rlvid.training import objectives
-        from rlvid.training.shared_media import TRAINED, merged, with_trained
-
-        groups = [with_trained(group) for group in groups]
-        if self.worker.cfg.train.shared_prefix:
-            groups = merged(groups)
-        (n_tokens,) = self.worker.sum(sum(float(g.tokens[TRAINED].sum()) for g in groups))
-        return [g.with_tokens(weights=g.tokens[TRAINED] / n_tokens) for g in groups], objectives.Supervised(), {}
 
 
 def trained_turns(sample: Sample, prompt: Prompt, loss: str) -> tuple[Span, ...]:
@@ -237,7 +232,7 @@ class Preferred(Supervised):
             return groups
         names = [g.prompt.sample_id for g in groups]
         known = self._known
-        if self.worker.sum(any(name not in known for name in names))[0]:  # all ranks score together
+        if self.worker.any(any(name not in known for name in names)):  # all ranks score together
             known = dict(zip(names, self._reference_logprobs(groups), strict=True))
             self._known |= known if is_kept else {}
         return [g.with_tokens(ref_logprobs=known[name]) for g, name in zip(groups, names, strict=True)]
@@ -258,31 +253,24 @@ class Preferred(Supervised):
     def _reference_logprobs(self, groups: Sequence[Group[Prompt]]) -> list[LogProbs]:
         if self._is_own_reference:
             return self.worker.learner.reference_logprobs(groups)
-        return list(self._load_frozen().logprobs(groups))
-
-    def _load_frozen(self) -> Any:
-        from rlvid.training.frozen import FrozenPolicy
-
         if self._frozen is None:
+            from rlvid.training.frozen import FrozenPolicy
+
             cfg = self.worker.cfg
             self._frozen = FrozenPolicy(self.reference, self.worker.family, cfg.model, cfg.train)
-        return self._frozen
+        return list(self._frozen.logprobs(groups))
 
     def _precompute(self, file: Path) -> None:
         """Score all pairs once, spread over the ranks; rank 0 writes the file."""
         from safetensors.numpy import save_file
 
-        own: dict[str, LogProbs] = {}
-        for groups in self.worker.chunks("all", SCORED_AT_A_TIME):
-            own |= {g.prompt.sample_id: x for g, x in zip(groups, self._reference_logprobs(groups), strict=True)}
-        parts = self.worker.gather(own)
+        scored = self.worker.by_sample(self.worker.chunks("all", SCORED_AT_A_TIME), self._reference_logprobs)
         if self.worker.rank == 0:
             part = file.with_suffix(".part")
-            save_file({name: values for scored in parts for name, values in scored.items()}, part)
+            save_file(scored, part)
             part.replace(file)
         self.worker.sum(0)  # all ranks wait for the file
-        if not self._is_own_reference:
-            self._frozen = None  # its memory is free while training
+        self._frozen = None  # its memory is free while training
 
 
 def prompt_of(sample: Sample) -> tuple[Any, ...]:
@@ -363,10 +351,19 @@ class ScoreText(RewardModel):
     """Scores as generated text. An answer that is not exactly in the form of scores is counted as unparsed."""
 
     def score(self, groups: list[Group[Prompt]]) -> list[Any]:
-        worker = self.worker
-        prompts = [g.prompt for g in groups]
-        texts = worker.answers(prompts, worker.cfg.rollout.max_tokens, ANSWERED_AT_A_TIME)
-        return [self._parsed(text) for text in texts]
+        from rlvid.rollout.hf_engine import PlainEngine
+
+        worker, prompts = self.worker, [g.prompt for g in groups]
+        learner, cfg = worker.learner, worker.cfg
+        engine = PlainEngine(learner.policy.network, worker.family, learner.policy.most)
+        scores: list[dict[str, float] | None] = []
+        learner.engine.eval()
+        for at in range(0, max(worker.gather(len(prompts))), ANSWERED_AT_A_TIME):
+            part = prompts[at : at + ANSWERED_AT_A_TIME] or prompts[:1]  # all ranks answer together
+            answers = engine.answers(part, cfg.rollout.max_tokens)
+            scores += [self._parsed(worker.family.decode(answer.tolist())) for answer in answers]
+        learner.engine.train()
+        return scores[: len(prompts)]
 
     def _parsed(self, text: str) -> dict[str, float] | None:
         try:

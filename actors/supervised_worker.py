@@ -12,9 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -111,6 +110,44 @@ def work(config: dict[str, Any]) -> None:
         raise
 
 
+class Best:
+    """The best evaluation so far, by `evaluate.best`. A file beside the exported model says which it is, so that a
+    restart compares with it."""
+
+    def __init__(self, plan: Plan):
+        self._cfg, self._file = plan.cfg.evaluate, plan.out.with_name(f"{plan.out.name}.best.json")
+        self.found: dict[str, Any] = {}  # its step, value and metric, once there is one
+        if plan.out.exists() and plan.checkpoints.newest() is not None and self._file.exists():
+            kept = json.loads(self._file.read_text())
+            self.found = kept if kept["metric"] == self._cfg.best else {}
+
+    def is_beaten(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is better.
+
+        Raises:
+            UserError: it does not measure `evaluate.best`.
+        """
+        name = self._cfg.best
+        if name is None:
+            return False
+        if name not in metrics:
+            raise UserError(f"evaluate.best={name}: this job's evaluation measures {', '.join(sorted(metrics))}")
+        value, sign = metrics[name], -1 if name == "loss" else 1
+        # a rank correlation of constant columns is NaN
+        return math.isfinite(value) and (not self.found or sign * value > sign * self.found["value"])
+
+    def replace(self, step: int, metrics: Mapping[str, float], is_written: bool) -> None:
+        self.found = {"step": step, "value": metrics[str(self._cfg.best)], "metric": self._cfg.best}
+        if is_written:
+            write_atomic(self._file, json.dumps(self.found))
+
+    def is_stale(self, step: int) -> bool:
+        """Whether `evaluate.patience` is over."""
+        if not (self._cfg.patience and self.found):
+            return False
+        return bool(step - self.found["step"] >= self._cfg.patience * self._cfg.every)
+
+
 class Worker:
     """One rank of a supervised training.
 
@@ -133,15 +170,15 @@ class Worker:
         self.learner = Learner(plan.model, self.family, self.cfg.model, self.cfg.train, self.task.head)
         self._unfinished: Unfinished | None = None
         self._kept: list[list[Group[Prompt]]] = []  # the held-out groups, if they are small enough
-        self._best = self.gather(self._read_best() if self.rank == 0 else None)[0]
+        self._best: Best = self.gather(Best(plan) if self.rank == 0 else None)[0]
 
     def work(self) -> None:
         newest = self.plan.checkpoints.newest()
         if newest is not None:
             self.learner.load(newest.path)
-        start = done = newest.step if newest else 0
+        start = newest.step if newest else 0
         self.task.start(self)
-        if self._agree(self.report("started", {"world": self.world, "step": start})):
+        if self.any(self.report("started", {"world": self.world, "step": start})):
             return
         self._evaluate(start)  # if the run was stopped between the checkpoint and it
         self.report("stage", "training")
@@ -150,7 +187,7 @@ class Worker:
         for step, share in itertools.groupby(shares, key=lambda item: item[0]):
             metrics = self._train(step, itertools.islice(rows, len(list(share))))
             done = step + 1
-            is_stopping = self._agree(self.report("step", {"step": done, **metrics}))
+            is_stopping = self.any(self.report("step", {"step": done, **metrics}))
             is_last = done == self.cfg.train.steps
             self._end_checkpoint(is_waiting=False)
             if done % self.cfg.run.checkpoint_every == 0 or is_last or is_stopping:
@@ -162,11 +199,11 @@ class Worker:
             if not is_last and not self.cfg.evaluate.best and exports_after(done, self.cfg.run):
                 self._export()
             self._evaluate(done)
-            if self._is_stale(done):
-                self.report("note", f"stopped early: no evaluation since step {self._best['step']} is better")
+            if self._best.is_stale(done):
+                self.report("note", f"stopped early: no evaluation since step {self._best.found['step']} is better")
                 break
         self._end_checkpoint()
-        if self._best is None:
+        if not self._best.found:
             self._export()
 
     def _train(self, step: int, rows: Iterator[dict[str, Any]]) -> dict[str, float]:
@@ -174,7 +211,7 @@ class Worker:
         train, begin_s = self.cfg.train, time.monotonic()
         groups = self._groups(rows, self.plan.train)
         read_s = time.monotonic()
-        if self.sum(not groups)[0]:
+        if self.any(not groups):
             return {"is_left_out": 1.0}
         groups, objective, metrics = self.task.batch(step, groups)
         lr = train.lr * lr_multiplier(step, train.steps, train.warmup_steps, train.schedule)
@@ -188,51 +225,20 @@ class Worker:
             return
         begin_s = time.monotonic()
         self.report("stage", "evaluating")
-        own: dict[str, Any] = {}
-        for groups in self._held_out():
-            own |= {g.prompt.sample_id: x for g, x in zip(groups, self.task.score(groups), strict=True)}
-        scored = {name: x for part in self.gather(own) for name, x in part.items()}
+        scored = self.by_sample(self._held_out(), self.task.score)
         examples = [e for e in self.plan.held_out if e.sample.id in scored]
         if examples:
             metrics = self.task.summarize(examples, [scored[e.sample.id] for e in examples])
-            self._keep_best(step, metrics)
-            if self._best is not None:
-                metrics |= {"best": self._best["value"], "best_step": self._best["step"]}
+            if self._best.is_beaten(metrics):  # all ranks have the same metrics
+                self._export()
+                self._best.replace(step, metrics, is_written=self.rank == 0)
+            if self._best.found:
+                metrics |= {"best": self._best.found["value"], "best_step": self._best.found["step"]}
             named = {f"eval/{name}": value for name, value in metrics.items()}
             self.report("evaluation", {"step": step, **named, "time/evaluation": time.monotonic() - begin_s})
         else:
             self.report("note", "no evaluation: no held-out sample has readable clips")
         self.report("stage", "training")
-
-    def _keep_best(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Export the model if it is the best so far by `evaluate.best`. All ranks have the same metrics."""
-        name = self.cfg.evaluate.best
-        if name is None:
-            return
-        if name not in metrics:
-            raise UserError(f"evaluate.best={name}: this job's evaluation measures {', '.join(sorted(metrics))}")
-        value, sign = metrics[name], -1 if name == "loss" else 1
-        # a rank correlation of constant columns is NaN
-        if not math.isfinite(value) or (self._best is not None and sign * value <= sign * self._best["value"]):
-            return
-        self._export()
-        self._best = {"step": step, "value": value, "metric": name}
-        if self.rank == 0:
-            write_atomic(self._best_file, json.dumps(self._best))
-
-    def _is_stale(self, step: int) -> bool:
-        cfg = self.cfg.evaluate
-        return bool(cfg.patience and self._best and step - self._best["step"] >= cfg.patience * cfg.every)
-
-    @property
-    def _best_file(self) -> Path:
-        """Says what the exported model is, so that a restart compares with it."""
-        return self.plan.out.with_name(f"{self.plan.out.name}.best.json")
-
-    def _read_best(self) -> dict[str, Any] | None:
-        has_model = self.plan.out.exists() and self.plan.checkpoints.newest() is not None
-        kept = json.loads(self._best_file.read_text()) if has_model and self._best_file.exists() else None
-        return kept if kept and kept["metric"] == self.cfg.evaluate.best else None
 
     # --- data
 
@@ -263,12 +269,13 @@ class Worker:
             yield from self._kept
             return
         kept: list[list[Group[Prompt]]] = []
+        n_bytes = 0
         for groups in self.chunks("held_out", self.cfg.evaluate.batch_size):
-            kept.append(groups)
-            if sum(g.prompt.patches.nbytes for part in kept for g in part) > KEPT_BYTES:
-                kept.clear()
+            n_bytes += sum(g.prompt.patches.nbytes for g in groups)
+            if n_bytes <= KEPT_BYTES:
+                kept.append(groups)
             yield groups
-        self._kept = kept if self.sum(not kept)[0] == 0 else []
+        self._kept = [] if self.any(n_bytes > KEPT_BYTES) else kept
 
     # --- for the task
 
@@ -279,24 +286,20 @@ class Worker:
         largest_share = -(-len(examples) // self.world)
         for _ in range(0, largest_share, size):
             groups = self._groups(itertools.islice(rows, size), examples)
-            if self.sum(not groups)[0]:
+            if self.any(not groups):
                 gathered = self.gather(groups[:1])  # by all ranks, those with groups too
                 groups = groups or next((others for others in gathered if others), [])
             if groups:
                 yield groups
 
-    def answers(self, prompts: Sequence[Prompt], max_tokens: int, size: int) -> list[str]:
-        """Greedy answers under the current weights, `size` at a time. All ranks call this together."""
-        from rlvid.rollout.hf_engine import PlainEngine
-
-        engine = PlainEngine(self.learner.policy.network, self.family, self.learner.policy.most)
-        texts: list[str] = []
-        self.learner.engine.eval()
-        for at in range(0, max(self.gather(len(prompts))), size):
-            ids = engine.answers(prompts[at : at + size] or prompts[:1], max_tokens)
-            texts += [self.family.decode(answer.tolist()) for answer in ids]
-        self.learner.engine.train()
-        return texts[: len(prompts)]
+    def by_sample(
+        self, parts: Iterable[list[Group[Prompt]]], score: Callable[[list[Group[Prompt]]], Sequence[Any]]
+    ) -> dict[str, Any]:
+        """What `score` returns for each group, by the id of its sample, of all ranks. They call this together."""
+        own: dict[str, Any] = {}
+        for groups in parts:
+            own |= {g.prompt.sample_id: value for g, value in zip(groups, score(groups), strict=True)}
+        return {name: value for of_rank in self.gather(own) for name, value in of_rank.items()}
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks, which call this together."""
@@ -306,6 +309,10 @@ class Worker:
         total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.learner.device)
         dist.all_reduce(total)
         return [float(v) for v in total]
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank. All ranks call this together."""
+        return self.sum(value)[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, which call this together."""
@@ -321,24 +328,17 @@ class Worker:
 
     # --- checkpoints
 
-    def _agree(self, is_stopping: bool) -> bool:
-        return bool(self.sum(is_stopping)[0])
-
     def _begin_checkpoint(self, step: int) -> None:
         """All ranks write into one folder; rank 0 opens and closes it."""
-        import torch.distributed as dist
-
         self._end_checkpoint()
-        state = self._settled_state() if self.rank == 0 else {}
         with ExitStack() as stack:
-            folder = [""]
+            opened, state = None, {}
             if self.rank == 0:
-                writing = self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints)
-                folder = [str(stack.enter_context(writing))]
-            dist.broadcast_object_list(folder, src=0)
-            self.learner.begin_save(Path(folder[0]))
-            state = {**state, "trainer_workers": self.world}
-            self._unfinished = Unfinished(step, Path(folder[0]), state, stack.pop_all())
+                state = {**self._settled_state(), "trainer_workers": self.world}
+                opened = stack.enter_context(self.plan.checkpoints.writing(step, self.cfg.run.keep_checkpoints))
+            folder = self.gather(opened)[0]
+            self.learner.begin_save(folder)
+            self._unfinished = Unfinished(step, folder, state, stack.pop_all())
 
     def _end_checkpoint(self, is_waiting: bool = True) -> None:
         """Complete the checkpoint that is being written, if there is one.
@@ -347,7 +347,7 @@ class Worker:
             is_waiting: off, only if all of it is on the disk.
         """
         unfinished = self._unfinished
-        if unfinished is None or (not is_waiting and self.sum(not self.learner.is_saved)[0]):
+        if unfinished is None or (not is_waiting and self.any(not self.learner.is_saved)):
             return
         self._unfinished = None
         with unfinished.files:

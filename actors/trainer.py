@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 
 from actors.generator import SentBucket
 from actors.gpu_weight_sync import ReplicaClient, weight_backend
-from actors.placement import Placement, Slot
+from actors.placement import Placement
 from actors.ranks import GroupRef, LogProbs, Rank, RankGroup, balance_indices, fetch
 from rlvid.config import JobConfig
 from rlvid.errors import UserError
@@ -22,17 +22,11 @@ from rlvid.rollout.weights.shared_memory import SharedBuckets
 from rlvid.training.objectives import Objective
 
 LOGPROBS, VALUES = "old_logprobs", "values"  # arrays of tokens that the trainer computes
-CRITIC = "critic"  # folder, in a checkpoint and in a run
+POLICY, CRITIC = "", "critic"  # the models of a trainer, by their folder in a checkpoint
 
 
 class TrainerRank(Rank):
-    """One DeepSpeed rank."""
-
-    def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
-        super().__init__(log_file, threads, on_gpu)
-        self._sender: Any = None
-        self._shared: SharedBuckets | None = None
-        self._node = str(ray.get_runtime_context().get_node_id())
+    """One DeepSpeed rank: the policy, and a critic where it has a network of its own."""
 
     def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: JobConfig) -> None:
         super().start(address, rank, world_size, folder, cfg)
@@ -40,56 +34,53 @@ class TrainerRank(Rank):
         from rlvid.models.heads import VALUE
         from rlvid.training.learner import Learner
 
-        head = VALUE if cfg.critic == "shared" else None
-        self._learner = Learner(folder, load_family(folder), cfg.model, cfg.train, head, is_policy=True)
-        self._critic: Learner | None = None
+        self._sender: Any = None
+        self._shared: SharedBuckets | None = None
+        self._node = str(ray.get_runtime_context().get_node_id())
+        family, head = load_family(folder), VALUE if cfg.critic == "shared" else None
+        self._policy = Learner(folder, family, cfg.model, cfg.train, head, is_policy=True)
+        self._learners, self._sources = {POLICY: self._policy}, {POLICY: folder}
         if cfg.critic == "own":
-            self._critic_folder = cfg.critic_path or folder
-            family = load_family(self._critic_folder)
-            if family.tokenizer.get_vocab() != load_family(folder).tokenizer.get_vocab():
+            source = cfg.critic_path or folder
+            critic_family = load_family(source)
+            if critic_family.tokenizer.get_vocab() != family.tokenizer.get_vocab():
                 raise UserError(
-                    f"ppo.critic_path: {self._critic_folder} has another tokenizer than the policy in {folder}, whose "
+                    f"ppo.critic_path: {source} has another tokenizer than the policy in {folder}, whose "
                     f"prompts and responses the critic reads: give a model of the same family"
                 )
-            self._critic = Learner(self._critic_folder, family, cfg.model, cfg.train, VALUE)
+            self._learners[CRITIC] = Learner(source, critic_family, cfg.model, cfg.train, VALUE)
+            self._sources[CRITIC] = source
 
-    def step(
-        self, groups: Sequence[GroupRef], objective: Objective, lr: float, head_lr: float | None = None
-    ) -> dict[str, float]:
-        return self._learner.step(fetch(groups), objective, lr, head_lr)
-
-    def critic_step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
-        assert self._critic is not None
-        return self._critic.step(fetch(groups), objective, lr)
+    def step(self, model: str, groups: Sequence[GroupRef], *arguments: Any) -> dict[str, float]:
+        return self._learners[model].step(fetch(groups), *arguments)
 
     def scores(self, groups: Sequence[GroupRef], names: Collection[str]) -> list[dict[str, npt.NDArray[np.float32]]]:
         """Log-probs and values, in one pass where one network has both."""
         loaded = fetch(groups)
         found: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in loaded]
-        if LOGPROBS in names or self._critic is None:
-            for own, outputs in zip(found, self._learner.outputs(loaded), strict=True):
+        critic = self._learners.get(CRITIC)
+        if LOGPROBS in names or critic is None:
+            for own, outputs in zip(found, self._policy.outputs(loaded), strict=True):
                 own |= zip((LOGPROBS, VALUES), outputs.reshape(len(outputs), -1).T, strict=False)
-        if VALUES in names and self._critic is not None:
-            for own, outputs in zip(found, self._critic.outputs(loaded), strict=True):
+        if VALUES in names and critic is not None:
+            for own, outputs in zip(found, critic.outputs(loaded), strict=True):
                 own[VALUES] = outputs[:, 0]
         return [{name: np.ascontiguousarray(own[name]) for name in names} for own in found]
 
     def reference_logprobs(self, groups: Sequence[GroupRef]) -> LogProbs:
-        outputs = self._learner.reference_logprobs(fetch(groups))
+        outputs = self._policy.reference_logprobs(fetch(groups))
         return [own if own.ndim == 1 else np.ascontiguousarray(own[:, 0]) for own in outputs]
 
-    def freeze_reference(self, file: Path) -> None:
-        self._learner.reference.freeze(file)
-
-    def load_reference(self, file: Path) -> None:
-        self._learner.reference.load(file)
+    def freeze_reference(self, file: Path, is_resumed: bool) -> None:
+        reference = self._policy.reference
+        (reference.load if is_resumed else reference.freeze)(file)
 
     def put_weights(self, is_checked: bool, nodes: Collection[str]) -> Iterator[tuple[SentBucket, str | None]]:
         """Put the weights where the nodes can read them: (bucket, digest if asked for), each reported as soon as it is
         there. Rank 0 puts; under ZeRO-3 all ranks gather."""
         import torch.distributed as dist
 
-        parts = self._learner.weight_parts(BUCKET_BYTES)
+        parts = self._policy.weight_parts(BUCKET_BYTES)
         if dist.get_rank() == 0:
             put: Callable[[Bucket], SentBucket] = ray.put
             if set(nodes) == {self._node}:
@@ -98,7 +89,7 @@ class TrainerRank(Rank):
                 put = self._shared.write
             for bucket in to_buckets(parts):
                 yield put(bucket), bucket.digest() if is_checked else None
-        elif self._learner.cfg.zero_stage == 3:
+        elif self._policy.cfg.zero_stage == 3:
             for _ in parts:
                 pass
 
@@ -112,59 +103,51 @@ class TrainerRank(Rank):
             vllm_plugin.register()  # before the first import of vLLM
             from rlvid.rollout.weights.gpu_sender import GpuSender
 
-            host, backend = ray.util.get_node_ip_address(), weight_backend(self._cfg)
-            self._sender = GpuSender(
-                backend, self._learner, dist.get_rank(), host, self._cfg, open_client=ReplicaClient
-            )
-        failed: dict[str, str] = self._sender.send(version, replicas)
-        return failed
+            backend, rank, host = weight_backend(self._cfg), dist.get_rank(), ray.util.get_node_ip_address()
+            self._sender = GpuSender(backend, self._policy, rank, host, self._cfg, open_client=ReplicaClient)
+        return dict(self._sender.send(version, replicas))
 
     def begin_save(self, folder: Path) -> None:
-        self._learner.begin_save(folder)
-        if self._critic is not None:
-            self._critic.begin_save(folder / CRITIC)
+        for name, learner in self._learners.items():
+            learner.begin_save(folder / name)
 
     def is_saved(self) -> bool:
-        return self._learner.is_saved and (self._critic is None or self._critic.is_saved)
+        return all(learner.is_saved for learner in self._learners.values())
 
     def end_save(self) -> None:
-        self._learner.end_save()
-        if self._critic is not None:
-            self._critic.end_save()
+        for learner in self._learners.values():
+            learner.end_save()
 
     def load(self, folder: Path) -> None:
-        self._learner.load(folder)
-        if self._critic is not None:
-            self._critic.load(folder / CRITIC)
+        for name, learner in self._learners.items():
+            learner.load(folder / name)
 
-    def export(self, folder: Path) -> None:
-        self._learner.export(folder, self._checkpoint)
-
-    def export_critic(self, folder: Path) -> None:
-        assert self._critic is not None
-        self._critic.export(folder, self._critic_folder)
+    def export(self, model: str, folder: Path) -> None:
+        self._learners[model].export(folder, self._sources[model])
 
 
 class TrainerGroup(RankGroup):
     """All ranks of the trainer."""
 
-    def __init__(self, folder: Path, cfg: JobConfig, slots: Sequence[Slot], placement: Placement, logs: Path):
-        super().__init__(TrainerRank, folder, cfg, slots, placement, logs)
+    def __init__(self, folder: Path, placement: Placement):
+        super().__init__("trainer", TrainerRank, folder, placement)
         self.updates = 0  # how often the weights have changed
-        self.has_own_critic = cfg.critic == "own"
+        self.has_own_critic = placement.cfg.critic == "own"
 
     def step(
         self, groups: Sequence[GroupRef], objective: Objective, lr: float, head_lr: float | None = None
     ) -> dict[str, float]:
         """One optimizer step of the policy on a mini-batch. Statistics are those of `Learner.step`."""
         self.updates += 1
-        shares = balance(groups, len(self._ranks))
-        return dict(self._all("step", [(share, objective, lr, head_lr) for share in shares])[0])
+        return self._step(POLICY, groups, objective, lr, head_lr)
 
     def critic_step(self, groups: Sequence[GroupRef], objective: Objective, lr: float) -> dict[str, float]:
         """The same of a critic of its own."""
+        return self._step(CRITIC, groups, objective, lr)
+
+    def _step(self, model: str, groups: Sequence[GroupRef], *arguments: Any) -> dict[str, float]:
         shares = balance(groups, len(self._ranks))
-        return dict(self._all("critic_step", [(share, objective, lr) for share in shares])[0])
+        return dict(self._begin("step", [(model, share, *arguments) for share in shares])()[0])
 
     def scored(self, groups: Sequence[GroupRef], *names: str) -> list[GroupRef]:
         """The groups with arrays of their tokens under the current weights: `LOGPROBS`, `VALUES`, or both."""
@@ -180,12 +163,9 @@ class TrainerGroup(RankGroup):
         waits for them."""
         return self._begin_scoring("reference_logprobs", groups)
 
-    def freeze_reference(self, file: Path) -> None:
-        """From now on the reference has the current adapters; they are kept in `file`."""
-        self._all("freeze_reference", [(file,)] * len(self._ranks))
-
-    def load_reference(self, file: Path) -> None:
-        self._all("load_reference", [(file,)] * len(self._ranks))
+    def freeze_reference(self, file: Path, is_resumed: bool) -> None:
+        """From now on the reference has the current adapters, kept in `file`; in a resumed run those of the file."""
+        self._all("freeze_reference", file, is_resumed)
 
     def put_weights(self, is_checked: bool, nodes: Collection[str] = ()) -> Iterator[tuple[SentBucket, str | None]]:
         """The weights, with digests if they are to be checked on arrival. A bucket comes as soon as it is there, while
@@ -196,13 +176,14 @@ class TrainerGroup(RankGroup):
                 next call; else in the object store.
         """
         streams = [rank.put_weights.remote(is_checked, nodes) for rank in self._ranks]
+        ends = [stream.completed() for stream in streams]
         try:
             for sent in streams[0]:
                 yield ray.get(sent)
         except ray.exceptions.RayError:
-            self._get([stream.completed() for stream in streams])  # raises it as what it is
+            self._get(ends)  # raises it as what it is
             raise
-        self._get([stream.completed() for stream in streams])
+        self._get(ends)
 
     def send_weights(self, version: int, replicas: Mapping[str, ActorHandle[Any]], timeout_s: float) -> dict[str, str]:
         """Send the weights from GPU to GPU. Returns the replicas that did not take them, with the reason.
@@ -212,17 +193,16 @@ class TrainerGroup(RankGroup):
         """
         calls = [rank.send_weights.remote(version, replicas) for rank in self._ranks]
         try:
-            failed: dict[str, str] = self._get(calls, timeout_s)[0]
+            return dict(self._get(calls, timeout_s)[0])
         except ray.exceptions.GetTimeoutError as e:
             raise RuntimeError(
                 f"weights {version} were not taken within deadlines.sync_s={timeout_s:g} by "
                 f"{', '.join(replicas)}; start the job again, it resumes from its last checkpoint"
             ) from e
-        return failed
 
     def begin_save(self, folder: Path) -> None:
         """Copy weights and optimizer to the host; they are written to `folder` in the background, until `end_save`."""
-        self._all("begin_save", [(folder,)] * len(self._ranks))
+        self._all("begin_save", folder)
 
     def is_saved(self) -> bool:
         """Whether all is written."""
@@ -233,13 +213,13 @@ class TrainerGroup(RankGroup):
 
     def load(self, folder: Path) -> None:
         self.updates += 1
-        self._all("load", [(folder,)] * len(self._ranks))
+        self._all("load", folder)
 
     def export(self, folder: Path) -> None:
-        self._all("export", [(folder,)] * len(self._ranks))
+        self._all("export", POLICY, folder)
 
     def export_critic(self, folder: Path) -> None:
-        self._all("export_critic", [(folder,)] * len(self._ranks))
+        self._all("export", CRITIC, folder)
 
 
 def balance(groups: Sequence[GroupRef], n: int) -> list[list[GroupRef]]:

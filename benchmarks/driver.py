@@ -88,7 +88,7 @@ class InstantGenerator:
         self._version = -1
         self._rng = np.random.default_rng(os.getpid())
 
-    def start(self, folder: Path, cfg: GrpoJobConfig, on_gpu: bool, seed: int) -> None:
+    def start(self, folder: Path, cfg: GrpoJobConfig, seed: int) -> None:
         longest = RESPONSE_TOKENS[1]
         self._ids = self._rng.integers(0, 150_000, longest, dtype=np.int32)
         self._logprobs = -self._rng.random(longest, dtype=np.float32)
@@ -121,7 +121,7 @@ class InstantGenerator:
 class InstantTrainer:
     """A rank that returns values of the shape of a real rank's at once."""
 
-    def __init__(self, log_file: Path, threads: int | None, on_gpu: bool):
+    def __init__(self, log_file: Path, threads: int | None):
         pass
 
     def address(self) -> str:
@@ -130,7 +130,7 @@ class InstantTrainer:
     def start(self, address: str, rank: int, world_size: int, folder: Path, cfg: GrpoJobConfig) -> None:
         pass
 
-    def step(self, groups: Sequence[Any], objective: object, lr: float) -> dict[str, float]:
+    def step(self, model: str, groups: Sequence[Any], objective: object, lr: float, head_lr: None) -> dict[str, float]:
         names = "loss grad_norm entropy ratio kl_to_old clip_low clip_high logprob_gap skipped"
         return dict.fromkeys(names.split(), float(len(groups))) | {"lr": lr}
 
@@ -160,7 +160,7 @@ class Steps:
         )
         self.clips = ClipStore(self.cfg, model, max(PROMPTS), on_bad=lambda path, reason: None)
         stack.callback(self.clips.close)
-        self.roles = stack.enter_context(Roles(model, self.cfg, ("trainer", "generator"), folder / "logs", seed=0))
+        self.roles = stack.enter_context(Roles(model, self.cfg, ("trainer", "generator"), folder / "logs"))
         run_folder = RunFolder(self.cfg.run.dir)
         stack.enter_context(run_folder.start(self.cfg, "grpo"))
         run_folder.rewind(None)

@@ -96,7 +96,7 @@ class RlvidSide:
             }
         )
         self.family = family_of(model)
-        self.roles = Roles(model, self.cfg, JOBS["grpo"].roles(self.cfg), logs, seed=0)
+        self.roles = Roles(model, self.cfg, JOBS["grpo"].roles(self.cfg), logs)
         self.roles.wait_ready()
         self.steps = 0
         self.roles.fleet.sync(self.roles.trainer, 0)

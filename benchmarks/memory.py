@@ -203,7 +203,7 @@ def prompt(folder: Path) -> dict[str, float]:
     worst = 0.0
     with ray_session(GIB), ExitStack() as stack:
         team = stack.enter_context(
-            Roles(model, GrpoJobConfig.model_validate(keys), ("trainer", "generator"), folder / "logs", seed=0)
+            Roles(model, GrpoJobConfig.model_validate(keys), ("trainer", "generator"), folder / "logs")
         )
         team.wait_ready()
         team.fleet.sync(team.trainer, 0)

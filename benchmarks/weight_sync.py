@@ -80,7 +80,7 @@ def measure(shape: Shape, folder: Path, rounds: int) -> tuple[dict[str, list[flo
             "rollout": {"max_model_len": 256, "max_batched_tokens": 256, "max_sequences": 8, "max_tokens": 8},
         }
     )
-    with Roles(folder / "model", cfg, ("trainer", "generator"), folder / "logs", seed=0) as roles:
+    with Roles(folder / "model", cfg, ("trainer", "generator"), folder / "logs") as roles:
         roles.wait_ready()
         version = 0
 
@@ -93,9 +93,9 @@ def measure(shape: Shape, folder: Path, rounds: int) -> tuple[dict[str, list[flo
         messages = []
         track = roles.fleet._replicas.track
 
-        def count(ref, kind, *rest):  # type: ignore[no-untyped-def]
-            messages.append(kind)
-            track(ref, kind, *rest)
+        def count(ref, call):  # type: ignore[no-untyped-def]
+            messages.append(call.kind)
+            track(ref, call)
 
         roles.fleet._replicas.track = count  # type: ignore[method-assign]
         sync()

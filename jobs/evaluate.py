@@ -69,7 +69,7 @@ def run(cfg: EvalJobConfig) -> dict[str, Any]:
         if not inputs.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
         names = JOBS["eval"].roles(cfg)
-        with Roles(inputs.model, cfg, names, run.folder.logs_dir, cfg.seed, run.console.message) as roles:
+        with Roles(inputs.model, cfg, names, run.folder.logs_dir, run.console.message) as roles:
             roles.wait_ready()
             roles.fleet.serve_checkpoint()
             metrics = evaluate(run, inputs, roles, 0)

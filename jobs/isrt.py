@@ -82,7 +82,7 @@ def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
         return inputs.model
     if sft.exists():
         return sft
-    with Roles(inputs.model, cfg, ("trainer",), run.folder.logs_dir, cfg.seed) as roles:
+    with Roles(inputs.model, cfg, ("trainer",), run.folder.logs_dir) as roles:
         roles.wait_ready()
         run.resume(roles.trainer)
         warm_start(run, inputs, roles.trainer, cfg.warm_start)
@@ -96,7 +96,7 @@ def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
 @contextmanager
 def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
     """Generators with one iteration's model. They end before DPO begins, because it needs their CPUs and GPUs."""
-    with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed, run.console.message) as roles:
+    with Roles(model, cfg, ("generator",), run.folder.logs_dir, run.console.message) as roles:
         roles.wait_ready()
         roles.fleet.serve_checkpoint()
         yield roles
@@ -142,9 +142,8 @@ class Iteration:
         if len(both) == len([s for s in both if s.id in self.judgements]):
             return
         cache = RowFile(run.folder.judge_cache_file, key="key")
-        logs, seed = run.folder.logs_dir, self.seed("judgements")
-        judge_cfg, clips = cfg.isrt.judge, self.inputs.clips
-        with open_judge(judge_cfg, cfg, roles.fleet, clips, cache, logs, seed, run.console.message, model) as judge:
+        seed, clips = self.seed("judgements"), self.inputs.clips
+        with open_judge(cfg.isrt.judge, roles, clips, cache, seed, model) as judge:
             judge.counters.update(row["state"] for row in self.judgements)
             self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
 

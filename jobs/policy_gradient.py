@@ -46,8 +46,8 @@ def run_policy_gradient(cfg: PolicyGradientJobConfig, job: str, only_rollouts: b
         names = JOBS[job].roles(cfg)
         logs, tell = run.folder.logs_dir, run.console.message
         with (
-            Roles(inputs.model, cfg, names, logs, cfg.seed, tell) as roles,
-            judged_rewards(cfg, roles, inputs.clips, run.folder.dir / "judge_cache.jsonl", logs, tell),
+            Roles(inputs.model, cfg, names, logs, tell) as roles,
+            judged_rewards(roles, inputs.clips, run.folder.dir / "judge_cache.jsonl"),
         ):
             for failures in range(cfg.train.max_failures + 1):
                 try:

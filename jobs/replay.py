@@ -43,7 +43,7 @@ def replay(run_dir: Path, first: int, count: int) -> None:
     model = cfg.model.path or run_dir / "model"
     start_ray()
     try:
-        with Roles(model, cfg, ("trainer",), run_dir / "logs" / "replay", cfg.seed) as roles:
+        with Roles(model, cfg, ("trainer",), run_dir / "logs" / "replay") as roles:
             roles.trainer.wait_ready()
             roles.trainer.load(checkpoint.resolve())
             update = UPDATES[job](cfg, roles.trainer)

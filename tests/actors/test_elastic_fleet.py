@@ -59,7 +59,7 @@ def test_generators_join_with_a_node_and_leave_with_it(
         }
     )
     events: list[str] = []
-    with Roles(tiny_model, cfg, ("trainer", "generator"), tmp_path / "logs", 0, events.append) as roles:
+    with Roles(tiny_model, cfg, ("trainer", "generator"), tmp_path / "logs", events.append) as roles:
         roles.wait_ready()
         fleet = roles.fleet
         clips = ClipStore(cfg, tiny_model, 20, lambda *_: None, 20)

@@ -106,7 +106,7 @@ def test_reward_model_gives_its_own_scores(tiny_model: Path, synthetic: Path, tm
     Head(("reward",)).save(head, folder)
     scorer = RewardModel.__new__(RewardModel)  # without an actor's log file
     data = {"synthetic": {}, "cache_dir": str(tmp_path / "cache")}
-    scorer.start(folder, GrpoJobConfig.model_validate({**BASE, "data": data}), on_gpu=False)
+    scorer.start(folder, GrpoJobConfig.model_validate({**BASE, "data": data}))
     samples = load_manifest(synthetic / "eval.jsonl", None, None, "")[:2]
     gone = sample_of(sample_id="gone")
     asked = [(samples[0], ["red", "blue"]), (samples[1], ["red"]), (gone, ["red"])]

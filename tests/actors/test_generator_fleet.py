@@ -58,7 +58,7 @@ def stage(
     )
     events: list[str] = []
     roles = ("trainer", "generator", "reference")
-    with Roles(tiny_model, cfg, roles, folder / "logs", seed=0, on_event=events.append) as team:
+    with Roles(tiny_model, cfg, roles, folder / "logs", on_event=events.append) as team:
         clips = ClipStore(cfg, tiny_model, 20, lambda path, reason: None)
         prompts = clips.encode(load_manifest(synthetic / "train.jsonl", None, None, "")[:6])
         team.wait_ready()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from actors.judge import Judge
-from actors.judge_reward import JudgeReward
+from actors.judge_reward import judge_values
 from rlvid.config import JudgePart
 from rlvid.errors import UserError
 from rlvid.files import RowFile
@@ -45,7 +45,7 @@ def values(
     judge = Judge(backend, Clips(), RowFile(folder / "cache.jsonl", "key"), invalid, "rewards.0.judge")  # type: ignore[arg-type]
     part = JudgePart.model_validate({"kind": "judge", "mode": mode})
     group = Group(sample_of(), tuple(Response(text, 1) for text in texts))
-    return [list(own) for own in JudgeReward(part, judge)([group, group])]
+    return [list(own) for own in judge_values(part, judge, [group, group])]
 
 
 def test_a_score_is_read_or_there_is_none(tmp_path: Path) -> None:

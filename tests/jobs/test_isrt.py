@@ -233,10 +233,11 @@ def test_stopped_after_any_call_it_makes_the_same_rows(
             end_if_interrupted=lambda text: None,
         )
         family = SimpleNamespace(opening="")
+        placement = SimpleNamespace(cfg=cfg, on_event=print)
         inputs: Any = SimpleNamespace(train=train, held_out=[], clips=InstantClips(), family=family)
         for number in (1, 2):
             for _ in range(100):
-                roles = SimpleNamespace(fleet=SeededFleet(calls))
+                roles = SimpleNamespace(fleet=SeededFleet(calls), placement=placement)
                 monkeypatch.setattr("jobs.isrt.generators", lambda *_, roles=roles: nullcontext(roles))
                 try:
                     pairs = Iteration(cfg, run, inputs, number).pairs(tmp_path)
