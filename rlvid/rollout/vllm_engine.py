@@ -72,22 +72,11 @@ class VllmEngine:
     ):
         if family.vllm_module is None:
             raise UserError(f"model.path: vLLM does not serve {family.architecture} ({folder}): give a model it serves")
-        set_environment(on_gpu, cfg.kv_cache_gib)
-        vllm_plugin.register()  # torchvision has to be importable before vLLM is
-        vllm_plugin.keep_pixels()
+        prepare_vllm(family, cfg, on_gpu)
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if not on_gpu:
-            vllm_plugin.keep_plain_weights()
-        if torchvision_ops.ensure():
-            vllm_plugin.register_model_class(family.architecture, family.vllm_module)
-        if family.adapt_engine() and cfg.tensor_parallel > 1:
-            raise UserError(
-                f"rollout.tensor_parallel must be 1 for {family.architecture}: vLLM's class needs a fix that its other "
-                f"processes do not get"
-            )
         try:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
@@ -290,6 +279,27 @@ class VllmEngine:
             text=self.family.decode(ids),
             finish_reason=str(completion.finish_reason),
             versions=tuple(WeightSpan(_version(s.version), s.start, s.end) for s in completion.weight_versions or ()),
+        )
+
+
+def prepare_vllm(family: ChatFamily, cfg: RolloutConfig, on_gpu: bool) -> None:
+    """Set vLLM's environment, and repair and register what it lacks, before it makes an engine.
+
+    Raises:
+        UserError: a repair that the processes of `rollout.tensor_parallel` do not get.
+    """
+    set_environment(on_gpu, cfg.kv_cache_gib)
+    vllm_plugin.register()  # torchvision has to be importable before vLLM is
+    vllm_plugin.keep_pixels()
+    if not on_gpu:
+        vllm_plugin.keep_plain_weights()
+    if torchvision_ops.ensure():
+        assert family.vllm_module is not None
+        vllm_plugin.register_model_class(family.architecture, family.vllm_module)
+    if family.adapt_engine() and cfg.tensor_parallel > 1:
+        raise UserError(
+            f"rollout.tensor_parallel must be 1 for {family.architecture}: vLLM's class needs a fix that its other "
+            f"processes do not get"
         )
 
 

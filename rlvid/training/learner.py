@@ -114,13 +114,8 @@ class Learner:
             raise UserError("train.lr_factors freezes the whole model, so there is nothing to train")
         self._rates = list(alike)
         # torch's own: nothing to compile, and the same numbers on CPU and GPU
-        adam = torch.optim.AdamW(
-            [{"params": own} for own in alike.values()],
-            cfg.lr,
-            cfg.betas,
-            weight_decay=cfg.weight_decay,
-            fused=on_gpu,
-        )
+        groups = [{"params": own} for own in alike.values()]
+        adam = torch.optim.AdamW(groups, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=on_gpu)
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         if self._is_sharded:
             self.policy.most = most_of(self.engine.device)
