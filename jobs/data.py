@@ -21,16 +21,19 @@ def add_data(command: argparse.ArgumentParser) -> None:
     commands = command.add_subparsers(dest="data_command", required=True, metavar="convert | check")
     one = commands.add_parser(
         "convert",
-        help="make a manifest of a published set",
-        description="Make a manifest of a published set. Videos stay where they are.",
+        help="make a manifest of a published set, or the reverse",
+        description="Make a manifest of a published set, or with --to its items of a manifest. Videos stay where they "
+        "are.",
         epilog="dialects:\n" + "\n".join(f"  {name:<14} {dialect.about}" for name, dialect in DIALECTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.set_defaults(run=convert)
     add = one.add_argument
     add("source", type=Path, metavar="IN", help="file of items (JSON lines, JSON array, parquet), or folder")
-    add("out", type=Path, metavar="OUT", help="gets manifest.jsonl and refused.jsonl")
-    add("--from", dest="dialect", choices=DIALECTS, required=True, metavar="DIALECT", help="see below")
+    add("out", type=Path, metavar="OUT", help="gets manifest.jsonl (items.jsonl with --to) and refused.jsonl")
+    way = one.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="dialect", choices=DIALECTS, metavar="DIALECT", help="what IN is; see below")
+    way.add_argument("--to", choices=DIALECTS, metavar="DIALECT", help="write the manifest IN as items of this dialect")
     add("--videos", type=Path, metavar="DIR", help="where relative paths start; default: the file's folder")
     add("--map", action="append", default=[], metavar="OLD=NEW", help=MOVED)
     add("--source", dest="only", metavar="NAME", help="annotated or real items of videofeedback alone")
@@ -56,13 +59,16 @@ def add_data(command: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     """Convert, and say what was written."""
     from rlvid.data.dialects import DIALECTS
-    from rlvid.data.dialects.conversion import convert
+    from rlvid.data.dialects.conversion import convert, write_as
     from rlvid.data.dialects.dialect import Roots
 
     a = arguments
     roots = Roots(a.videos, mapped=_mapped(a.map))
     only = None if a.only == "both" else a.only
-    made = convert(a.source, a.out, DIALECTS[a.dialect], roots, only, a.mismatched, _seed(a))
+    if a.to:
+        made = write_as(a.source, a.out, DIALECTS[a.to], a.videos)
+    else:
+        made = convert(a.source, a.out, DIALECTS[a.dialect], roots, only, a.mismatched, _seed(a))
     n = made.n_refused
     note = f"; {n} item{'s' * (n > 1)} refused, see {a.out / 'refused.jsonl'}" if n else ""
     print(f"{made.manifest}: {made.n_rows} rows{note}")

@@ -46,8 +46,9 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if ENGINES & set(item.fixturenames):
             item.add_marker("engine")
-        # what `make test` runs in one process: a file, or all that need the ranks
-        item.add_marker(pytest.mark.xdist_group("ranks" if RANKS & set(item.fixturenames) else item.path.stem))
+        # what runs in one process: a file, or all that need the ranks; tests of families share nothing
+        group = "ranks" if RANKS & set(item.fixturenames) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(item.name if item.get_closest_marker("families") else group))
     # What takes minutes begins first: the ranks, which are one group, then whole runs.
     items.sort(key=lambda item: (not RANKS & set(item.fixturenames), "tests/jobs/" not in item.nodeid))
 

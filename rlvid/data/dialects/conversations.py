@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
-from rlvid.data.dialects.hound import video_or_frames
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, text_of
+from rlvid.data.dialects.hound import FPS, video_or_frames
 from rlvid.data.row_media import PLACEHOLDER, VIDEOS, as_list
+from rlvid.types import Sample
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 KEPT = ("problem_type", "task", "source")
@@ -109,6 +110,35 @@ def read(item: Item, roots: Roots, keys: Sequence[str] = ("videos", "images"), i
     return row | {key: item[key] for key in KEPT if key in item}
 
 
+def write(row: Row, sample: Sample, keys: Mapping[str, str], form: Callable[[str, str], Row]) -> Item:
+    """
+    Args:
+        keys: of the paths, by kind of medium.
+        form: role and text of a turn -> the turn.
+    """
+    kinds = [medium.kind for medium in sample.media]
+    turns = []
+    for message in sample.messages:
+        parts = (part if isinstance(part, str) else f"<{kinds[part.index]}>" for part in message.content)
+        turns.append((message.role, "".join(parts)))
+    by_kind = {key: [name_of(m, FPS) for m in sample.media if m.kind == kind] for kind, key in keys.items()}
+    item = {"id": sample.id} | {key: names for key, names in by_kind.items() if names}
+    kept = {key: row[key] for key in KEPT if key in row}
+    turns_key = "messages" if "role" in form("", "") else "conversations"
+    return {**item, turns_key: [form(*turn) for turn in (*turns, ("assistant", sample.answer))], **kept}
+
+
+def _from_value(role: str, text: str) -> Row:
+    return {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text}
+
+
+def _role_content(role: str, text: str) -> Row:
+    return {"role": role, "content": text}
+
+
+PLURAL, SINGULAR = {"video": "videos", "image": "images"}, {"video": "video", "image": "image"}
+
+
 def _is_sharegpt(item: Item) -> bool:
     others = {"video", "image", "answer", "chosen", "rejected", "labels", "output_1", "text_prompt"}
     has_turns = "conversations" in item or "messages" in item
@@ -126,11 +156,19 @@ SHAREGPT = Dialect(
     "LLaMA-Factory: conversations with videos and images",
     _is_sharegpt,
     is_numbered=True,
+    write=partial(write, keys=PLURAL, form=_from_value),
 )
-SWIFT = Dialect(read, "ms-swift: query and response", lambda item: "query" in item, is_numbered=True)
+SWIFT = Dialect(
+    read,
+    "ms-swift: query and response",
+    lambda item: "query" in item,
+    is_numbered=True,
+    write=partial(write, keys=PLURAL, form=_role_content),
+)
 LLAVA = Dialect(
     partial(read, keys=("video", "videos", "image", "images")),
     "LLaVA, LLaVA-NeXT, LLaVA-CoT, VideoLLaMA2 and 3, LLaVA-Hound's SFT: conversations with video or image",
     _is_llava,
     is_numbered=True,
+    write=partial(write, keys=SINGULAR, form=_from_value),
 )

@@ -12,13 +12,13 @@ import numpy as np
 
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, plain
 from rlvid.data.items import read_items, refuse_all
-from rlvid.data.manifest import RowReader
+from rlvid.data.manifest import RowReader, load_manifest
 from rlvid.data.row_media import MediaReader
 from rlvid.errors import UserError
 from rlvid.files import naming_write_errors, write_rows
 from rlvid.types import Sample
 
-MANIFEST, REFUSED = "manifest.jsonl", "refused.jsonl"
+MANIFEST, REFUSED, ITEMS = "manifest.jsonl", "refused.jsonl", "items.jsonl"
 PATTERNS = ("*.json", "*.jsonl", "*.parquet", "*.tsv")
 ANYWHERE = MediaReader(Path("/"), True)  # `Roots.find` has checked all paths
 
@@ -87,6 +87,39 @@ def convert(
         write_rows(out / REFUSED, refused.values())
         write_rows(out / MANIFEST, written)
     return Converted(out / MANIFEST, len(written), len(refused), root)
+
+
+def write_as(source: Path, out: Path, dialect: Dialect, root: Path | None) -> Converted:
+    """Write `items.jsonl` with the rows of a manifest as items of a dialect, their paths absolute, and `refused.jsonl`
+    with those that it cannot say. MMLA has a folder for each of its data sets.
+
+    Args:
+        root: As `data.root`.
+
+    Raises:
+        UserError: the manifest cannot be read, nothing left, `out` cannot be written.
+    """
+    assert dialect.write is not None
+    samples = load_manifest(source, root, None, "", needs_answer=False)
+    rows = (row for _, row in read_items(source) if not isinstance(row, Refused))
+    refused: dict[str, Row] = {}
+    files: dict[Path, list[Item]] = {}
+    for sample, row in zip(samples, rows, strict=True):
+        try:
+            item = dict(dialect.write(row, sample))
+        except (Refused, LookupError, ValueError) as error:  # several media where it has one; a field is missing
+            reason = str(error) if isinstance(error, Refused) else f"it is no row of this dialect ({error!r})"
+            refused[sample.id] = {"id": sample.id, "where": str(source), "reason": reason}
+        else:
+            files.setdefault(out / str(item.pop("folder", "")) / ITEMS, []).append(item)
+    _check_some_left(str(source), files, refused)
+    with naming_write_errors(f"the converted set {out}", "make room or name another folder, and start it again"):
+        for file, items in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(file, items)
+        write_rows(out / REFUSED, refused.values())
+    written = next(iter(files)) if len(files) == 1 else out
+    return Converted(written, sum(map(len, files.values())), len(refused), None)
 
 
 def _files_of_items(source: Path) -> list[Path]:

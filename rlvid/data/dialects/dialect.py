@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from rlvid.data.items import Refused
-from rlvid.data.row_media import PLACEHOLDER
+from rlvid.data.row_media import PICTURES, PLACEHOLDER
+from rlvid.types import Medium, Sample
 
 Item = Mapping[str, Any]
 Row = dict[str, Any]
@@ -59,6 +60,8 @@ class Dialect:
         is_numbered: Items may have no id; they are numbered.
         sources: Values of the rows' field "source", which `--source` selects.
         mismatch: More rows for a share of the rows, whose text is that of another video.
+        write: The item of a manifest's row and its sample, which `read` makes the same row of. Raises `Refused` where
+            the dialect cannot say it.
     """
 
     read: Callable[[Item, Roots], Row]
@@ -67,6 +70,7 @@ class Dialect:
     is_numbered: bool = False
     sources: tuple[str, ...] = ()
     mismatch: Callable[[Sequence[Row], float, np.random.Generator], list[Row]] | None = None
+    write: Callable[[Row, Sample], Item] | None = None
 
 
 def plain(value: Any, text: Callable[[Path], str] = str) -> Any:
@@ -98,6 +102,27 @@ def pictures_of(item: Item) -> list[str]:
     if not isinstance(images, list) or not images or not all(isinstance(name, str) for name in images):
         raise Refused("images must be a list of files that is not empty")
     return images
+
+
+def name_of(medium: Medium, frames_per_s: float) -> str:
+    """The path of a file, or of the folder whose pictures are the frames of a video.
+
+    Raises:
+        Refused: it is a part of a video, or frames at another rate or from several folders.
+    """
+    if {medium.start_s, medium.end_s, medium.fps, medium.max_pixels} != {None}:
+        raise Refused(f"{medium.path}: this dialect has no parts of a video, fps or max_pixels")
+    if not medium.pictures:
+        return medium.path
+    folder = os.path.dirname(medium.path)
+    if medium.pictures_per_s != frames_per_s or list(medium.pictures) != frames_in(Path(folder)):
+        raise Refused(f"{folder}: frames must be all pictures of a folder, {frames_per_s:g} a second")
+    return folder
+
+
+def frames_in(folder: Path) -> list[str]:
+    """The pictures of a folder in their order."""
+    return [str(f) for f in sorted(folder.iterdir()) if f.suffix.lower() in PICTURES]
 
 
 def question_of(text: str) -> str:

@@ -6,9 +6,24 @@ names a folder of frames, taken twice a second, or a video file without its suff
 
 from __future__ import annotations
 
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, question_of, sides, text_of
-from rlvid.data.row_media import PICTURES, VIDEOS
+from pathlib import Path
 
+from rlvid.data.dialects.dialect import (
+    Dialect,
+    Item,
+    Refused,
+    Roots,
+    Row,
+    frames_in,
+    name_of,
+    question_of,
+    sides,
+    text_of,
+)
+from rlvid.data.row_media import VIDEOS
+from rlvid.types import Sample
+
+KEPT = ("answer", "chosen_score", "rejected_score")
 FPS = 2  # ffmpeg fps=2 in its setup
 
 
@@ -17,7 +32,7 @@ def read(item: Item, roots: Roots) -> Row:
         **video_or_frames(roots, text_of(item, "video")),
         "question": question_of(text_of(item, "prompt")),
         **sides(text_of(item, "chosen"), text_of(item, "rejected")),
-        **{k: item[k] for k in ("answer", "chosen_score", "rejected_score") if item.get(k) is not None},
+        **{k: item[k] for k in KEPT if item.get(k) is not None},
     }
 
 
@@ -31,12 +46,21 @@ def video_or_frames(roots: Roots, name: str) -> Row:
     path = roots.find(*names, is_there=lambda p: p.is_file() or p.is_dir())
     if not path.is_dir():
         return {"video": path}
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
+    files = frames_in(path)
     if not files:
         raise Refused(f"{path.name} holds no frames")
-    return {"video": files, "fps": FPS}
+    return {"video": [Path(file) for file in files], "fps": FPS}
+
+
+def write(row: Row, sample: Sample) -> Item:
+    (video,) = sample.media
+    pair = {key: row[key] for key in ("chosen", "rejected", *KEPT) if key in row}
+    return {"id": sample.id, "video": name_of(video, FPS), "prompt": sample.question, **pair}
 
 
 DIALECT = Dialect(
-    read, "LLaVA-Hound: preference pairs", lambda item: {"prompt", "video", "chosen", "rejected"} <= item.keys()
+    read,
+    "LLaVA-Hound: preference pairs",
+    lambda item: {"prompt", "video", "chosen", "rejected"} <= item.keys(),
+    write=write,
 )

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlvid.data.dialects.conversations import ROLES, conversation, media_of
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, text_of
+from rlvid.data.dialects.hound import FPS
+from rlvid.types import Sample
 
 HISTORY, CLIPS = 7, 5
 LINES = ("Client's emotion", "Therapist's emotion", "Therapist's strategy", "Therapist's response")
@@ -41,6 +43,26 @@ def read(item: Item, roots: Roots) -> Row:
     return conversation([*asked, ("assistant", answer)], videos) | {"dialogue": item.get("Dialogue_ID")}
 
 
+def write(row: Row, sample: Sample) -> Item:
+    parts = [line.partition(": ") for line in sample.answer.split("\n")]
+    if tuple(name for name, _, _ in parts) != LINES:
+        raise Refused(f"the answer must have the lines {', '.join(LINES)}")
+    client, emotion, strategy, response = (text for _, _, text in parts)
+    first, *turns, last = sample.messages
+    return {
+        "id": sample.id,
+        "Dialogue_ID": row.get("dialogue"),
+        "Utterance": response,
+        "Emotion": emotion,
+        "Strategy": strategy,
+        "get_emotion_user_most_recent": client,
+        "situation": first.text.removeprefix(SYSTEM).removeprefix(" The situation: "),
+        "history_chat": [{"role": turn.role, "content": turn.text} for turn in turns],
+        "utt_user_most_recent": last.text,
+        CLIPS_KEY: [name_of(video, FPS) for video in sample.media],
+    }
+
+
 def _clips(item: Item) -> list[str]:
     clips = item.get(CLIPS_KEY) or []
     if not isinstance(clips, list):
@@ -61,4 +83,5 @@ DIALECT = Dialect(
     "MESC, dialogues of MultiMood: several clips, history, four lines",
     lambda item: CLIPS_KEY in item,
     is_numbered=True,
+    write=write,
 )

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row
+from rlvid.types import Sample
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ def read(item: Item, roots: Roots, sees_video: bool) -> Row:
     return row
 
 
+def write(row: Row, sample: Sample) -> Item:
+    dataset = row.get("problem_type")
+    _, _, label = sample.answer.partition(": ")
+    return {"folder": dataset, "id": sample.id.removeprefix(f"{dataset}_"), "text": row["text"], "label": label}
+
+
 def _column(item: Item, what: str) -> str:
     for name in COLUMNS[what]:
         if isinstance(value := item.get(name), str) and value.strip():
@@ -139,5 +146,7 @@ def _is_table(item: Item) -> bool:
     return "conversations" not in item and all(any(name in item for name in names) for names in COLUMNS.values())
 
 
-DIALECT = Dialect(partial(read, sees_video=True), "MMLA's tables, with video where it may be passed on", _is_table)
-TEXT = Dialect(partial(read, sees_video=False), "MMLA's tables, text alone", lambda item: False)
+DIALECT = Dialect(
+    partial(read, sees_video=True), "MMLA's tables, with video where it may be passed on", _is_table, write=write
+)
+TEXT = Dialect(partial(read, sees_video=False), "MMLA's tables, text alone", lambda item: False, write=write)

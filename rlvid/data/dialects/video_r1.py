@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from rlvid.data.answers import TAGGED
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, text_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, text_of
+from rlvid.types import Sample
 
 
 def read(item: Item, roots: Roots) -> Row:
@@ -34,4 +35,24 @@ def read(item: Item, roots: Roots) -> Row:
     return row
 
 
-DIALECT = Dialect(read, "Video-R1: problems with rule rewards", lambda item: {"problem_id", "solution"} <= item.keys())
+def write(row: Row, sample: Sample) -> Item:
+    (medium,) = sample.media
+    kept = {theirs: row[ours] for ours, theirs in (("source", "data_source"), ("reasoning", "process")) if ours in row}
+    return {
+        "problem_id": sample.id,
+        "problem": sample.question,
+        "data_type": medium.kind,
+        "problem_type": row["problem_type"],
+        "options": [],  # those of the question stay in it
+        "solution": f"<answer>{sample.answer}</answer>",
+        "path": name_of(medium, 0),
+        **kept,
+    }
+
+
+DIALECT = Dialect(
+    read,
+    "Video-R1: problems with rule rewards",
+    lambda item: {"problem_id", "solution"} <= item.keys(),
+    write=write,
+)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, pictures_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, pictures_of
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import ALIGNMENT, CAPTION_BEGINS, CAPTION_ENDS, DIMS, NoScore, Rubric
+from rlvid.types import Sample
 
 FPS = 8  # of VideoFeedback's videos
 RUBRIC = Rubric("regression", DIMS, 1, 4, "integer")
@@ -110,10 +111,26 @@ def _video(item: Item, roots: Roots) -> Row:
     return {"video": [roots.find(*places) for places in names], "fps": FPS}
 
 
+def write(row: Row, sample: Sample) -> Item:
+    (video,) = sample.media
+    if video.pictures and video.pictures_per_s != FPS:
+        raise Refused(f"{video.path}: frames must be {FPS} a second")
+    media = {"images": list(video.pictures)} if video.pictures else {"video": name_of(video, FPS)}
+    return {
+        "id": sample.id,
+        **media,
+        "prompt": RUBRIC.question(row["prompt"]),
+        "text_prompt": row["prompt"],
+        "labels": row["labels"],
+        "source": row["source"],
+    }
+
+
 DIALECT = Dialect(
     read,
     "VideoFeedback: generated videos with five human scores",
     lambda item: {"id", "images", "prompt", "labels"} <= item.keys(),
     sources=("annotated", "real"),
     mismatch=mismatch,
+    write=write,
 )
