@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlvid.errors import UserError
+from rlvid.types import Sample
 
 MOVED = "paths that begin with OLD begin with NEW instead"
 SHOWN = 3
+MOST_EXAMPLES = 60  # on a page
 SYNTHETIC_KEYS = ("train", "eval", "size", "frames", "kinds")
 
 
@@ -53,6 +55,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
     add("--videos", type=Path, metavar="DIR", help="where relative paths start; default: each file's folder")
     add("--map", action="append", default=[], metavar="OLD=NEW", help=MOVED)
     add("--decode", action="store_true", help="read every clip and image")
+    add("--page", type=Path, metavar="HTML", help="write what was found, and examples with their frames")
     add("--all", action="store_true", help=f"show all examples of a fault, not {SHOWN}")
 
 
@@ -93,8 +96,32 @@ def check(arguments: argparse.Namespace) -> int:
         print("\n".join(f"{'':11}{example}" for example in shown))
         if len(found) > len(shown):
             print(f"{'':11}... and {len(found) - len(shown)} more")
+    if a.page:
+        _write_page(a.page, a.files, report.counts, faults, report.examples)
+        print(f"\n{a.page}: examples with their frames")
     print(json.dumps({"rows": report.counts["rows"], "faults": {name: len(found) for name, found in faults.items()}}))
     return 1 if faults else 0
+
+
+def _write_page(
+    file: Path,
+    checked: Sequence[Path],
+    counts: Mapping[str, int],
+    faults: Mapping[str, Sequence[str]],
+    examples: Mapping[str, Sequence[Sample]],
+) -> None:
+    from rlvid.data.check import frames_of
+    from rlvid.errors import BadClip
+    from rlvid.reporting.report.data import Example, write_data_page
+
+    shown = []
+    for kind, sample in [(kind, sample) for kind, samples in examples.items() for sample in samples][:MOST_EXAMPLES]:
+        turns = [*((message.role, message.text) for message in sample.messages), ("answer", sample.answer)]
+        try:
+            shown.append(Example(sample.id, kind, turns, frames_of(sample)))
+        except BadClip as error:
+            shown.append(Example(sample.id, kind, turns, (), str(error)))
+    write_data_page(file, [path.name for path in checked], counts, faults, shown)
 
 
 def _mapped(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:

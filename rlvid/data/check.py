@@ -26,16 +26,23 @@ from rlvid.data.row_media import MediaReader
 from rlvid.errors import BadClip, UserError
 from rlvid.types import Medium, Sample
 from rlvid.video.clip_reader import read_file
+from rlvid.video.frame_variants import thumbnails
 
+EXAMPLES = 2  # of each kind of row
 READ_MULTIPLE = 28  # height and width of the frames that are decoded, pixels
 
 
 @dataclass
 class Report:
-    """What was found: how many rows and media there are of each kind, and by what is wrong, where and in which way."""
+    """What was found: how many rows and media there are of each kind, and by what is wrong, where and in which way.
+
+    Attributes:
+        examples: The first rows of each kind: of a file, a problem type and a sort of media.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    examples: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,11 @@ def check(files: Sequence[Path], dialect: str | None, roots: Roots, decodes: boo
     report, rows = Report(), list[_Row]()
     for file in files:
         rows += _rows(file, _dialect_of(file, dialect), roots, report)
+    for row in rows:
+        media = "+".join(sorted({medium.kind for medium in row.sample.media})) or "text"
+        kind = ", ".join(filter(None, [row.file.name, row.sample.problem_type, media]))
+        if len(report.examples[kind]) < EXAMPLES:
+            report.examples[kind].append(row.sample)
     _compare(rows, report)
     if decodes:
         _decode({medium for row in rows for medium in row.sample.media}, report)
@@ -166,6 +178,18 @@ def _compare(rows: Sequence[_Row], report: Report) -> None:
         if len(set(by_file.values())) > 1:
             said = ", ".join(f"{file}: {folder}" for file, folder in by_file.items())
             report.faults["files of one task with media in different folders"].append(said)
+
+
+def frames_of(sample: Sample) -> list[bytes]:
+    """A few frames of a sample's media as small JPEG files.
+
+    Raises:
+        BadClip: one of them cannot be read.
+    """
+    if gone := [name for medium in sample.media for name in medium.files if not os.path.isfile(name)]:
+        raise BadClip(gone[0], "there is no file")
+    seen = [read_file(medium, VideoConfig(), READ_MULTIPLE).frames for medium in sample.media]
+    return [picture for frames in seen for picture in thumbnails(frames)]
 
 
 def _decode(media: set[Medium], report: Report) -> None:

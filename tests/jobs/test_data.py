@@ -109,3 +109,26 @@ def test_synth_prints_the_files_of_both_sets(tmp_path: Path, capsys: pytest.Capt
 def test_a_wrong_size_names_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synth", str(tmp_path / "out"), "--size", "31"]) == 2
     assert "--size" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_check_writes_a_page_with_faults_and_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mp4(tmp_path / "v.mp4", np.full((8, 64, 64, 3), 120, dtype=np.uint8), 8)
+    rows = [
+        {
+            "id": "seen",
+            "video": "v.mp4",
+            "question": "What <b>moves</b>?",
+            "answer": "a square",
+            "problem_type": "shape",
+        },
+        {"id": "gone", "video": "w.mp4", "question": "Which?", "answer": "none", "problem_type": "shape"},
+        {"id": "told", "question": "Why?", "answer": ""},
+    ]
+    manifest, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "check", str(manifest), "--page", str(page)]) == 1
+    assert f"{page}: examples with their frames" in capsys.readouterr().out
+    html = page.read_text()
+    assert html.count("data:image/jpeg;base64,") == 6 and "What &lt;b&gt;moves&lt;/b&gt;?" in html
+    assert "there is no file" in html and "missing media: <b>1</b>" in html and "empty answers: <b>1</b>" in html
+    assert "rows.jsonl, shape, video" in html and "rows.jsonl, text" in html

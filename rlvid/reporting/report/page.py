@@ -273,7 +273,7 @@ def _group(rows: list[dict[str, Any]], frames: Sequence[bytes], largest: float) 
     valid = [row["reward_total"] for row in rows if row["reward_total"] is not None]
     shown = np.linspace(0, len(frames) - 1, min(len(frames), _MAX_FRAMES)).round().astype(int).tolist()
     return rows[0] | {
-        "frames": [(index + 1, _data_address(frames[index])) for index in shown],
+        "frames": [(index + 1, data_address(frames[index])) for index in shown],
         "n_frames": len(frames),
         "mean_reward": fmean(valid) if valid else None,
         "is_mixed": len(set(valid)) > 1,
@@ -314,7 +314,7 @@ def _weights(text: str) -> str:
     return "weights " + (", ".join(f"{version} to token {end}" for version, end in spans) or "unknown")
 
 
-def _data_address(picture: bytes) -> str | None:
+def data_address(picture: bytes) -> str | None:
     """The picture as an address; None if the bytes are not an image."""
     for signature, kind in ((b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png")):
         if picture.startswith(signature):
