@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from actors.clip_store import ClipStore
@@ -11,7 +13,6 @@ from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.inputs import Inputs, open_job
 from jobs.run import Run
-from jobs.specs import JOBS
 from rlvid.config import EvalJobConfig
 from rlvid.errors import UserError
 from rlvid.evaluation.benchmarks.held_out import HeldOut
@@ -20,6 +21,16 @@ from rlvid.evaluation.predictions import evaluate as evaluate_benchmark
 from rlvid.files import RowFile
 from rlvid.rewards.rules import make_parts
 from rlvid.rollout.engine import Sampling
+
+
+@contextmanager
+def generators(run: Run, model: Path) -> Iterator[Roles]:
+    """Generators that serve a checkpoint. They end with the block, so that what follows has their CPUs and GPUs."""
+    cfg = run.cfg
+    with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed, run.console.message) as roles:
+        roles.wait_ready()
+        roles.fleet.serve_checkpoint()
+        yield roles
 
 
 def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, float]:
@@ -68,10 +79,7 @@ def run(cfg: EvalJobConfig) -> dict[str, Any]:
     with open_job(cfg, "eval") as (run, inputs):
         if not inputs.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
-        names = JOBS["eval"].roles(cfg)
-        with Roles(inputs.model, cfg, names, run.folder.logs_dir, cfg.seed, run.console.message) as roles:
-            roles.wait_ready()
-            roles.fleet.serve_checkpoint()
+        with generators(run, inputs.model) as roles:
             metrics = evaluate(run, inputs, roles, 0)
         return {"accuracy": metrics["eval/accuracy"], "n": int(metrics["eval/n"]), **run.ending()}
 

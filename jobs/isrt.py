@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from actors.judge_endpoint import probe_endpoint
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
-from jobs.evaluate import evaluate
+from jobs.evaluate import evaluate, generators
 from jobs.inputs import Inputs, open_job
 from jobs.run import Run
 from jobs.warm_start import warm_start
@@ -67,7 +67,7 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
             if not run.has_logged(number, "pairs/kept"):
                 run.log(number, metrics_of(iteration) | renamed(stats) | inputs.clip_metrics() | run.take_times())
             model = out
-        with generators(cfg, run, model) as roles:
+        with generators(run, model) as roles:
             evaluate_once(run, inputs, roles, cfg.isrt.iterations)
         policy = run.folder.dir / "policy"
         policy.unlink(missing_ok=True)
@@ -93,15 +93,6 @@ def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
     return sft
 
 
-@contextmanager
-def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
-    """Generators with one iteration's model. They end before DPO begins, because it needs their CPUs and GPUs."""
-    with Roles(model, cfg, ("generator",), run.folder.logs_dir, cfg.seed, run.console.message) as roles:
-        roles.wait_ready()
-        roles.fleet.serve_checkpoint()
-        yield roles
-
-
 class Iteration:
     """Makes the data of one iteration: contexts, responses, judgements, pairs, each a file of rows by sample id."""
 
@@ -120,7 +111,7 @@ class Iteration:
         """Return the preference pairs, after evaluating `model` and making the missing rows with it."""
         has_pairs = self.file("pairs").exists()
         if not has_pairs or not self.run.has_logged(self.number - 1, "eval/n"):
-            with generators(self.cfg, self.run, model) as roles:
+            with generators(self.run, model) as roles:
                 evaluate_once(self.run, self.inputs, roles, self.number - 1)
                 if not has_pairs:
                     self._make(model, roles)
@@ -258,16 +249,8 @@ def add_different(found: list[Rollout], rollouts: Sequence[Rollout]) -> None:
 
 
 def judgement_row(name: str, judged: Judged) -> Row:
-    verdict = judged.verdict
-    return {
-        "id": name,
-        "state": verdict.state,
-        "winner": getattr(verdict, "winner", None),
-        "reason": verdict.reason,
-        "judge": judged.judge,
-        "prompt": judged.prompt_hash,
-        "answers": list(judged.answers),
-    }
+    verdict = asdict(judged.verdict)
+    return {"id": name, **verdict, "judge": judged.judge, "prompt": judged.prompt_hash, "answers": judged.answers}
 
 
 def why_no_pair(iteration: Iteration) -> str:
