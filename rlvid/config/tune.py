@@ -26,11 +26,15 @@ class SpaceConfig(Section):
     grid: tuple[Any, ...] | None = Field(None, min_length=1)
     """Each of these values. Several grids are crossed; `trials` says how often the whole grid is repeated."""
 
+    @property
+    def given(self) -> dict[str, tuple[Any, ...]]:
+        """The distribution by its name."""
+        return {name: value for name, value in self if value is not None}
+
     def faults(self) -> Iterator[str]:
-        given = {name: value for name, value in self if value is not None}
-        if len(given) != 1:
-            yield f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(given)}"
-        ((name, value),) = given.items()
+        if len(self.given) != 1:
+            yield f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(self.given)}"
+        ((name, value),) = self.given.items()
         if any(isinstance(item, float) and not math.isfinite(item) for item in value):
             yield f"{name} must have finite numbers, got {value}"
         if name in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
