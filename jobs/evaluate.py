@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
     parts = [part for part in make_parts(cfg.rewards) if part.measures_accuracy]
     benchmark = HeldOut(inputs.held_out[: cfg.evaluate.max_samples], parts, inputs.family.opening)
     with run.stage("evaluation"):
-        answer = FleetAnswers(roles.fleet, inputs.clips, cfg.rollout.max_tokens)
+        answer = partial(fleet_answers, roles.fleet, inputs.clips, cfg.rollout.max_tokens)
         file = RowFile(run.folder.predictions_file(step))
         found = evaluate_benchmark(benchmark, answer, file, cfg.evaluate.batch_size)
     metrics = {f"eval/{name}": value for name, value in found.items()}
@@ -54,24 +55,21 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
     return metrics
 
 
-class FleetAnswers:
+def fleet_answers(
+    fleet: GeneratorFleet, clips: ClipStore, max_tokens: int, batches: Batches
+) -> Iterator[Mapping[str, Prediction]]:
     """Greedy answers of a fleet. While it answers one batch, the clips of the next are read."""
-
-    def __init__(self, fleet: GeneratorFleet, clips: ClipStore, max_tokens: int):
-        self._fleet, self._clips, self._sampling = fleet, clips, Sampling(1, 0.0, max_tokens)
-
-    def __call__(self, batches: Batches) -> Iterator[Mapping[str, Prediction]]:
-        coming = (self._clips.submit(batch) for batch in batches)
-        pending = next(coming, None)
-        while pending is not None:
-            following = next(coming, None)
-            prompts = self._clips.collect(pending)
-            prompts, answers = self._clips.answered(prompts, self._fleet.generate(prompts, self._sampling))
-            yield {
-                p.sample.id: Prediction(r.text, len(r.token_ids), r.finish_reason)
-                for p, (r,) in zip(prompts, answers, strict=True)
-            }
-            pending = following
+    coming = (clips.submit(batch) for batch in batches)
+    pending = next(coming, None)
+    while pending is not None:
+        following = next(coming, None)
+        prompts = clips.collect(pending)
+        prompts, answers = clips.answered(prompts, fleet.generate(prompts, Sampling(1, 0.0, max_tokens)))
+        yield {
+            p.sample.id: Prediction(r.text, len(r.token_ids), r.finish_reason)
+            for p, (r,) in zip(prompts, answers, strict=True)
+        }
+        pending = following
 
 
 def run(cfg: EvalJobConfig) -> dict[str, Any]:

@@ -237,7 +237,7 @@ class Inputs:
         check_disjoint(self.warm_up, self.held_out)
         check_manifests(cfg, spec, self.train, self.held_out)
         paths = [*paths_of(data, "train"), *paths_of(data, "eval"), *([lessons] if lessons else [])]
-        run.folder.record(data={str(path): _sha256(path) for path in paths})
+        run.folder.record(data=self._hashes({str(path): path for path in paths}))
         if self.train:
             run.console.message(f"data.train: {count_media(self.train)}")
         self._load_model()
@@ -320,8 +320,11 @@ class Inputs:
             self.family.check_media(sample)
         weights = sorted(self.model.glob("*.safetensors"))
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
-        hashes = {p.name: remembered_sha256(self.cfg.data.cache_dir.expanduser(), p) for p in weights}
+        hashes = self._hashes({path.name: path for path in weights})
         run.folder.record(model=hashes, prompt_templates={"chat": template})
+
+    def _hashes(self, paths: Mapping[str, Path]) -> dict[str, str]:
+        return {name: remembered_sha256(self.cfg.data.cache_dir, path) for name, path in paths.items()}
 
     def _check_plain_engine(self) -> None:
         cfg, name = self.cfg, self.family.architecture
@@ -338,11 +341,6 @@ class Inputs:
     def _set_aside(self, what: str, reason: str) -> None:
         self._run.folder.append_bad_clip(BadClip(what, reason))
         self._run.console.message(f"left out: {what}: {reason}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def distinct(samples: Sequence[Sample], count: int) -> list[Sample]:
