@@ -147,15 +147,19 @@ def video_tokens(cfg: JobConfig) -> int:
     return video.frames // 2 * max((video.height or 0) // 32, 1) * max((video.width or 0) // 32, 1)
 
 
+def _room_faults(cfg: JobConfig, text_tokens: int, why: str) -> Iterator[str]:
+    """Whether an engine's context has room for a clip, a question and `text_tokens` more."""
+    room, least = cfg.rollout.max_model_len, video_tokens(cfg) + SHORTEST_TEXT + text_tokens
+    if room < least:
+        yield f"rollout.max_model_len={room} is less than {least}: {why}"
+
+
 def _engine_faults(cfg: JobConfig) -> Iterator[str]:
     """For jobs that generate: what is known before any clip or model is made. Real prompts are measured later."""
-    room, response, tokens = cfg.rollout.max_model_len, cfg.rollout.max_tokens, video_tokens(cfg)
-    least = tokens + SHORTEST_TEXT + response
-    if tokens and room < least:
-        yield (
-            f"rollout.max_model_len={room} is less than {least}: {cfg.video.frames} frames are at least {tokens} "
-            f"tokens, a question {SHORTEST_TEXT}, a response rollout.max_tokens={response}"
-        )
+    if tokens := video_tokens(cfg):
+        response = cfg.rollout.max_tokens
+        seen = f"{cfg.video.frames} frames are at least {tokens} tokens, a question {SHORTEST_TEXT}"
+        yield from _room_faults(cfg, response, f"{seen}, a response rollout.max_tokens={response}")
 
 
 class SftJobConfig(JobConfig):
@@ -248,16 +252,14 @@ class IsrtJobConfig(JobConfig):
         yield from _kto_faults(self.dpo, self.train)
         if self.dpo.reference_path is not None:
             yield "dpo.reference_path: isrt.reference sets the reference of this job; leave it empty"
-        isrt, judge, response, room = self.isrt, self.isrt.judge, self.rollout.max_tokens, self.rollout.max_model_len
+        isrt, judge, response = self.isrt, self.isrt.judge, self.rollout.max_tokens
         context = isrt.context_tokens if isrt.context != "none" else 0
         read = response if judge.backend == "endpoint" else context + 2 * response + judge.max_tokens
-        least = video_tokens(self) + SHORTEST_TEXT + read
-        if room < least:
-            yield (
-                f"rollout.max_model_len={room} is less than {least}: the judge reads the video, a context of "
-                f"isrt.context_tokens={isrt.context_tokens} and two responses of rollout.max_tokens={response}, and "
-                f"answers isrt.judge.max_tokens={judge.max_tokens}"
-            )
+        why = (
+            f"the judge reads the video, a context of isrt.context_tokens={isrt.context_tokens} and two responses of "
+            f"rollout.max_tokens={response}, and answers isrt.judge.max_tokens={judge.max_tokens}"
+        )
+        yield from _room_faults(self, read, why)
 
 
 class RewardModelJobConfig(JobConfig):
@@ -331,7 +333,7 @@ class PolicyGradientJobConfig(JobConfig):
     def _reward_faults(self, name: str) -> Iterator[str]:
         """Rules between the parts of the reward and the rest."""
         cfg, limit_s = self.policy_gradient, self.deadlines.reward_s
-        response, room = self.rollout.max_tokens, self.rollout.max_model_len
+        response = self.rollout.max_tokens
         for i, part in enumerate(self.rewards):
             if isinstance(part, EndpointPart) and part.deadline_s >= limit_s:
                 yield (
@@ -345,13 +347,10 @@ class PolicyGradientJobConfig(JobConfig):
                     f"rewards.{i}.mode=win_rate compares the responses of a group: set {name}.group_size to 2 or "
                     f"more, and {name}.advantage to another than greedy"
                 )
-            read = response * (2 if part.mode == "win_rate" else 1)
-            least = video_tokens(self) + SHORTEST_TEXT + read + part.judge.max_tokens
-            if part.judge.backend != "endpoint" and room < least:
-                yield (
-                    f"rollout.max_model_len={room} is less than {least}: the judge of rewards.{i} reads the video and "
-                    f"responses of rollout.max_tokens={response}, and answers judge.max_tokens={part.judge.max_tokens}"
-                )
+            if part.judge.backend != "endpoint":
+                why = f"the judge of rewards.{i} reads the video and responses of rollout.max_tokens={response}"
+                read, answer = response * (2 if part.mode == "win_rate" else 1), part.judge.max_tokens
+                yield from _room_faults(self, read + answer, f"{why}, and answers judge.max_tokens={answer}")
 
 
 class GrpoJobConfig(PolicyGradientJobConfig):
