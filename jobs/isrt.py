@@ -64,7 +64,7 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
             out = iteration.folder / "model"
             stats = train_preferences(cfg.dpo_job(number, len(pairs)), run, inputs, model, start, pairs, out)
             shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is complete
-            if not run.has_logged(number, "pairs/kept"):
+            if number not in run.logged("pairs/kept"):
                 run.log(number, metrics_of(iteration) | renamed(stats) | inputs.clip_metrics() | run.take_times())
             model = out
         with generators(run, model) as roles:
@@ -110,7 +110,7 @@ class Iteration:
     def pairs(self, model: Path) -> list[Preference]:
         """Return the preference pairs, after evaluating `model` and making the missing rows with it."""
         has_pairs = self.file("pairs").exists()
-        if not has_pairs or not self.run.has_logged(self.number - 1, "eval/n"):
+        if not has_pairs or self.number - 1 not in self.run.logged("eval/n"):
             with generators(self.run, model) as roles:
                 evaluate_once(self.run, self.inputs, roles, self.number - 1)
                 if not has_pairs:
@@ -318,16 +318,15 @@ def renamed(stats: Mapping[str, float]) -> dict[str, float]:
 
 def evaluate_once(run: Run, inputs: Inputs, roles: Roles, step: int) -> None:
     """Evaluate the model of `roles` on the held-out samples as result of iteration `step`, unless this was done."""
-    if not run.has_logged(step, "eval/n"):
+    if step not in run.logged("eval/n"):
         evaluate(run, inputs, roles, step)
 
 
 def result_of(run: Run, iterations: int) -> dict[str, Any]:
-    rows = [row for row in run.folder.read_metrics() if "phase" not in row and "eval/n" in row]
-    by_step = {row["step"]: row for row in rows}
+    evaluated = run.logged("eval/n")
     result: dict[str, Any] = {"iterations": iterations}
-    if 0 in by_step and iterations in by_step:
-        first, last = by_step[0], by_step[iterations]
+    if 0 in evaluated and iterations in evaluated:
+        first, last = evaluated[0], evaluated[iterations]
         result |= {"accuracy_before": first["eval/accuracy"], "accuracy_after": last["eval/accuracy"]}
         result |= {"length_ratio": last["eval/length"] / first["eval/length"]}
     return result
