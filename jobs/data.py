@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rlvid.config import SyntheticConfig
 from rlvid.errors import UserError
 from rlvid.types import Sample
 
 MOVED = "paths that begin with OLD begin with NEW instead"
 SHOWN = 3
 MOST_EXAMPLES = 60  # on a page
-SYNTHETIC_KEYS = ("train", "eval", "size", "frames", "kinds")
 
 
 def add_data(command: argparse.ArgumentParser) -> None:
@@ -132,25 +132,21 @@ def _mapped(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def add_synth(command: argparse.ArgumentParser) -> None:
-    """Arguments of `rlvid synth`."""
+    """Arguments of `rlvid synth`: an output folder, a seed, and the keys of `data.synthetic`."""
     command.set_defaults(run=synth)
     add = command.add_argument
     add("out_dir", type=Path, metavar="OUT_DIR")
-    add("--train", metavar="N", help="training clips")
-    add("--eval", metavar="N", help="held-out clips")
-    add("--size", metavar="PIXELS", help="width and height, a multiple of 2")
-    add("--frames", metavar="N", help="frames in a clip, 8 a second")
-    add("--kinds", metavar="KIND,KIND", help="kinds of question; default: all")
+    for key, field in SyntheticConfig.model_fields.items():
+        add(f"--{key}", metavar="KIND,KIND" if key == "kinds" else "N", help=field.description)
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files (0)")
 
 
 def synth(arguments: argparse.Namespace) -> None:
     """Make a synthetic set, and print the files."""
-    from rlvid.config import SyntheticConfig
     from rlvid.config.load import config_from_options
     from rlvid.synthetic.moving_shapes import make_synthetic, pairs_of
 
-    options = {name: value for name in SYNTHETIC_KEYS if (value := getattr(arguments, name)) is not None}
+    options = {key: text for key in SyntheticConfig.model_fields if (text := getattr(arguments, key)) is not None}
     if "kinds" in options:
         options["kinds"] = f"[{options['kinds']}]"
     cfg = config_from_options(SyntheticConfig, options)

@@ -186,12 +186,11 @@ def python_and_platform() -> list[Finding]:
     required = SpecifierSet(importlib.metadata.metadata("rlvid")["Requires-Python"])
     where = f"{system} {platform.release()}, {machine}, {os.cpu_count()} CPUs"
     is_tested = (system, machine) == ("Linux", "x86_64")
-    return [
-        Finding("Python", "ok", version)
-        if required.contains(version, prereleases=True)
-        else Finding("Python", "fail", f"{version}, rlvid needs {required}", "install one of these, then make .venv"),
-        _ok_if(is_tested, "platform", where, "rlvid is tested on Linux x86-64 only"),
-    ]
+    python = Finding("Python", "ok", version)
+    if not required.contains(version, prereleases=True):
+        wrong = f"{version}, rlvid needs {required}"
+        python = Finding("Python", "fail", wrong, "install one of these, then make .venv")
+    return [python, _ok_if(is_tested, "platform", where, "rlvid is tested on Linux x86-64 only")]
 
 
 def shared_memory() -> list[Finding]:
@@ -381,14 +380,11 @@ def _reader(name: str) -> list[Finding]:
 
 def _codec(codec: str) -> list[Finding]:
     is_read, value = try_codec(codec)
-    return [
-        Finding(
-            f"codec {codec}",
-            "ok" if is_read else "warn",
-            value,
-            "" if is_read else "none needed, unless clips of this codec fail",
-        )
-    ]
+    return [_ok_if(is_read, f"codec {codec}", value, "none needed, unless clips of this codec fail")]
+
+
+def _decoding(check: Callable[[str], list[Finding]], name: str, fix: str) -> Check:
+    return Check(partial(check, name), fix, DECODE_S, name in NEEDED)
 
 
 CHECKS: dict[str, Check] = {
@@ -399,14 +395,8 @@ CHECKS: dict[str, Check] = {
     "disk": Check(disk, fix="set data.cache_dir and run.dir to other places"),
     "training libraries": Check(training_libraries, timeout_s=IMPORT_S),
     "Ray": Check(ray_starts, fix=_ray_fix(), timeout_s=RAY_S),
-    **{
-        f"reader {n}": Check(partial(_reader, n), f"do not use video.reader={n}", DECODE_S, n in NEEDED)
-        for n in READERS
-    },
-    **{
-        f"codec {n}": Check(partial(_codec, n), "its clips cannot be read here", DECODE_S, n in NEEDED)
-        for n in ENCODERS
-    },
+    **{f"reader {n}": _decoding(_reader, n, f"do not use video.reader={n}") for n in READERS},
+    **{f"codec {n}": _decoding(_codec, n, "its clips cannot be read here") for n in ENCODERS},
     "model families": Check(model_families),
     "rollout: vllm": Check(rollout_engines, timeout_s=IMPORT_S),
 }

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.supervised_plan import Plan
-from actors.supervised_tasks import Example, Preferred
+from actors.supervised_tasks import Preferred
 from jobs.cli import job_main
-from jobs.inputs import Inputs, open_job
+from jobs.inputs import Inputs
 from jobs.run import Run
-from jobs.supervised import Metrics, Training, results, train_job
+from jobs.supervised import Metrics, Training, examples_of, train_job
 from rlvid.config import DpoJobConfig
 from rlvid.types import Preference
 
@@ -28,13 +28,12 @@ RESULT = {
 
 def run(cfg: DpoJobConfig) -> dict[str, Any]:
     """Run or resume the job."""
-    with open_job(cfg, "dpo") as (run, inputs):
-        inputs.require_training_data()
+
+    def task(inputs: Inputs) -> Preferred:
         reference = cfg.dpo.reference_path or inputs.model
-        task = Preferred(cfg.dpo, reference, reference == inputs.model, inputs.pairs)
-        train, held_out = ([Example.of_pair(p) for p in pairs] for pairs in (inputs.pairs, inputs.held_out_pairs))
-        metrics = train_job(run, inputs, task, train, held_out, f"preferences ({cfg.dpo.loss})")
-        return {**results(metrics, RESULT), **run.ending()}
+        return Preferred(cfg.dpo, reference, reference == inputs.model, inputs.pairs)
+
+    return train_job(cfg, "dpo", task, f"preferences ({cfg.dpo.loss})", RESULT)
 
 
 def train_preferences(
@@ -47,9 +46,8 @@ def train_preferences(
         The metrics of the last step.
     """
     task = Preferred(cfg.dpo, reference, reference == model, pairs)
-    train = tuple(Example.of_pair(pair) for pair in pairs)
     out = out.resolve()
-    plan = Plan(cfg, task, model.resolve(), train, (), out.parent, out)
+    plan = Plan(cfg, task, model.resolve(), examples_of((), pairs), (), out.parent, out)
     return Training(run, inputs, plan).train(f"preferences ({cfg.dpo.loss})")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from actors.clip_store import ClipStore
@@ -11,7 +14,6 @@ from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.inputs import Inputs, open_job
 from jobs.run import Run
-from jobs.specs import JOBS
 from rlvid.config import EvalJobConfig
 from rlvid.errors import UserError
 from rlvid.evaluation.benchmarks.held_out import HeldOut
@@ -20,6 +22,15 @@ from rlvid.evaluation.predictions import evaluate as evaluate_benchmark
 from rlvid.files import RowFile
 from rlvid.rewards.rules import make_parts
 from rlvid.rollout.engine import Sampling
+
+
+@contextmanager
+def generators(run: Run, model: Path) -> Iterator[Roles]:
+    """Generators that serve a checkpoint. They end with the block, so that what follows has their CPUs and GPUs."""
+    with Roles(model, run.cfg, ("generator",), run.folder.logs_dir, run.console.message) as roles:
+        roles.wait_ready()
+        roles.fleet.serve_checkpoint()
+        yield roles
 
 
 def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, float]:
@@ -34,7 +45,7 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
     parts = [part for part in make_parts(cfg.rewards) if part.measures_accuracy]
     benchmark = HeldOut(inputs.held_out[: cfg.evaluate.max_samples], parts, inputs.family.opening)
     with run.stage("evaluation"):
-        answer = FleetAnswers(roles.fleet, inputs.clips, cfg.rollout.max_tokens)
+        answer = partial(fleet_answers, roles.fleet, inputs.clips, cfg.rollout.max_tokens)
         file = RowFile(run.folder.predictions_file(step))
         found = evaluate_benchmark(benchmark, answer, file, cfg.evaluate.batch_size)
     metrics = {f"eval/{name}": value for name, value in found.items()}
@@ -43,24 +54,21 @@ def evaluate(run: Run, inputs: Inputs, roles: Roles, step: int) -> dict[str, flo
     return metrics
 
 
-class FleetAnswers:
+def fleet_answers(
+    fleet: GeneratorFleet, clips: ClipStore, max_tokens: int, batches: Batches
+) -> Iterator[Mapping[str, Prediction]]:
     """Greedy answers of a fleet. While it answers one batch, the clips of the next are read."""
-
-    def __init__(self, fleet: GeneratorFleet, clips: ClipStore, max_tokens: int):
-        self._fleet, self._clips, self._sampling = fleet, clips, Sampling(1, 0.0, max_tokens)
-
-    def __call__(self, batches: Batches) -> Iterator[Mapping[str, Prediction]]:
-        coming = (self._clips.submit(batch) for batch in batches)
-        pending = next(coming, None)
-        while pending is not None:
-            following = next(coming, None)
-            prompts = self._clips.collect(pending)
-            prompts, answers = self._clips.answered(prompts, self._fleet.generate(prompts, self._sampling))
-            yield {
-                p.sample.id: Prediction(r.text, len(r.token_ids), r.finish_reason)
-                for p, (r,) in zip(prompts, answers, strict=True)
-            }
-            pending = following
+    coming = (clips.submit(batch) for batch in batches)
+    pending = next(coming, None)
+    while pending is not None:
+        following = next(coming, None)
+        prompts = clips.collect(pending)
+        prompts, answers = clips.answered(prompts, fleet.generate(prompts, Sampling(1, 0.0, max_tokens)))
+        yield {
+            p.sample.id: Prediction(r.text, len(r.token_ids), r.finish_reason)
+            for p, (r,) in zip(prompts, answers, strict=True)
+        }
+        pending = following
 
 
 def run(cfg: EvalJobConfig) -> dict[str, Any]:
@@ -68,10 +76,7 @@ def run(cfg: EvalJobConfig) -> dict[str, Any]:
     with open_job(cfg, "eval") as (run, inputs):
         if not inputs.held_out:
             raise UserError("data.eval is empty: give a manifest of held-out samples")
-        names = JOBS["eval"].roles(cfg)
-        with Roles(inputs.model, cfg, names, run.folder.logs_dir, run.console.message) as roles:
-            roles.wait_ready()
-            roles.fleet.serve_checkpoint()
+        with generators(run, inputs.model) as roles:
             metrics = evaluate(run, inputs, roles, 0)
         return {"accuracy": metrics["eval/accuracy"], "n": int(metrics["eval/n"]), **run.ending()}
 

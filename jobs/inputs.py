@@ -25,6 +25,7 @@ from rlvid.errors import BadClip, UserError
 from rlvid.files import remembered_sha256
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
+from rlvid.reporting.console import Console
 from rlvid.rewards.part import check_samples
 from rlvid.rewards.rules import check_rewards, make_parts
 from rlvid.synthetic.moving_shapes import make_synthetic
@@ -58,13 +59,9 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
     for key, loaded in rows.items():
         refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
         lines.append(f"{key}: {count_media(loaded.samples)}{refused}")
-    if len(rows) == 2:
-        check_disjoint(*(loaded.samples for loaded in rows.values()))
-    manifests = {key: loaded.samples for key, loaded in rows.items()}
-    check_video_counts(cfg, spec, manifests)
     if spec.scored:
         check_rewards(cfg.rewards)
-        check_scored(cfg, spec, manifests)
+    check_manifests(cfg, spec, *(rows.get(key, Rows()).samples for key in splits))
     if cfg.model.path is not None:
         lines.append(f"model.path: {check_model(cfg.model.path).architecture}")
     return lines
@@ -111,29 +108,48 @@ def check_model(folder: Path) -> ChatFamily:
     return family
 
 
-def check_video_counts(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
+def check_manifests(cfg: JobConfig, spec: JobSpec, train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
     """
     Raises:
-        UserError: a sample has more videos, or images, than the engines are told to expect.
+        UserError: a sample is in both manifests, has more videos, or images, than the engines are told to expect, or
+            cannot be scored by the rewards where the job has it scored.
     """
+    check_disjoint(train, held_out)
+    manifests = {"data.train": train, "data.eval": held_out}
     for key, samples in manifests.items() if "generator" in spec.roles(cfg) else ():
         for sample in samples:
             for kind, n in Counter(medium.kind for medium in sample.media).items():
-                if n > cfg.rollout.max_videos:
+                if n > (most := cfg.rollout.max_videos):
                     raise UserError(
-                        f"{key}: sample {sample.id!r} has {n} {kind}s, but rollout.max_videos="
-                        f"{cfg.rollout.max_videos}: set it to {n} or more"
+                        f"{key}: sample {sample.id!r} has {n} {kind}s, but rollout.max_videos={most}: set it to {n} or "
+                        f"more"
                     )
-
-
-def check_scored(cfg: JobConfig, spec: JobSpec, manifests: Mapping[str, Sequence[Sample]]) -> None:
-    """
-    Raises:
-        UserError: the rewards cannot score a sample of a manifest that the job has scored.
-    """
-    parts = make_parts(cfg.rewards)
     for key in spec.scored:
-        check_samples(parts, manifests.get(key, ()), key, needs_accuracy=key == "data.eval")
+        check_samples(make_parts(cfg.rewards), manifests[key], key, needs_accuracy=key == "data.eval")
+
+
+def make_data(cfg: JobConfig, spec: JobSpec, folder: Path, console: Console) -> tuple[Path, Path]:
+    """Make the synthetic set in `folder`; returns the job's manifests of training and held-out samples."""
+    synthetic = cfg.data.synthetic
+    assert synthetic is not None
+    console.message(f"making {synthetic.train} + {synthetic.eval} synthetic clips")
+    train, held_out = map(spec.load(cfg).of_synthetic, make_synthetic(folder, synthetic, cfg.seed))
+    return train, held_out
+
+
+def make_model(
+    cfg: JobConfig, folder: Path, samples: Sequence[Sample], pairs: Sequence[Preference], console: Console
+) -> None:
+    """Make the tiny random model in `folder`, unless it is there; its tokenizer is trained on the texts."""
+    tiny = cfg.model.tiny
+    assert tiny is not None  # JobConfig checks it
+    if not folder.exists():
+        from rlvid.models.tiny import make_tiny
+
+        console.message(f"making a tiny random {tiny.family}")
+        texts = [text for s in samples for text in (*(m.text for m in s.messages), s.answer)]
+        texts += [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        make_tiny(folder, tiny, texts, cfg.seed)
 
 
 class PromptStream:
@@ -206,8 +222,7 @@ class Inputs:
         if cfg.model.path is not None:  # before clips are made
             check_model(cfg.model.path)
         if data.train is None and data.synthetic is not None:
-            run.console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
-            train, made = map(kind.of_synthetic, make_synthetic(run.folder.dir / "data", data.synthetic, cfg.seed))
+            train, made = make_data(cfg, spec, run.folder.dir / "data", run.console)
             data = data.model_copy(update={"train": train, "eval": data.eval or made})
         rows, held_out_rows = (read_split(kind, data, split) for split in ("train", "eval"))
         self.train, self.pairs = list(rows.samples), list(rows.pairs)
@@ -219,12 +234,10 @@ class Inputs:
             if len(refused) > SHOWN:
                 run.console.message(f"refused, left out: {len(refused)} rows in all, see {run.folder.refused_file}")
         lessons = self._load_warm_up(spec, data.train)
-        check_disjoint(self.train, self.held_out)
         check_disjoint(self.warm_up, self.held_out)
-        check_video_counts(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
-        check_scored(cfg, spec, {"data.train": self.train, "data.eval": self.held_out})
+        check_manifests(cfg, spec, self.train, self.held_out)
         paths = [*paths_of(data, "train"), *paths_of(data, "eval"), *([lessons] if lessons else [])]
-        run.folder.record(data={str(path): _sha256(path) for path in paths})
+        run.folder.record(data=self._hashes({str(path): path for path in paths}))
         if self.train:
             run.console.message(f"data.train: {count_media(self.train)}")
         self._load_model()
@@ -296,24 +309,22 @@ class Inputs:
         return lessons
 
     def _load_model(self) -> None:
-        model, run = self.cfg.model, self._run
-        if model.path is not None:
-            self.model = model.path
+        run, path = self._run, self.cfg.model.path
+        if path is not None:
+            self.model = path
         else:
             self.model = run.folder.dir / "model"
-            if not self.model.exists():
-                assert model.tiny is not None  # JobConfig checks it
-                from rlvid.models.tiny import make_tiny
-
-                run.console.message(f"making a tiny random {model.tiny.family}")
-                make_tiny(self.model, model.tiny, texts_of(self.warm_up or self.held_out, self.pairs), self.cfg.seed)
+            make_model(self.cfg, self.model, self.warm_up or self.held_out, self.pairs, run.console)
         self.family: ChatFamily = load_family(self.model)
         for sample in (*self.train, *self.held_out, *self.warm_up):
             self.family.check_media(sample)
         weights = sorted(self.model.glob("*.safetensors"))
         template = hashlib.sha256(self.family.chat_template.encode()).hexdigest()
-        hashes = {p.name: remembered_sha256(self.cfg.data.cache_dir.expanduser(), p) for p in weights}
+        hashes = self._hashes({path.name: path for path in weights})
         run.folder.record(model=hashes, prompt_templates={"chat": template})
+
+    def _hashes(self, paths: Mapping[str, Path]) -> dict[str, str]:
+        return {name: remembered_sha256(self.cfg.data.cache_dir, path) for name, path in paths.items()}
 
     def _check_plain_engine(self) -> None:
         cfg, name = self.cfg, self.family.architecture
@@ -330,17 +341,6 @@ class Inputs:
     def _set_aside(self, what: str, reason: str) -> None:
         self._run.folder.append_bad_clip(BadClip(what, reason))
         self._run.console.message(f"left out: {what}: {reason}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def texts_of(samples: Sequence[Sample], pairs: Sequence[Preference]) -> list[str]:
-    """The texts that a tiny model's tokenizer is trained on."""
-    texts = [text for s in samples for text in (*(m.text for m in s.messages), s.answer)]
-    return texts + [text for pair in pairs for text in (pair.chosen, pair.rejected)]
 
 
 def distinct(samples: Sequence[Sample], count: int) -> list[Sample]:

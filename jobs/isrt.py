@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from actors.judge_endpoint import probe_endpoint
 from actors.roles import Roles
 from jobs.cli import job_main
 from jobs.dpo import train_preferences
-from jobs.evaluate import evaluate
+from jobs.evaluate import evaluate, generators
 from jobs.inputs import Inputs, open_job
 from jobs.run import Run
 from jobs.warm_start import warm_start
@@ -64,10 +64,10 @@ def run(cfg: IsrtJobConfig, only_data: bool = False) -> dict[str, Any]:
             out = iteration.folder / "model"
             stats = train_preferences(cfg.dpo_job(number, len(pairs)), run, inputs, model, start, pairs, out)
             shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)  # `out` is complete
-            if not run.has_logged(number, "pairs/kept"):
+            if number not in run.logged("pairs/kept"):
                 run.log(number, metrics_of(iteration) | renamed(stats) | inputs.clip_metrics() | run.take_times())
             model = out
-        with generators(cfg, run, model) as roles:
+        with generators(run, model) as roles:
             evaluate_once(run, inputs, roles, cfg.isrt.iterations)
         policy = run.folder.dir / "policy"
         policy.unlink(missing_ok=True)
@@ -93,15 +93,6 @@ def first_model(cfg: IsrtJobConfig, run: Run, inputs: Inputs) -> Path:
     return sft
 
 
-@contextmanager
-def generators(cfg: IsrtJobConfig, run: Run, model: Path) -> Iterator[Roles]:
-    """Generators with one iteration's model. They end before DPO begins, because it needs their CPUs and GPUs."""
-    with Roles(model, cfg, ("generator",), run.folder.logs_dir, run.console.message) as roles:
-        roles.wait_ready()
-        roles.fleet.serve_checkpoint()
-        yield roles
-
-
 class Iteration:
     """Makes the data of one iteration: contexts, responses, judgements, pairs, each a file of rows by sample id."""
 
@@ -119,8 +110,8 @@ class Iteration:
     def pairs(self, model: Path) -> list[Preference]:
         """Return the preference pairs, after evaluating `model` and making the missing rows with it."""
         has_pairs = self.file("pairs").exists()
-        if not has_pairs or not self.run.has_logged(self.number - 1, "eval/n"):
-            with generators(self.cfg, self.run, model) as roles:
+        if not has_pairs or self.number - 1 not in self.run.logged("eval/n"):
+            with generators(self.run, model) as roles:
                 evaluate_once(self.run, self.inputs, roles, self.number - 1)
                 if not has_pairs:
                     self._make(model, roles)
@@ -142,7 +133,7 @@ class Iteration:
         if len(both) == len([s for s in both if s.id in self.judgements]):
             return
         cache = RowFile(run.folder.judge_cache_file, key="key")
-        seed, clips = self.seed("judgements"), self.inputs.clips
+        clips, seed = self.inputs.clips, self.seed("judgements")
         with open_judge(cfg.isrt.judge, roles, clips, cache, seed, model) as judge:
             judge.counters.update(row["state"] for row in self.judgements)
             self._in_chunks(self.judgements, both, lambda chunk: self._judge(judge, chunk, contexts), "judgements")
@@ -257,16 +248,8 @@ def add_different(found: list[Rollout], rollouts: Sequence[Rollout]) -> None:
 
 
 def judgement_row(name: str, judged: Judged) -> Row:
-    verdict = judged.verdict
-    return {
-        "id": name,
-        "state": verdict.state,
-        "winner": getattr(verdict, "winner", None),
-        "reason": verdict.reason,
-        "judge": judged.judge,
-        "prompt": judged.prompt_hash,
-        "answers": list(judged.answers),
-    }
+    verdict = asdict(judged.verdict)
+    return {"id": name, **verdict, "judge": judged.judge, "prompt": judged.prompt_hash, "answers": judged.answers}
 
 
 def why_no_pair(iteration: Iteration) -> str:
@@ -334,16 +317,15 @@ def renamed(stats: Mapping[str, float]) -> dict[str, float]:
 
 def evaluate_once(run: Run, inputs: Inputs, roles: Roles, step: int) -> None:
     """Evaluate the model of `roles` on the held-out samples as result of iteration `step`, unless this was done."""
-    if not run.has_logged(step, "eval/n"):
+    if step not in run.logged("eval/n"):
         evaluate(run, inputs, roles, step)
 
 
 def result_of(run: Run, iterations: int) -> dict[str, Any]:
-    rows = [row for row in run.folder.read_metrics() if "phase" not in row and "eval/n" in row]
-    by_step = {row["step"]: row for row in rows}
+    evaluated = run.logged("eval/n")
     result: dict[str, Any] = {"iterations": iterations}
-    if 0 in by_step and iterations in by_step:
-        first, last = by_step[0], by_step[iterations]
+    if 0 in evaluated and iterations in evaluated:
+        first, last = evaluated[0], evaluated[iterations]
         result |= {"accuracy_before": first["eval/accuracy"], "accuracy_after": last["eval/accuracy"]}
         result |= {"length_ratio": last["eval/length"] / first["eval/length"]}
     return result

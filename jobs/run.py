@@ -110,9 +110,9 @@ class Run:
             self.console.message(f"step {step}: {updates} was skipped, loss or gradient was not finite")
         self._logged = (step, self.state_of_parts()) if phase == TRAIN else None
 
-    def has_logged(self, step: int, key: str) -> bool:
-        """Whether a row of the job's own phase has `key` at `step`: a resumed run must not log it again."""
-        return any(row["step"] == step and key in row for row in self.folder.read_metrics() if "phase" not in row)
+    def logged(self, key: str) -> dict[int, dict[str, Any]]:
+        """The rows of the job's own phase that have `key`, by step. A resumed run must not log them again."""
+        return {row["step"]: row for row in self.folder.read_metrics() if "phase" not in row and key in row}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.supervised_tasks import Answers, Example
+from actors.supervised_tasks import Answers
 from jobs.cli import job_main
-from jobs.inputs import open_job
-from jobs.supervised import results, train_job
+from jobs.supervised import train_job
 from rlvid.config import SftJobConfig
 from rlvid.config.keys import check_paths
 
@@ -30,12 +29,7 @@ def run(cfg: SftJobConfig) -> dict[str, Any]:
 
 
 def train(cfg: SftJobConfig) -> dict[str, Any]:
-    with open_job(cfg, "sft") as (run, inputs):
-        inputs.require_training_data()
-        rows, held_out = ([Example.of_answer(s) for s in samples] for samples in (inputs.train, inputs.held_out))
-        task, together = Answers(cfg.sft), cfg.sft.share_media
-        metrics = train_job(run, inputs, task, rows, held_out, "supervised fine-tuning", together)
-        return {**results(metrics, RESULT), **run.ending()}
+    return train_job(cfg, "sft", lambda inputs: Answers(cfg.sft), "supervised fine-tuning", RESULT, cfg.sft.share_media)
 
 
 if __name__ == "__main__":

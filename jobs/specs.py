@@ -47,16 +47,18 @@ class ManifestKind:
     of_synthetic: Callable[[Path], Path] = lambda manifest: manifest
 
 
-def describe_job(cfg: Any, spec: JobSpec) -> list[str]:
+def _trainer_alone(cfg: JobConfig) -> tuple[str, ...]:
+    return ("trainer",)
+
+
+def _samples(cfg: JobConfig) -> ManifestKind:
+    return SAMPLES
+
+
+def _describe_inputs(cfg: Any, spec: JobSpec) -> list[str]:
     from jobs.inputs import describe_inputs
 
     return describe_inputs(cfg, spec)
-
-
-def describe_sweep(cfg: Any, spec: JobSpec) -> list[str]:
-    from jobs.tune import describe
-
-    return describe(cfg)
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ class JobSpec:
     config: type[Any]  # of rlvid.config
     module: str  # has run(cfg, **flags) -> dict, the result that is printed
     help: str
-    roles: Callable[[Any], tuple[str, ...]]  # the actors it starts (actors/roles.py)
-    load: Callable[[Any], ManifestKind]
+    roles: Callable[[Any], tuple[str, ...]] = _trainer_alone  # the actors it starts (actors/roles.py)
+    load: Callable[[Any], ManifestKind] = _samples
     warm_start: Callable[[Any], WarmStartConfig | None] = lambda cfg: None
     scored: tuple[str, ...] = ()  # keys of the manifests whose samples the rewards score
     lessons: Callable[[Path], Path] | None = None  # rows of the warm start, made from a synthetic training manifest
     folder: Callable[[Any], Path] = lambda cfg: cfg.run.dir
     of_run: Callable[[Path], tuple[Path, list[str]]] | None = None  # config and overrides where a run folder is given
     flags: tuple[str, ...] = ()  # further arguments of run, false unless given as options
-    describe: Callable[[Any, JobSpec], list[str]] = describe_job  # checks all that a dry run can; lines about it
+    describe: Callable[[Any, JobSpec], list[str]] = _describe_inputs  # checks all that a dry run can; lines about it
 
     def run(self, cfg: Any, **flags: bool) -> dict[str, Any]:
         """Import the job and run it.
@@ -157,22 +159,17 @@ def graded(cfg: RewardModelJobConfig) -> ManifestKind:
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def _reward_models(cfg: JobConfig) -> tuple[str, ...]:
-    return ("reward_model",) if cfg.reward_models else ()
-
-
 def _policy_gradient_roles(cfg: PolicyGradientJobConfig) -> tuple[str, ...]:
     reference = ("reference",) if cfg.has_reference else ()
-    return ("trainer", "generator", *reference, *_reward_models(cfg))
+    return ("trainer", "generator", *reference, *(("reward_model",) if cfg.reward_models else ()))
 
 
-def _policy_gradient(config: type[PolicyGradientJobConfig], help: str) -> JobSpec:
+def _policy_gradient(config: type[PolicyGradientJobConfig], module: str, help: str) -> JobSpec:
     return JobSpec(
-        config=config,
-        module=f"jobs.{config.__name__.removesuffix('JobConfig').lower()}",
-        help=help,
+        config,
+        module,
+        help,
         roles=_policy_gradient_roles,
-        load=lambda cfg: SAMPLES,
         scored=("data.train", "data.eval"),
         warm_start=lambda cfg: cfg.warm_start,
         flags=("only_rollouts",),
@@ -181,68 +178,61 @@ def _policy_gradient(config: type[PolicyGradientJobConfig], help: str) -> JobSpe
 
 def _policy_of(run_dir: Path) -> tuple[Path, list[str]]:
     """Evaluates the policy that a run has exported, on the run's own held-out samples."""
-    overrides = [
-        f"model.path={run_dir / 'policy'}",
-        "model.tiny=null",
-        "model.lora=null",
-        f"run.dir={run_dir / 'eval'}",
-    ]
+    overrides = [f"run.dir={run_dir / 'eval'}", f"model.path={run_dir / 'policy'}"]
+    overrides += ["model.tiny=null", "model.lora=null"]
     if (made := run_dir / "data" / "eval.jsonl").exists():  # a synthetic set
         overrides += [f"data.eval={made}", "data.train=null", "data.synthetic=null"]
     return run_dir / "config.yaml", overrides
 
 
+def _describe_sweep(cfg: Any, spec: JobSpec) -> list[str]:
+    from jobs.tune import describe
+
+    return describe(cfg)
+
+
 JOBS: dict[str, JobSpec] = {
-    "grpo": _policy_gradient(GrpoJobConfig, "group relative policy optimisation and its relatives on videos"),
-    "ppo": _policy_gradient(PpoJobConfig, "proximal policy optimisation with a critic on videos"),
-    "sft": JobSpec(
-        config=SftJobConfig,
-        module="jobs.sft",
-        help="supervised fine-tuning on the manifest's answers",
-        roles=lambda cfg: ("trainer",),
-        load=lambda cfg: SAMPLES,
+    "grpo": _policy_gradient(
+        GrpoJobConfig, "jobs.grpo", "group relative policy optimisation and its relatives on videos"
     ),
+    "ppo": _policy_gradient(PpoJobConfig, "jobs.ppo", "proximal policy optimisation with a critic on videos"),
+    "sft": JobSpec(SftJobConfig, "jobs.sft", "supervised fine-tuning on the manifest's answers"),
     "dpo": JobSpec(
-        config=DpoJobConfig,
-        module="jobs.dpo",
-        help="direct preference optimisation and its relatives on pairs of responses",
-        roles=lambda cfg: ("trainer",),
+        DpoJobConfig,
+        "jobs.dpo",
+        "direct preference optimisation and its relatives on pairs of responses",
         load=lambda cfg: PAIRS,
     ),
     "reward-model": JobSpec(
-        config=RewardModelJobConfig,
-        module="jobs.reward_model",
-        help="a model that scores videos, or answers to questions about them",
-        roles=lambda cfg: ("trainer",),
+        RewardModelJobConfig,
+        "jobs.reward_model",
+        "a model that scores videos, or answers to questions about them",
         load=graded,
     ),
     "isrt": JobSpec(
-        config=IsrtJobConfig,
-        module="jobs.isrt",
-        help="self-judgement with a visual context, then DPO, iterated",
+        IsrtJobConfig,
+        "jobs.isrt",
+        "self-judgement with a visual context, then DPO, iterated",
         roles=lambda cfg: ("trainer", "generator"),
-        load=lambda cfg: SAMPLES,
         scored=("data.eval",),
         warm_start=lambda cfg: cfg.warm_start,
         lessons=_lessons,
         flags=("only_data",),
     ),
     "tune": JobSpec(
-        config=TuneJobConfig,
-        module="jobs.tune",
-        help="search hyperparameters of any job with Ray Tune",
+        TuneJobConfig,
+        "jobs.tune",
+        "search hyperparameters of any job with Ray Tune",
         roles=lambda cfg: (),
-        load=lambda cfg: SAMPLES,
         folder=lambda cfg: cfg.dir,
-        describe=describe_sweep,
+        describe=_describe_sweep,
     ),
     "eval": JobSpec(
-        config=EvalJobConfig,
-        module="jobs.evaluate",
-        help="greedy answers to the held-out manifest, scored",
+        EvalJobConfig,
+        "jobs.evaluate",
+        "greedy answers to the held-out manifest, scored",
         roles=lambda cfg: ("generator",),
-        of_run=_policy_of,
-        load=lambda cfg: SAMPLES,
         scored=("data.eval",),
+        of_run=_policy_of,
     ),
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,13 @@ from actors.placement import plan as plan_slots
 from actors.placement import require_room
 from actors.supervised_plan import Plan, SupervisedTraining
 from actors.supervised_tasks import Example, Task
-from jobs.inputs import Inputs
+from jobs.inputs import Inputs, open_job
 from jobs.run import Run, check_resumable, how_to_resume
+from rlvid.config import JobConfig
 from rlvid.data.order import Strata
 from rlvid.errors import UserError
 from rlvid.files import write_atomic
+from rlvid.types import Preference, Sample
 
 METRICS_FILE = "training.json"  # beside the exported model: what `Training.train` returned
 SHOWN_STEPS = 20  # metrics.jsonl has all
@@ -28,32 +30,42 @@ Metrics = dict[str, float]
 
 
 def train_job(
-    run: Run,
-    inputs: Inputs,
-    task: Task,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    cfg: JobConfig,
+    job: str,
+    make_task: Callable[[Inputs], Task],
     phase: str,
+    result: Mapping[str, str],
     keeps_media_together: bool = False,
-) -> Metrics:
-    """The training of a whole job: from the newest checkpoint of its run folder to `policy`, with every step logged.
+) -> dict[str, Any]:
+    """Run or resume a whole job: from the newest checkpoint of its run folder to `policy`, with every step logged.
 
     Args:
+        result: names of the job's result, and the metrics that they show.
         keeps_media_together: examples about the same media follow each other in an epoch.
 
     Returns:
-        The last value of each metric, and `eval/accuracy_before` of the evaluation before the first step.
+        The job's result.
     """
-    cfg, out = run.cfg, run.folder.dir.resolve() / "policy"
-    if cfg.evaluate.best and not held_out:
-        raise UserError(f"evaluate.best={cfg.evaluate.best} needs held-out samples: give data.eval, or leave it out")
-    run.resume_point()
-    shown = tuple(held_out[: cfg.evaluate.max_samples])
-    together = None
-    if keeps_media_together:
-        together = Strata.of([example.sample.media or example.sample.id for example in train])
-    plan = Plan(cfg, task, inputs.model.resolve(), tuple(train), shown, out.parent, out, together=together)
-    return Training(run, inputs, plan, is_logged=True).train(phase)
+    with open_job(cfg, job) as (run, inputs):
+        inputs.require_training_data()
+        train = examples_of(inputs.train, inputs.pairs)
+        held_out = examples_of(inputs.held_out, inputs.held_out_pairs)
+        task, out = make_task(inputs), run.folder.dir.resolve() / "policy"
+        if (best := cfg.evaluate.best) and not held_out:
+            raise UserError(f"evaluate.best={best} needs held-out samples: give data.eval, or leave it out")
+        run.resume_point()
+        shown = held_out[: cfg.evaluate.max_samples]
+        together = None
+        if keeps_media_together:
+            together = Strata.of([example.sample.media or example.sample.id for example in train])
+        plan = Plan(cfg, task, inputs.model.resolve(), train, shown, out.parent, out, together=together)
+        metrics = Training(run, inputs, plan, is_logged=True).train(phase)
+        return {**results(metrics, result), **run.ending()}
+
+
+def examples_of(samples: Sequence[Sample], pairs: Sequence[Preference]) -> tuple[Example, ...]:
+    """The pairs of a manifest of preferences, or the answers of any other."""
+    return tuple(map(Example.of_pair, pairs) if pairs else map(Example.of_answer, samples))
 
 
 class Training:
@@ -68,7 +80,7 @@ class Training:
         self._last: Metrics = {}
         evaluated = -1
         for row in run.folder.read_metrics() if is_logged else ():
-            self._keep(row["step"], row)
+            self._keep(row["step"], row, is_new=False)
             evaluated = max(evaluated, row["step"]) if "eval/n" in row else evaluated
         self._plan = replace(plan, evaluated=evaluated)
         self._done = 0
@@ -137,8 +149,6 @@ class Training:
             return
         metrics |= self._inputs.clip_metrics()
         self._keep(step, metrics)
-        if self._is_logged:
-            self._run.log(step, metrics)
         if is_shown(step, self._plan.cfg.train.steps, time.monotonic() - self._shown_s):
             console.step(step, metrics)
             self._shown_s = time.monotonic()
@@ -150,12 +160,12 @@ class Training:
             return
         self._plan = replace(self._plan, evaluated=step)
         self._keep(step, metrics)
-        if self._is_logged:
-            self._run.log(step, metrics)
         self._run.console.evaluation(step, metrics)
 
-    def _keep(self, step: int, metrics: Metrics) -> None:
-        """Remember the last value of each metric, and the first accuracy."""
+    def _keep(self, step: int, metrics: Metrics, is_new: bool = True) -> None:
+        """Remember the last value of each metric, and the first accuracy; write what is new."""
+        if is_new and self._is_logged:
+            self._run.log(step, metrics)
         self._last |= metrics
         if step == 0 and "eval/accuracy" in metrics:
             self._last["eval/accuracy_before"] = metrics["eval/accuracy"]
@@ -166,7 +176,7 @@ def is_shown(step: int, steps: int, silent_s: float) -> bool:
     return step % max(1, steps // SHOWN_STEPS) == 0 or step == steps or silent_s > SHOWN_EVERY_S
 
 
-def results(metrics: Metrics, names: dict[str, str]) -> Metrics:
+def results(metrics: Metrics, names: Mapping[str, str]) -> Metrics:
     """The metrics of a job's result, under their names there; those that the job does not have are left out. Those of
     evaluations are the last one's; `best` is of the model in `policy/`, with `evaluate.best`."""
     names = {**names, "best_step": "eval/best_step", "best": "eval/best", "steps": "steps"}

@@ -20,29 +20,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
 
 from actors.actor_process import start_ray
 from jobs.cli import job_main
-from jobs.inputs import texts_of
+from jobs.inputs import make_data, make_model
 from jobs.run import Interrupted
 from jobs.specs import JOBS
 from rlvid.config import JobConfig, SpaceConfig, TuneJobConfig
 from rlvid.config.keys import check_paths
-from rlvid.config.load import dump_config, dump_yaml, load_config, read_yaml
+from rlvid.config.load import dump_config, load_config
 from rlvid.errors import UserError
 from rlvid.files import read_rows, write_atomic
 from rlvid.reporting.checkpoints import Checkpoints
 from rlvid.reporting.console import Console
 from rlvid.reporting.report.sweep import TrialRow, write_sweep
-from rlvid.synthetic.moving_shapes import make_synthetic
-
-if TYPE_CHECKING:
-    from ray.tune.schedulers import TrialScheduler
 
 STOP_TIMEOUT_S = 30.0  # for a job to write its checkpoint
 POLL_S = 0.3
@@ -53,7 +52,7 @@ TUNE_DIR = "ray_tune"
 class Plan:
     """What every trial needs: the job, its config, the metric and the folder."""
 
-    module: str
+    job: str
     config: Path
     overrides: tuple[str, ...]
     metric: str
@@ -61,13 +60,29 @@ class Plan:
     root: Path  # paths in the config are relative to it
     steps: int
 
+    def run_dir(self, trial_id: str) -> Path:
+        return self.folder / "trials" / trial_id
+
+    def arguments(self, values: Mapping[str, Any], run_dir: Path) -> list[str]:
+        """The overrides of a trial with these hyperparameters."""
+        own = {**values, "run.dir": str(run_dir)}
+        return [*self.overrides, *(f"{key}={json.dumps(value)}" for key, value in own.items())]
+
+    def resolved(self, values: Mapping[str, Any], run_dir: Path) -> str:
+        """The complete config of the job with these hyperparameters."""
+        return dump_config(load_config(JOBS[self.job].config, self.config, self.arguments(values, run_dir)))
+
+    def metric_rows(self, run_dir: Path) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl that have the metric."""
+        return [row for row in read_rows(run_dir / "metrics.jsonl") if self.metric in row]
+
 
 class Trial(tune.Trainable):
     """One job in a process of its own. A step of Tune ends with the next value of the metric."""
 
     def setup(self, config: Mapping[str, Any], plan: Plan) -> None:
         self._plan, self._values = plan, dict(config)
-        self.run_dir = plan.folder / "trials" / self.trial_id
+        self.run_dir = plan.run_dir(self.trial_id)
         self._process: subprocess.Popen[bytes] | None = None
         self._n_seen = 0
         self._last: dict[str, Any] = {}
@@ -77,21 +92,16 @@ class Trial(tune.Trainable):
             self._process = self._start()
         while True:
             has_ended = self._process.poll() is not None
-            rows = self._metric_rows()
+            rows = self._plan.metric_rows(self.run_dir)
             if len(rows) > self._n_seen:
                 row = rows[self._n_seen]
                 self._n_seen += 1
-                value = row[self._plan.metric]
-                has_diverged = value is None or not math.isfinite(value)
+                has_diverged = not _is_finite(row[self._plan.metric])
                 self._last = _numbers(row) | {tune.result.DONE: has_diverged}
                 return self._last
             if has_ended:
                 return self._end(self._process.returncode)
             time.sleep(POLL_S)
-
-    def _metric_rows(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl that have the metric."""
-        return [row for row in read_rows(self.run_dir / "metrics.jsonl") if self._plan.metric in row]
 
     def _end(self, code: int) -> dict[str, Any]:
         if code:
@@ -103,17 +113,17 @@ class Trial(tune.Trainable):
 
     @property
     def _log(self) -> Path:
-        return self._plan.folder / "trials" / f"{self.trial_id}.log"
+        return self._plan.run_dir(f"{self.trial_id}.log")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", self._plan.module, "--config", str(self._plan.config), *self._plan.overrides]
-        command += [f"{key}={json.dumps(value)}" for key, value in self._values.items()]
+        plan, module = self._plan, JOBS[self._plan.job].module
+        arguments = plan.arguments(self._values, self.run_dir)
         environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                [*command, f"run.dir={self.run_dir}"],
-                cwd=self._plan.root,
+                [sys.executable, "-m", module, "--config", str(plan.config), *arguments],
+                cwd=plan.root,
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -145,16 +155,9 @@ class Trial(tune.Trainable):
         """Replace the run folder by that of another trial, with the hyperparameters of this one."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.copytree(Path(checkpoint_dir) / "run", self.run_dir)
-        file = self.run_dir / "config.yaml"
-        config = read_yaml(file.read_text(encoding="utf-8"))
-        for key, value in {**self._values, "run.dir": str(self.run_dir)}.items():
-            *sections, name = key.split(".")
-            section = config
-            for part in sections:
-                section = section[int(part) if isinstance(section, list) else part]
-            section[name] = value
-        file.write_text(dump_yaml(config), encoding="utf-8")
-        rows = self._metric_rows()
+        config = self._plan.resolved(self._values, self.run_dir)
+        (self.run_dir / "config.yaml").write_text(config, encoding="utf-8")
+        rows = self._plan.metric_rows(self.run_dir)
         self._n_seen = len(rows)
         if rows:  # a run that is resumed at its last step writes no further value
             self._last = _numbers(rows[-1])
@@ -163,6 +166,11 @@ class Trial(tune.Trainable):
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a row of metrics, which are reported to Tune."""
     return {k: v for k, v in row.items() if isinstance(v, int | float)} | {"step": int(row["step"])}
+
+
+def _is_finite(value: float | None) -> bool:
+    """A number that is not finite is null in metrics.jsonl."""
+    return value is not None and math.isfinite(value)
 
 
 def _end_with_parent() -> None:
@@ -177,14 +185,13 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
         Interrupted: Ctrl-C.
         UserError: no trial has finished.
     """
-    job = JOBS[cfg.job]
     folder = cfg.dir.resolve()
     base = _load_base(cfg)
     began_s = time.monotonic()
     _write_config(folder, cfg)
     console = Console()
     overrides = (*cfg.overrides, *_make_shared(folder, cfg, base, console))
-    plan = Plan(job.module, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.last_step)
+    plan = Plan(cfg.job, cfg.config.resolve(), overrides, cfg.metric, folder, Path.cwd(), base.last_step)
     start_ray()
     try:
         with console, _stopping_tune(console, folder):
@@ -198,7 +205,7 @@ def run(cfg: TuneJobConfig) -> dict[str, Any]:
         raise UserError(f"none of the {len(rows)} trials has finished: {first}; see {folder / 'trials'}")
     best = (max if cfg.mode == "max" else min)(finished, key=lambda row: row.value or 0.0)
     best_file = folder / "best.yaml"
-    _write_best(best_file, plan, best, base)
+    write_atomic(best_file, plan.resolved(best.values, base.run.dir))  # with the run folder of the job's own config
     page = write_sweep(folder / "sweep.html", cfg, rows, best)
     return {
         "best": best.values,
@@ -247,7 +254,8 @@ def _load_base(cfg: TuneJobConfig) -> JobConfig:
     """
     config_class = JOBS[cfg.job].config
     for key, space in cfg.space.items():  # an unknown key is an error that names the nearest one
-        load_config(config_class, cfg.config, [*cfg.overrides, f"{key}={json.dumps(_example(space))}"])
+        ((first, *_),) = space.given.values()
+        load_config(config_class, cfg.config, [*cfg.overrides, f"{key}={json.dumps(first)}"])
     base: JobConfig = load_config(config_class, cfg.config, list(cfg.overrides))
     check_paths(base)
     return base
@@ -258,10 +266,6 @@ def describe(cfg: TuneJobConfig) -> list[str]:
     base = _load_base(cfg)
     lines = [f"{key}: {space.model_dump_json(exclude_none=True)}" for key, space in cfg.space.items()]
     return [f"{cfg.trials} trials of rlvid {cfg.job}", *lines, *JOBS[cfg.job].describe(base, JOBS[cfg.job])]
-
-
-def _example(space: SpaceConfig) -> Any:
-    return next(value[0] for _, value in space if value is not None)
 
 
 def _write_config(folder: Path, cfg: TuneJobConfig) -> None:
@@ -279,24 +283,16 @@ def _write_config(folder: Path, cfg: TuneJobConfig) -> None:
 
 def _make_shared(folder: Path, cfg: TuneJobConfig, base: JobConfig, console: Console) -> tuple[str, ...]:
     """Make the synthetic data and the tiny model once for all trials; return the overrides that name them."""
-    data, tiny = base.data, base.model.tiny
+    data, spec = base.data, JOBS[cfg.job]
     if data.train is not None or data.synthetic is None or any(key.startswith("data.") for key in cfg.space):
         return ()
-    console.message(f"making {data.synthetic.train} + {data.synthetic.eval} synthetic clips")
-    train, held_out = make_synthetic(folder / "data", data.synthetic, base.seed)
-    kind = JOBS[cfg.job].load(base)
-    train, held_out = kind.of_synthetic(train), kind.of_synthetic(held_out)
+    train, held_out = make_data(base, spec, folder / "data", console)
     overrides = [f"data.train={train}", *([] if data.eval else [f"data.eval={held_out}"])]
     is_searched = any(key == "seed" or key.startswith("model.") for key in cfg.space)
-    if tiny is not None and base.model.path is None and not is_searched:
-        model = folder / "model"
-        if not model.exists():
-            from rlvid.models.tiny import make_tiny
-
-            console.message(f"making a tiny random {tiny.family}")
-            rows = kind.read(train, data)
-            make_tiny(model, tiny, texts_of(rows.samples, rows.pairs), base.seed)
-        overrides.append(f"model.path={model}")
+    if base.model.path is None and not is_searched:
+        rows = spec.load(base).read(train, data)
+        make_model(base, folder / "model", rows.samples, rows.pairs, console)
+        overrides.append(f"model.path={folder / 'model'}")
     return tuple(overrides)
 
 
@@ -321,34 +317,26 @@ def _tuner(cfg: TuneJobConfig, plan: Plan, console: Console) -> tune.Tuner:
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
-            name="sweep", storage_path=str(plan.folder / TUNE_DIR), verbose=0, callbacks=[_Progress(cfg, console)]
+            name="sweep", storage_path=str(plan.folder / TUNE_DIR), verbose=0, callbacks=[_Progress(cfg.metric)]
         ),
     )
 
 
 def _domain(space: SpaceConfig) -> Any:
-    if space.uniform:
-        return tune.uniform(*space.uniform)
-    if space.loguniform:
-        return tune.loguniform(*space.loguniform)
-    if space.randint:
-        return tune.randint(*space.randint)
-    return tune.choice(list(space.choice)) if space.choice else tune.grid_search(list(space.grid or ()))
+    """Tune's object for a distribution: keys of the config have the names of Tune's functions, but for `grid`."""
+    ((name, value),) = space.given.items()
+    if name == "grid":
+        return tune.grid_search(list(value))
+    return tune.choice(list(value)) if name == "choice" else getattr(tune, name)(*value)
 
 
 def _searcher(cfg: TuneJobConfig) -> Searcher | None:
     if cfg.search == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
         return ConcurrencyLimiter(OptunaSearch(metric=cfg.metric, mode=cfg.mode, seed=cfg.seed), cfg.parallel)
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-
     return BasicVariantGenerator(random_state=cfg.seed, max_concurrent=cfg.parallel)
 
 
 def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> TrialScheduler | None:
-    from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
-
     if cfg.scheduler == "asha":
         # One more than the last step: after the last one, the job still has to write its policy.
         return ASHAScheduler(
@@ -368,35 +356,24 @@ def _scheduler(cfg: TuneJobConfig, plan: Plan, space: Mapping[str, Any]) -> Tria
 
 
 class _Progress(tune.Callback):
-    """Prints a line when a trial begins, reports a value or fails."""
+    """Prints a line when a trial begins, reports a value or fails. Tune pickles it, so it holds no console."""
 
-    def __init__(self, cfg: TuneJobConfig, console: Console):
-        self._metric, self._console = cfg.metric, console
+    def __init__(self, metric: str):
+        self._metric = metric
         self._shown: dict[str, int] = {}  # trial -> step that was printed last
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         values = ", ".join(f"{key}={_short(value)}" for key, value in trial.config.items())
-        self._console.message(f"trial {trial.trial_id}: {values}")
+        Console().message(f"trial {trial.trial_id}: {values}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if (
-            self._shown.get(trial.trial_id) == result["step"]
-        ):  # Tune reports the last result again at the end of a trial
-            return
-        self._shown[trial.trial_id] = result["step"]
-        self._console.message(
-            f"trial {trial.trial_id}: {self._metric} {_short(result[self._metric])} at step {result['step']}"
-        )
+        name, step = trial.trial_id, result["step"]
+        if self._shown.get(name) != step:  # Tune reports the last result again at the end of a trial
+            self._shown[name] = step
+            Console().message(f"trial {name}: {self._metric} {_short(result[self._metric])} at step {step}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._console.message(f"trial {trial.trial_id} failed; see {trial.trial_id}.log")
-
-    def __getstate__(self) -> dict[str, Any]:  # Tune pickles its callbacks; a console cannot be pickled
-        return {"_metric": self._metric, "_shown": self._shown}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._console = Console()
+        Console().message(f"trial {trial.trial_id} failed; see {trial.trial_id}.log")
 
 
 def _short(value: Any) -> str:
@@ -411,12 +388,8 @@ def _row(plan: Plan, result: Any) -> TrialRow:
     metrics = result.metrics or {}
     end = int(metrics.get("step", plan.steps))
     trial_id = Path(result.path).name
-    rows = [r for r in read_rows(plan.folder / "trials" / trial_id / "metrics.jsonl") if r["step"] <= end]
-    curve = tuple(
-        (int(row["step"]), float(row[plan.metric]))
-        for row in rows
-        if isinstance(row.get(plan.metric), int | float) and math.isfinite(row[plan.metric])
-    )
+    values = [(row["step"], row[plan.metric]) for row in plan.metric_rows(plan.run_dir(trial_id))]
+    curve = tuple((int(step), float(value)) for step, value in values if step <= end and _is_finite(value))
     return TrialRow(
         trial_id=trial_id,
         values=dict(result.config or {}),
@@ -427,13 +400,6 @@ def _row(plan: Plan, result: Any) -> TrialRow:
         error=str(result.error).strip().splitlines()[-1] if result.error else None,
         seconds=float(metrics.get("time_total_s", 0.0)),
     )
-
-
-def _write_best(file: Path, plan: Plan, best: TrialRow, base: JobConfig) -> None:
-    """Write the complete config of the best trial, with the run folder of the job's own config."""
-    config = read_yaml((plan.folder / "trials" / best.trial_id / "config.yaml").read_text(encoding="utf-8"))
-    config["run"]["dir"] = str(base.run.dir)
-    write_atomic(file, dump_yaml(config))
 
 
 if __name__ == "__main__":

@@ -105,12 +105,9 @@ class Update:
 class GrpoUpdate(Update):
     """Advantages from the rewards of a group, or of the batch."""
 
-    def __init__(self, cfg: Any, trainer: TrainerGroup):
-        super().__init__(cfg, trainer)
-        self._grpo: GrpoConfig = cfg.grpo
-
     def with_advantages(self, groups: Sequence[GroupRef], values: Floats64, experience: Experience) -> list[GroupRef]:
-        return with_advantages(groups, values, self._grpo, experience.baselines)
+        assert isinstance(self._algorithm, GrpoConfig)
+        return with_advantages(groups, values, self._algorithm, experience.baselines)
 
 
 class PpoUpdate(Update):

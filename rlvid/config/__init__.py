@@ -1,14 +1,7 @@
 """Every key of every job, its default and its meaning. Reading files and overrides: `load.py`."""
 
-from rlvid.config.algorithms import (
-    DIMS,
-    DIMS2,
-    DpoConfig,
-    IsrtConfig,
-    JudgeConfig,
-    RewardModelConfig,
-    SftConfig,
-)
+from rlvid.config.algorithms import DIMS, DIMS2, DpoConfig, JudgeConfig, RewardModelConfig, SftConfig
+from rlvid.config.inputs import DataConfig, LoraConfig, ModelConfig, SyntheticConfig, TinyModelConfig, VideoConfig
 from rlvid.config.jobs import (
     DpoJobConfig,
     EvalJobConfig,
@@ -20,7 +13,6 @@ from rlvid.config.jobs import (
     RewardModelJobConfig,
     SftJobConfig,
 )
-from rlvid.config.limits import DeadlinesConfig, ParityConfig
 from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
 from rlvid.config.rewards import (
     AnswerPart,
@@ -39,6 +31,7 @@ from rlvid.config.rewards import (
     NumberPart,
     NumericalPart,
     OcrPart,
+    OwnPart,
     RegressionPart,
     RewardPart,
     RewardPartConfig,
@@ -47,20 +40,14 @@ from rlvid.config.rewards import (
     TinyLlavaPart,
     VerbatimPart,
 )
+from rlvid.config.section import Section
 from rlvid.config.sections import (
-    DataConfig,
-    EvaluateConfig,
-    LoraConfig,
-    ModelConfig,
+    DeadlinesConfig,
+    ParityConfig,
     PlacementConfig,
     RolloutConfig,
     RunConfig,
-    ScheduleConfig,
-    Section,
-    SyntheticConfig,
-    TinyModelConfig,
     TrainConfig,
-    VideoConfig,
     WarmStartConfig,
 )
 from rlvid.config.tune import SpaceConfig, TuneJobConfig

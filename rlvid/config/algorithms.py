@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from rlvid.config.sections import Checkpoint, GreedyOrTemperature, Section, changeable
+from rlvid.config.section import Checkpoint, GreedyOrTemperature, Section, changeable
 
 DIMS = ("visual quality", "temporal consistency", "dynamic degree", "text-to-video alignment", "factual consistency")
 """Dimensions of VideoScore."""
@@ -72,15 +73,13 @@ class DpoConfig(Section):
     def needs_reference(self) -> bool:
         return self.loss not in ("simpo", "orpo")
 
-    @model_validator(mode="after")
-    def _loss_has_what_it_needs(self) -> DpoConfig:
+    def faults(self) -> Iterator[str]:
         if self.loss in ("simpo", "orpo") and not self.is_mean:
-            raise ValueError(f"loss={self.loss} is defined on mean log-probs: leave logprobs at auto")
+            yield f"loss={self.loss} is defined on mean log-probs: leave logprobs at auto"
         if self.loss == "orpo" and not self.sft_weight:
-            raise ValueError("loss=orpo adds an odds ratio to the chosen response's likelihood: set sft_weight to 1")
+            yield "loss=orpo adds an odds ratio to the chosen response's likelihood: set sft_weight to 1"
         if not self.loss_weight and not self.sft_weight:
-            raise ValueError("loss_weight and sft_weight are both 0: there is nothing to train on")
-        return self
+            yield "loss_weight and sft_weight are both 0: there is nothing to train on"
 
 
 class RewardModelConfig(Section):
@@ -120,20 +119,29 @@ class RewardModelConfig(Section):
     def bounds(self) -> tuple[int, int]:
         return self.scale or ((1, 5) if self.kind == "thinking" else (1, 4))
 
-    @model_validator(mode="after")
-    def _template_names_dims(self) -> RewardModelConfig:
+    def faults(self) -> Iterator[str]:
         if self.kind == "bradley_terry" and self.template != "question":
-            raise ValueError("kind=bradley_terry scores answers to the manifest's questions: set template to question")
+            yield "kind=bradley_terry scores answers to the manifest's questions: set template to question"
         if (self.kind == "thinking") != (self.template == "thinking"):
-            raise ValueError(f"kind={self.kind} does not go with template={self.template}: thinking needs both")
+            yield f"kind={self.kind} does not go with template={self.template}: thinking needs both"
         fixed = {"integer": DIMS, "float": DIMS, "thinking": DIMS2}.get(self.template)
         if fixed and self.dims and self.dims != fixed:
-            raise ValueError(f"template={self.template} asks for {', '.join(fixed)}: leave dims empty, or set template")
+            yield f"template={self.template} asks for {', '.join(fixed)}: leave dims empty, or set template"
         if len(set(self.names)) != len(self.names) or any(": " in n or "\n" in n or not n.strip() for n in self.names):
-            raise ValueError("dims must be different names on one line each, without a colon and a space")
+            yield "dims must be different names on one line each, without a colon and a space"
         if not 0 <= self.bounds[0] < self.bounds[1] <= 9:
-            raise ValueError(f"scale={list(self.bounds)} must be two digits, the lower first")
-        return self
+            yield f"scale={list(self.bounds)} must be two digits, the lower first"
+
+
+def is_web_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
+def _check_api(url: str) -> str:
+    if not is_web_address(url) or urlsplit(url).path.endswith("/chat/completions"):
+        raise ValueError(f"{url!r} is not the base URL of an API, expected for example http://localhost:8000/v1")
+    return url
 
 
 _OF_ENDPOINTS = ("url", "model", "api_key_env", "send_frames", "concurrency", "timeout_s", "deadline_s")
@@ -150,7 +158,7 @@ class JudgeConfig(Section):
     run. endpoint: an OpenAI-compatible server (`url`)."""
     path: Checkpoint | None = None
     """local: folder of the judge's checkpoint."""
-    url: str | None = None
+    url: Annotated[str, AfterValidator(_check_api)] | None = None
     """endpoint: base URL of the API, for example http://localhost:8000/v1."""
     model: str | None = None
     """endpoint: name of the model. Name a fixed version: another version is another judge."""
@@ -173,21 +181,11 @@ class JudgeConfig(Section):
 
     needs: ClassVar = {"path": ("backend", "local"), **dict.fromkeys(_OF_ENDPOINTS, ("backend", "endpoint"))}
 
-    @field_validator("url")
-    @classmethod
-    def _url_is_complete(cls, url: str | None) -> str | None:
-        parts = urlsplit(url or "http://none")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.endswith("/chat/completions"):
-            raise ValueError(f"{url!r} is not the base URL of an API, expected for example http://localhost:8000/v1")
-        return url
-
-    @model_validator(mode="after")
-    def _backend_is_named(self) -> JudgeConfig:
+    def faults(self) -> Iterator[str]:
         if self.backend == "local" and self.path is None:
-            raise ValueError("backend=local needs path, the folder of the judge's checkpoint")
+            yield "backend=local needs path, the folder of the judge's checkpoint"
         if self.backend == "endpoint" and (self.url is None or self.model is None):
-            raise ValueError("backend=endpoint needs url and model, for example url=http://localhost:8000/v1")
-        return self
+            yield "backend=endpoint needs url and model, for example url=http://localhost:8000/v1"
 
 
 class RewardJudgeConfig(JudgeConfig):
@@ -226,12 +224,11 @@ class IsrtConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     """The judge that compares the responses."""
 
-    needs: ClassVar = dict.fromkeys(
-        ("context_tokens", "context_temperature"), ("context", "judge", "judge_and_responses")
-    )
+    needs: ClassVar = {
+        "context_tokens": ("context", "judge", "judge_and_responses"),
+        "context_temperature": ("context", "judge", "judge_and_responses"),
+    }
 
-    @model_validator(mode="after")
-    def _parts_have_a_size(self) -> IsrtConfig:
+    def faults(self) -> Iterator[str]:
         if self.prompts == "split" and self.max_prompts is None:
-            raise ValueError("prompts=split needs max_prompts, the number of training samples of an iteration")
-        return self
+            yield "prompts=split needs max_prompts, the number of training samples of an iteration"

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig, SftConfig
-from rlvid.config.limits import DeadlinesConfig, ParityConfig
+from rlvid.config.inputs import DataConfig, ModelConfig, VideoConfig
 from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
 from rlvid.config.rewards import EndpointPart, ExactPart, JudgePart, ModelPart, RewardPartsConfig
+from rlvid.config.section import Section, changeable
 from rlvid.config.sections import (
-    DataConfig,
+    DeadlinesConfig,
     EvaluateConfig,
-    ModelConfig,
+    ParityConfig,
     PlacementConfig,
     RolloutConfig,
     RunConfig,
-    Section,
     TrainConfig,
-    VideoConfig,
     WarmStartConfig,
-    changeable,
-    refuse_if,
 )
 from rlvid.config.tune import TuneJobConfig
 
@@ -90,69 +88,54 @@ class JobConfig(Section):
     def is_elastic(self) -> bool:
         return (self.train.max_workers or 0) > self.placement.trainer_workers
 
-    @model_validator(mode="after")
-    def _sections_go_together(self) -> JobConfig:
+    def faults(self) -> Iterator[str]:
         model, data, train, rollout, place = self.model, self.data, self.train, self.rollout, self.placement
-        refuse_if(
-            not model.path and not model.tiny,
-            "model.path is empty: give a checkpoint, or model.tiny for a random model",
-        )
-        lacks_data = data.synthetic is None and not any(getattr(d, self.manifest) for d in data.sources.values())
-        refuse_if(lacks_data, f"data.{self.manifest} is empty: give a manifest, or data.synthetic for a synthetic set")
-        refuse_if(
-            model.lora and train.lr_factors,
-            "train.lr_factors is of the whole model, and model.lora trains adapters alone: leave one of them out",
-        )
+        if not model.path and not model.tiny:
+            yield "model.path is empty: give a checkpoint, or model.tiny for a random model"
+        if data.synthetic is None and not any(getattr(source, self.manifest) for source in data.sources.values()):
+            yield f"data.{self.manifest} is empty: give a manifest, or data.synthetic for a synthetic set"
+        if model.lora and train.lr_factors:
+            yield "train.lr_factors is of the whole model, and model.lora trains adapters alone: leave one of them out"
         least, most = place.trainer_workers, train.max_workers or place.trainer_workers
-        refuse_if(most < least, f"train.max_workers={most} is less than placement.trainer_workers={least}")
-        refuse_if(
-            train.batch_size < most,
-            f"train.batch_size={train.batch_size} is less than a sample for each of {most} workers",
-        )
-        refuse_if(
-            most > least and train.zero_stage,
-            f"train.zero_stage={train.zero_stage} keeps a part of the optimizer in each worker, and another number of "
-            f"workers cannot load it: set it to 0, or leave train.max_workers empty",
-        )
-        refuse_if(
-            train.offload_optimizer and not train.zero_stage,
-            "train.offload_optimizer needs DeepSpeed ZeRO: set train.zero_stage to 1, 2 or 3",
-        )
-        refuse_if(
-            rollout.max_tokens >= rollout.max_model_len,
-            f"rollout.max_tokens={rollout.max_tokens} leaves no room for a prompt in "
-            f"rollout.max_model_len={rollout.max_model_len}",
-        )
-        refuse_if(
-            (rollout.max_replicas or rollout.replicas) < rollout.replicas,
-            f"rollout.max_replicas={rollout.max_replicas} is less than rollout.replicas={rollout.replicas}",
-        )
-        refuse_if(
-            place.colocate and place.gpus and rollout.tensor_parallel > 1,
-            f"rollout.tensor_parallel={rollout.tensor_parallel}: an engine on several GPUs cannot share them with the "
-            f"trainer: set placement.colocate to false",
-        )
-        return self
+        if most < least:
+            yield f"train.max_workers={most} is less than placement.trainer_workers={least}"
+        if train.batch_size < most:
+            yield f"train.batch_size={train.batch_size} is less than a sample for each of {most} workers"
+        if most > least and train.zero_stage:
+            yield (
+                f"train.zero_stage={train.zero_stage} keeps a part of the optimizer in each worker, and another number "
+                f"of workers cannot load it: set it to 0, or leave train.max_workers empty"
+            )
+        if train.offload_optimizer and not train.zero_stage:
+            yield "train.offload_optimizer needs DeepSpeed ZeRO: set train.zero_stage to 1, 2 or 3"
+        response, room = rollout.max_tokens, rollout.max_model_len
+        if response >= room:
+            yield f"rollout.max_tokens={response} leaves no room for a prompt in rollout.max_model_len={room}"
+        if (most := rollout.max_replicas or rollout.replicas) < rollout.replicas:
+            yield f"rollout.max_replicas={most} is less than rollout.replicas={rollout.replicas}"
+        if place.colocate and place.gpus and rollout.tensor_parallel > 1:
+            yield (
+                f"rollout.tensor_parallel={rollout.tensor_parallel}: an engine on several GPUs cannot share them with "
+                f"the trainer: set placement.colocate to false"
+            )
+        yield from self._transfer_faults()
 
-    @model_validator(mode="after")
-    def _weights_can_travel(self) -> JobConfig:
-        place, way = self.placement, self.rollout.weight_transfer
+    def _transfer_faults(self) -> Iterator[str]:
+        place, rollout, way = self.placement, self.rollout, self.rollout.weight_transfer
         key = f"rollout.weight_transfer={way}"
-        if way not in ("nccl", "ipc"):
-            return self
-        refuse_if(not place.gpus, f"{key} needs GPUs: set placement.gpus, or leave it at auto")
-        refuse_if(self.model.lora, f"{key} sends the whole model, model.lora trains adapters: leave it at auto")
-        shares = place.colocate
-        if way == "nccl" and (shares or place.gpus < 1):
-            raise ValueError(f"{key} needs a GPU per process: set placement.colocate to false, or leave it at auto")
-        most = max(self.rollout.replicas, self.rollout.max_replicas or 0)
-        if way == "ipc" and (not shares or most > place.trainer_workers or most > self.rollout.replicas):
-            raise ValueError(
+        if way in ("nccl", "ipc") and not place.gpus:
+            yield f"{key} needs GPUs: set placement.gpus, or leave it at auto"
+        if way in ("nccl", "ipc") and self.model.lora:
+            yield f"{key} sends the whole model, model.lora trains adapters: leave it at auto"
+        if way == "nccl" and (place.colocate or place.gpus < 1):
+            yield f"{key} needs a GPU per process: set placement.colocate to false, or leave it at auto"
+        most = rollout.max_replicas or rollout.replicas
+        if way == "ipc" and (not place.colocate or most > place.trainer_workers or most > rollout.replicas):
+            yield (
                 f"{key} needs every engine on the GPU of a trainer rank: set placement.colocate to true, "
                 f"placement.gpus to 1, rollout.replicas to at most placement.trainer_workers, "
                 f"and leave rollout.max_replicas empty; or leave it at auto"
             )
-        return self
 
 
 def video_tokens(cfg: JobConfig) -> int:
@@ -164,16 +147,19 @@ def video_tokens(cfg: JobConfig) -> int:
     return video.frames // 2 * max((video.height or 0) // 32, 1) * max((video.width or 0) // 32, 1)
 
 
-def _check_engine(cfg: JobConfig) -> None:
+def _room_faults(cfg: JobConfig, text_tokens: int, why: str) -> Iterator[str]:
+    """Whether an engine's context has room for a clip, a question and `text_tokens` more."""
+    room, least = cfg.rollout.max_model_len, video_tokens(cfg) + SHORTEST_TEXT + text_tokens
+    if room < least:
+        yield f"rollout.max_model_len={room} is less than {least}: {why}"
+
+
+def _engine_faults(cfg: JobConfig) -> Iterator[str]:
     """For jobs that generate: what is known before any clip or model is made. Real prompts are measured later."""
-    video, rollout = cfg.video, cfg.rollout
     if tokens := video_tokens(cfg):
-        least = tokens + SHORTEST_TEXT + rollout.max_tokens
-        if rollout.max_model_len < least:
-            raise ValueError(
-                f"rollout.max_model_len={rollout.max_model_len} is less than {least}: {video.frames} frames are at "
-                f"least {tokens} tokens, a question {SHORTEST_TEXT}, a response rollout.max_tokens={rollout.max_tokens}"
-            )
+        response = cfg.rollout.max_tokens
+        seen = f"{cfg.video.frames} frames are at least {tokens} tokens, a question {SHORTEST_TEXT}"
+        yield from _room_faults(cfg, response, f"{seen}, a response rollout.max_tokens={response}")
 
 
 class SftJobConfig(JobConfig):
@@ -190,17 +176,16 @@ class SftJobConfig(JobConfig):
         whole.setdefault("run", {})["dir"] = self.run.dir / f"stage_{number}"
         return SftJobConfig(**_updated(whole, self.stages[number - 1]))
 
-    @model_validator(mode="after")
-    def _stages_are_jobs(self) -> SftJobConfig:
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         for i, changed in enumerate(self.stages):
             if taken := changed.keys() & {"stages", "model", "run"}:
-                raise ValueError(f"stages.{i}: {min(taken)} is set for all stages, leave it out here")
+                yield f"stages.{i}: {min(taken)} is set for all stages, leave it out here"
             try:
                 self.stage(i + 1)
             except ValidationError as e:
                 wrong = e.errors()[0]
-                raise ValueError(f"stages.{i}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-        return self
+                yield f"stages.{i}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
 
 
 def _updated(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
@@ -219,17 +204,16 @@ class DpoJobConfig(JobConfig):
 
     dpo: DpoConfig = DpoConfig()
 
-    @model_validator(mode="after")
-    def _kto_has_other_prompts(self) -> DpoJobConfig:
-        _check_kto_batch(self.dpo, self.train)
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from _kto_faults(self.dpo, self.train)
 
 
-def _check_kto_batch(dpo: DpoConfig, train: TrainConfig) -> None:
-    message = (
-        "dpo.loss=kto compares a pair with a response to another prompt of its batch: set train.batch_size above 1"
-    )
-    refuse_if(dpo.loss == "kto" and train.batch_size < 2, message)
+def _kto_faults(dpo: DpoConfig, train: TrainConfig) -> Iterator[str]:
+    if dpo.loss == "kto" and train.batch_size < 2:
+        yield (
+            "dpo.loss=kto compares a pair with a response to another prompt of its batch: set train.batch_size above 1"
+        )
 
 
 class IsrtJobConfig(JobConfig):
@@ -258,31 +242,24 @@ class IsrtJobConfig(JobConfig):
         run = self.run.model_copy(update={"export_every": None})  # its model is an iteration's, not the run's
         return DpoJobConfig(**shared | {"seed": self.seed + iteration, "train": train, "run": run})
 
-    @model_validator(mode="after")
-    def _rewards_are_rules(self) -> IsrtJobConfig:
-        refuse_if(self.evaluate.best, "evaluate.best is for sft, dpo and reward-model, not for isrt: leave it out")
-        refuse_if(self.reward_models, "rewards: isrt uses them for evaluation only; leave out those of kind model")
-        return self
-
-    @model_validator(mode="after")
-    def _iterations_can_run(self) -> IsrtJobConfig:
-        _check_engine(self)
-        _check_kto_batch(self.dpo, self.train)
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.evaluate.best:
+            yield "evaluate.best is for sft, dpo and reward-model, not for isrt: leave it out"
+        if self.reward_models:
+            yield "rewards: isrt uses them for evaluation only; leave out those of kind model"
+        yield from _engine_faults(self)
+        yield from _kto_faults(self.dpo, self.train)
         if self.dpo.reference_path is not None:
-            raise ValueError("dpo.reference_path: isrt.reference sets the reference of this job; leave it empty")
-        isrt, rollout = self.isrt, self.rollout
+            yield "dpo.reference_path: isrt.reference sets the reference of this job; leave it empty"
+        isrt, judge, response = self.isrt, self.isrt.judge, self.rollout.max_tokens
         context = isrt.context_tokens if isrt.context != "none" else 0
-        judged = SHORTEST_TEXT + context + 2 * rollout.max_tokens + isrt.judge.max_tokens
-        least = video_tokens(self) + (
-            SHORTEST_TEXT + rollout.max_tokens if isrt.judge.backend == "endpoint" else judged
+        read = response if judge.backend == "endpoint" else context + 2 * response + judge.max_tokens
+        why = (
+            f"the judge reads the video, a context of isrt.context_tokens={isrt.context_tokens} and two responses of "
+            f"rollout.max_tokens={response}, and answers isrt.judge.max_tokens={judge.max_tokens}"
         )
-        if rollout.max_model_len < least:
-            raise ValueError(
-                f"rollout.max_model_len={rollout.max_model_len} is less than {least}: the judge reads the video, a "
-                f"context of isrt.context_tokens={isrt.context_tokens} and two responses of rollout.max_tokens="
-                f"{rollout.max_tokens}, and answers isrt.judge.max_tokens={isrt.judge.max_tokens}"
-            )
-        return self
+        yield from _room_faults(self, read, why)
 
 
 class RewardModelJobConfig(JobConfig):
@@ -290,14 +267,13 @@ class RewardModelJobConfig(JobConfig):
 
     reward_model: RewardModelConfig = RewardModelConfig()
 
-    @model_validator(mode="after")
-    def _prompt_is_the_template(self) -> RewardModelJobConfig:
-        refuse_if(
-            self.data.suffix or self.data.system_prompt,
-            "data.suffix and data.system_prompt do not go with reward_model: the model will be asked without them. "
-            "Write them into the manifest's questions and set reward_model.template to question",
-        )
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.data.suffix or self.data.system_prompt:
+            yield (
+                "data.suffix and data.system_prompt do not go with reward_model: the model will be asked without them. "
+                "Write them into the manifest's questions and set reward_model.template to question"
+            )
 
 
 class EvalJobConfig(JobConfig):
@@ -305,10 +281,9 @@ class EvalJobConfig(JobConfig):
 
     manifest = "eval"
 
-    @model_validator(mode="after")
-    def _engine_can_answer(self) -> EvalJobConfig:
-        _check_engine(self)
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from _engine_faults(self)
 
 
 class PolicyGradientJobConfig(JobConfig):
@@ -332,52 +307,50 @@ class PolicyGradientJobConfig(JobConfig):
         shares = place.colocate and place.gpus > 0
         return (shares and not self.policy_gradient.async_steps) if self.rollout.sleep is None else self.rollout.sleep
 
-    @model_validator(mode="after")
-    def _steps_can_run(self) -> PolicyGradientJobConfig:
-        _check_engine(self)
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from _engine_faults(self)
         name, cfg = type(self).__name__.removesuffix("JobConfig").lower(), self.policy_gradient
         batch, n_parts, n_ranks = self.train.batch_size, cfg.minibatches, self.placement.trainer_workers
-        refuse_if(self.train.max_workers is not None, f"train.max_workers: {name} is not elastic, leave it empty")
-        self._check_rewards(name)
-        refuse_if(self.evaluate.best, f"evaluate.best is for sft, dpo and reward-model, not for {name}: leave it out")
-        refuse_if(
-            self.engines_sleep and cfg.async_steps > 0,
-            f"{name}.async_steps={cfg.async_steps} generates while the trainer works, when rollout.sleep=true takes "
-            f"the memory of the engines: set one of them to 0 or false",
-        )
-        refuse_if(batch % n_parts, f"{name}.minibatches={n_parts} must divide train.batch_size={batch}")
-        refuse_if(
-            batch < n_ranks * n_parts,
-            f"train.batch_size={batch} is less than a prompt for each of placement.trainer_workers={n_ranks} and "
-            f"{name}.minibatches={n_parts}",
-        )
-        return self
+        if self.train.max_workers is not None:
+            yield f"train.max_workers: {name} is not elastic, leave it empty"
+        yield from self._reward_faults(name)
+        if self.evaluate.best:
+            yield f"evaluate.best is for sft, dpo and reward-model, not for {name}: leave it out"
+        if self.engines_sleep and cfg.async_steps > 0:
+            yield (
+                f"{name}.async_steps={cfg.async_steps} generates while the trainer works, when rollout.sleep=true "
+                f"takes the memory of the engines: set one of them to 0 or false"
+            )
+        if batch % n_parts:
+            yield f"{name}.minibatches={n_parts} must divide train.batch_size={batch}"
+        if batch < n_ranks * n_parts:
+            yield (
+                f"train.batch_size={batch} is less than a prompt for each of placement.trainer_workers={n_ranks} and "
+                f"{name}.minibatches={n_parts}"
+            )
 
-    def _check_rewards(self, name: str) -> None:
+    def _reward_faults(self, name: str) -> Iterator[str]:
         """Rules between the parts of the reward and the rest."""
+        cfg, limit_s = self.policy_gradient, self.deadlines.reward_s
+        response = self.rollout.max_tokens
         for i, part in enumerate(self.rewards):
-            if isinstance(part, EndpointPart):
-                refuse_if(
-                    part.deadline_s >= self.deadlines.reward_s,
-                    f"rewards.{i}.deadline_s={part.deadline_s:g} is not below deadlines.reward_s="
-                    f"{self.deadlines.reward_s:g}, after which the reward worker is replaced: lower it",
+            if isinstance(part, EndpointPart) and part.deadline_s >= limit_s:
+                yield (
+                    f"rewards.{i}.deadline_s={part.deadline_s:g} is not below deadlines.reward_s={limit_s:g}, after "
+                    f"which the reward worker is replaced: lower it"
                 )
             if not isinstance(part, JudgePart):
                 continue
-            refuse_if(
-                part.mode == "win_rate"
-                and (self.policy_gradient.compares_with_greedy or self.policy_gradient.group_size < 2),
-                f"rewards.{i}.mode=win_rate compares the responses of a group: set {name}.group_size to 2 or more, and "
-                f"{name}.advantage to another than greedy",
-            )
-            read = SHORTEST_TEXT + self.rollout.max_tokens * (2 if part.mode == "win_rate" else 1)
-            least = video_tokens(self) + read + part.judge.max_tokens
-            refuse_if(
-                part.judge.backend != "endpoint" and self.rollout.max_model_len < least,
-                f"rollout.max_model_len={self.rollout.max_model_len} is less than {least}: the judge of rewards.{i} "
-                f"reads the video and responses of rollout.max_tokens={self.rollout.max_tokens}, and answers "
-                f"judge.max_tokens={part.judge.max_tokens}",
-            )
+            if part.mode == "win_rate" and (cfg.compares_with_greedy or cfg.group_size < 2):
+                yield (
+                    f"rewards.{i}.mode=win_rate compares the responses of a group: set {name}.group_size to 2 or "
+                    f"more, and {name}.advantage to another than greedy"
+                )
+            if part.judge.backend != "endpoint":
+                why = f"the judge of rewards.{i} reads the video and responses of rollout.max_tokens={response}"
+                read, answer = response * (2 if part.mode == "win_rate" else 1), part.judge.max_tokens
+                yield from _room_faults(self, read + answer, f"{why}, and answers judge.max_tokens={answer}")
 
 
 class GrpoJobConfig(PolicyGradientJobConfig):
@@ -389,14 +362,13 @@ class GrpoJobConfig(PolicyGradientJobConfig):
     def policy_gradient(self) -> GrpoConfig:
         return self.grpo
 
-    @model_validator(mode="after")
-    def _frames_can_be_shuffled(self) -> GrpoJobConfig:
-        refuse_if(
-            self.grpo.temporal != "off" and self.video.frames < 4,
-            f"grpo.temporal={self.grpo.temporal} shows frames in another order, two at a time: set video.frames to 4 "
-            f"or more",
-        )
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.grpo.temporal != "off" and self.video.frames < 4:
+            yield (
+                f"grpo.temporal={self.grpo.temporal} shows frames in another order, two at a time: set video.frames to "
+                f"4 or more"
+            )
 
 
 class PpoJobConfig(PolicyGradientJobConfig):

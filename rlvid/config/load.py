@@ -99,13 +99,9 @@ def config_from_options(cls: type[ConfigT], options: Mapping[str, str]) -> Confi
 
 def dump_config(cfg: BaseModel) -> str:
     """The whole config as YAML, defaults included; `load_config` reads it back equal."""
-    return dump_yaml(cfg.model_dump(mode="json"))
-
-
-def dump_yaml(data: Any) -> str:
     yaml, text = YAML(), io.StringIO()
     yaml.width = 120
-    yaml.dump(data, text)
+    yaml.dump(cfg.model_dump(mode="json"), text)
     return text.getvalue()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlvid.config.sections import Checkpoint, Section, changeable, refuse_if
+from rlvid.config.section import Checkpoint, Section, changeable
 
 
 class PolicyGradientConfig(Section):
@@ -83,34 +84,22 @@ class PolicyGradientConfig(Section):
         """What is in another order in the prompts that are compared with."""
         return "frames"
 
-    @model_validator(mode="after")
-    def _parts_have_an_effect(self) -> PolicyGradientConfig:
-        message = f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef"
-        refuse_if(self.kl_estimator != "k3" and not self.kl_coef, message)
-        refuse_if(self.kl_in == "reward" and not self.kl_coef, "kl_in=reward has no effect with kl_coef=0: set kl_coef")
-        refuse_if(
-            self.overlong_penalty != 1 and not self.overlong_buffer,
-            f"overlong_penalty={self.overlong_penalty:g} has no effect with overlong_buffer=0: set overlong_buffer",
-        )
-        refuse_if(
-            self.correction != "none" and self.old_logprobs == "rollout",
-            f"correction={self.correction} compares the trainer's log-probs with the engine's, and "
-            f"old_logprobs=rollout takes the engine's for both: set old_logprobs to trainer",
-        )
-        return self
+    def faults(self) -> Iterator[str]:
+        if self.kl_estimator != "k3" and not self.kl_coef:
+            yield f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0: set kl_coef"
+        if self.kl_in == "reward" and not self.kl_coef:
+            yield "kl_in=reward has no effect with kl_coef=0: set kl_coef"
+        if (penalty := self.overlong_penalty) != 1 and not self.overlong_buffer:
+            yield f"overlong_penalty={penalty:g} has no effect with overlong_buffer=0: set overlong_buffer"
+        if self.correction != "none" and self.old_logprobs == "rollout":
+            yield (
+                f"correction={self.correction} compares the trainer's log-probs with the engine's, and "
+                f"old_logprobs=rollout takes the engine's for both: set old_logprobs to trainer"
+            )
 
 
 Variant = Literal[
-    "grpo",
-    "dr_grpo",
-    "rloo",
-    "reinforce_pp",
-    "reinforce_pp_baseline",
-    "dapo",
-    "gspo",
-    "cispo",
-    "remax",
-    "t_grpo",
+    "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "dapo", "gspo", "cispo", "remax", "t_grpo"
 ]
 VARIANTS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"normalise_std": False, "loss_average": "constant"},
@@ -190,24 +179,24 @@ class GrpoConfig(PolicyGradientConfig):
             implied = {key: value for key, value in implied.items() if not key.startswith("kl_")}
         return {**implied, **data}
 
-    @model_validator(mode="after")
-    def _groups_are_large_enough(self) -> GrpoConfig:
-        alone = self.advantage in ("batch", "greedy")
-        message = f"group_size={self.group_size}: advantage={self.advantage} compares the responses of a group: set it "
-        refuse_if(self.group_size < 2 and not alone, message + "to 2 or more")
-        message = f"dynamic_sampling={self.dynamic_sampling} keeps groups whose rewards differ: set group_size to 2 or "
-        refuse_if(self.dynamic_sampling and self.group_size < 2, message + "more")
-        message = f"dynamic_sampling={self.dynamic_sampling} needs advantage=group or leave_one_out: with advantage="
-        refuse_if(
-            self.dynamic_sampling and self.advantage not in ("group", "leave_one_out"),
-            f"{message}{self.advantage} a group of equal rewards has a gradient",
-        )
-        refuse_if(
-            self.temporal != "off" and self.group_size < 2,
-            f"temporal={self.temporal} lets half of group_size={self.group_size} answer from shuffled frames: set it "
-            f"to 2 or more",
-        )
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        size, compared = self.group_size, f"advantage={self.advantage}"
+        if size < 2 and self.advantage not in ("batch", "greedy"):
+            yield f"group_size={size}: {compared} compares the responses of a group: set it to 2 or more"
+        sampling = f"dynamic_sampling={self.dynamic_sampling}"
+        if self.dynamic_sampling and size < 2:
+            yield f"{sampling} keeps groups whose rewards differ: set group_size to 2 or more"
+        if self.dynamic_sampling and self.advantage not in ("group", "leave_one_out"):
+            yield (
+                f"{sampling} needs advantage=group or leave_one_out: with {compared} a group of equal rewards has a "
+                f"gradient"
+            )
+        if self.temporal != "off" and size < 2:
+            yield (
+                f"temporal={self.temporal} lets half of group_size={size} answer from shuffled frames: set it to 2 or "
+                f"more"
+            )
 
 
 class PpoConfig(PolicyGradientConfig):

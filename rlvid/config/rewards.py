@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field
 
-from rlvid.config.algorithms import RewardJudgeConfig
-from rlvid.config.sections import Checkpoint, Section, changeable, refuse_if
+from rlvid.config.algorithms import RewardJudgeConfig, is_web_address
+from rlvid.config.section import Checkpoint, Section, changeable
 
 TAG_NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -43,21 +43,6 @@ class RewardPart(Section):
     def label(self) -> str:
         """The part's name in metrics and report."""
         return self.name or self.kind
-
-    @property
-    def own_range(self) -> tuple[float, float] | None:
-        """Lowest and highest value, where the config says it and not the kind."""
-        return None
-
-    @property
-    def says_accuracy(self) -> bool:
-        """Whether the config says that the part measures accuracy."""
-        return False
-
-    @property
-    def needs_right(self) -> bool:
-        """Whether only right answers get the part, where the group has more than one of them."""
-        return False
 
 
 class AnswerPart(RewardPart):
@@ -195,15 +180,9 @@ class LengthPart(RewardPart):
     """Only right answers are rewarded, and only where the group has more than one of them (Video-R1: weight 0.2, 320 to
     512 tokens)."""
 
-    @property
-    def needs_right(self) -> bool:
-        return self.right_only
-
-    @model_validator(mode="after")
-    def _window_is_not_empty(self) -> LengthPart:
+    def faults(self) -> Iterator[str]:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
-        return self
+            yield f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
 
 
 class ModelPart(RewardPart):
@@ -236,20 +215,18 @@ class OwnPart(RewardPart):
     accuracy: bool = False
     """Whether the highest value means that the answer is right."""
 
-    @property
-    def own_range(self) -> tuple[float, float]:
-        return self.range
+    def faults(self) -> Iterator[str]:
+        if self.range[0] >= self.range[1]:
+            yield f"range={list(self.range)}: the first number must be the lower one"
+        if self.accuracy and self.range == type(self).model_fields["range"].get_default():
+            yield "accuracy needs range: its highest value is that of a right answer"
 
-    @property
-    def says_accuracy(self) -> bool:
-        return self.accuracy
 
-    @model_validator(mode="after")
-    def _range_is_one(self) -> OwnPart:
-        refuse_if(self.range[0] >= self.range[1], f"range={list(self.range)}: the first number must be the lower one")
-        is_default = self.range == type(self).model_fields["range"].get_default()
-        refuse_if(self.accuracy and is_default, "accuracy needs range: its highest value is that of a right answer")
-        return self
+def _check_function(path: str) -> str:
+    file, _, function = path.rpartition(":")
+    if not file.endswith(".py") or not function.isidentifier():
+        raise ValueError(f"{path!r} does not name a file and a function, expected for example my_rewards.py:score")
+    return path
 
 
 class CustomPart(OwnPart):
@@ -257,16 +234,14 @@ class CustomPart(OwnPart):
 
     kind: Literal["custom"]
     """custom: a Python function of yours (docs/rewards.md)."""
-    path: str
+    path: Annotated[str, AfterValidator(_check_function)]
     """File and function, as my_rewards.py:score."""
 
-    @field_validator("path")
-    @classmethod
-    def _names_a_function(cls, path: str) -> str:
-        file, _, function = path.rpartition(":")
-        message = f"{path!r} does not name a file and a function, expected for example my_rewards.py:score"
-        refuse_if(not file.endswith(".py") or not function.isidentifier(), message)
-        return path
+
+def _check_address(url: str) -> str:
+    if not is_web_address(url):
+        raise ValueError(f"{url!r} is not a URL, expected for example http://localhost:9000/score")
+    return url
 
 
 class EndpointPart(OwnPart):
@@ -274,7 +249,7 @@ class EndpointPart(OwnPart):
 
     kind: Literal["endpoint"]
     """endpoint: a server of yours that answers JSON (docs/rewards.md)."""
-    url: str
+    url: Annotated[str, AfterValidator(_check_address)]
     """Where each group is sent (POST)."""
     api_key_env: str = changeable("REWARD_API_KEY", "transport")
     """Environment variable that holds a key, sent as a bearer token if it is set."""
@@ -282,14 +257,6 @@ class EndpointPart(OwnPart):
     """Deadline of one request."""
     deadline_s: float = changeable(100.0, "a deadline", gt=0)
     """Deadline of a group with all its retries. After it its rewards are invalid."""
-
-    @field_validator("url")
-    @classmethod
-    def _url_is_complete(cls, url: str) -> str:
-        parts = urlsplit(url)
-        is_one = parts.scheme in ("http", "https") and parts.hostname
-        refuse_if(not is_one, f"{url!r} is not a URL, expected for example http://localhost:9000/score")
-        return url
 
 
 class JudgePart(RewardPart):
@@ -309,35 +276,16 @@ def _check_parts(parts: tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:
     if not parts:
         raise ValueError("rewards is empty: give at least one part, for example [{kind: exact}]")
     labels = [part.label for part in parts]
-    for index, label in enumerate(labels):
-        if label in labels[:index]:
-            raise ValueError(
-                f"rewards.{index}: the name {label!r} is taken by an earlier part: set rewards.{index}.name"
-            )
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise ValueError(f"rewards.{i}: the name {label!r} is taken by an earlier part: set rewards.{i}.name")
     return parts
 
 
-RewardPartConfig = Annotated[
-    ExactPart
-    | ChoicePart
-    | NumberPart
-    | VerbatimPart
-    | NumericalPart
-    | MathPart
-    | OcrPart
-    | FreeFormPart
-    | RegressionPart
-    | TemporalIouPart
-    | GlueIouPart
-    | BoxIouPart
-    | TinyLlavaPart
-    | FormatPart
-    | LengthPart
-    | ModelPart
-    | SimilarityPart
-    | CustomPart
-    | EndpointPart
-    | JudgePart,
-    Field(discriminator="kind"),
-]
+_Answers = ExactPart | ChoicePart | NumberPart | VerbatimPart | NumericalPart | MathPart | OcrPart | FreeFormPart
+_Numbers = RegressionPart | TemporalIouPart | GlueIouPart | BoxIouPart
+_Forms = TinyLlavaPart | FormatPart | LengthPart
+_Models = ModelPart | SimilarityPart
+_Others = CustomPart | EndpointPart | JudgePart
+RewardPartConfig = Annotated[_Answers | _Numbers | _Forms | _Models | _Others, Field(discriminator="kind")]
 RewardPartsConfig = Annotated[tuple[RewardPartConfig, ...], AfterValidator(_check_parts)]

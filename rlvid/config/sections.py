@@ -1,315 +1,14 @@
-"""Sections that most jobs share: model, data, video, training, rollout, placement.
-
-A default is stated here, in `algorithms.py`, `rewards.py` or `jobs.py`, and nowhere else. Each key's docstring is its
-meaning in docs/configuration.md.
-"""
+"""Sections of what a job does: its run folder, training, generation, evaluation, places and limits."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field
 
-
-def changeable(default: Any, why: str, **bounds: Any) -> Any:
-    """A field whose value may change when a run is resumed. `why` is printed in docs/configuration.md."""
-    return Field(default, json_schema_extra={"on_resume": why}, **bounds)
-
-
-def refuse_if(is_wrong: object, message: str) -> None:
-    """A rule of a validator. Messages name keys in full, so that the loader finds the line they were written in."""
-    if is_wrong:
-        raise ValueError(message)
-
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys, infinite numbers and keys without an effect are refused; assignments are checked
-    too."""
-
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    needs: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Key -> (another key, its values that the first has an effect with). Otherwise the key must be at its default."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_are_not_booleans(cls, data: Any) -> Any:
-        """pydantic takes `true` for 1."""
-        for key, value in data.items() if isinstance(data, dict) else ():
-            types = repr(cls.model_fields[key].annotation) if key in cls.model_fields else "bool"
-            items = value if isinstance(value, list | tuple) else (value,)
-            if any(isinstance(item, bool) for item in items) and re.search(r"\b(int|float)\b", types):
-                raise ValueError(f"{key} must be a number, got {'a list with ' * (items is value)}true or false")
-        return data
-
-    @model_validator(mode="after")
-    def _keys_have_an_effect(self) -> Section:
-        for key, (switch, *values) in self.needs.items():
-            is_default, setting = (
-                getattr(self, key) == type(self).model_fields[key].get_default(),
-                getattr(self, switch),
-            )
-            fitting = " or ".join("empty" if value is None else str(value) for value in values)
-            message = f"{key} has no effect with {switch}={setting}: it needs {switch}={fitting}. Leave it out"
-            refuse_if(not is_default and setting not in values, message)
-        return self
-
-
-# --- types of values --------------------------------------------------------------------------------------------------
-
-
-def _check_local(value: Any) -> Any:
-    if isinstance(value, str | Path):
-        is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value))
-        refuse_if(is_url, f"{value} is a URL; expected a path on a local or mounted disk")
-        refuse_if(not str(value).strip(), "the path is empty text; write null for no path")
-    return value
-
-
-def _expand_home(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ValueError(f"no home folder for {path}; write the path in full") from None
-
-
-def _local_path(kind: str) -> Any:
-    """Marks a path. `kind` is its `format` in the JSON schema, which `keys.check_paths` reads."""
-    return WithJsonSchema({"type": "string", "format": kind})
-
-
-_LocalPath = Annotated[Path, AfterValidator(_expand_home), BeforeValidator(_check_local)]
-LocalPath = Annotated[_LocalPath, _local_path("path")]
-"""A path that a job may create. A leading `~` is the home folder."""
-InputFile = Annotated[_LocalPath, _local_path("file-path")]
-"""A file that must exist before a job starts."""
-InputFolder = Annotated[_LocalPath, _local_path("directory-path")]
-"""A folder that must exist before a job starts."""
-Checkpoint = Annotated[_LocalPath, _local_path("checkpoint-path")]
-"""A Hugging Face checkpoint folder that must exist before a job starts."""
-
-MIN_TEMPERATURE = 0.01  # vLLM raises a smaller one to this, and its log-probs would differ from the trainer's
-
-
-def _check_temperature(value: float) -> float:
-    message = f"temperature {value:g} is below {MIN_TEMPERATURE}, the lowest that vLLM samples with; 0 is greedy"
-    refuse_if(0 < value < MIN_TEMPERATURE, message)
-    return value
-
-
-GreedyOrTemperature = Annotated[float, Field(ge=0), AfterValidator(_check_temperature)]
-"""A sampling temperature; 0 is greedy decoding."""
-
-
-# --- sections ---------------------------------------------------------------------------------------------------------
-
-
-class TinyModelConfig(Section):
-    """A random model with the family's real architecture and a tokenizer trained on the manifest's texts.
-
-    Built in the run folder when `model.path` is empty. Nothing is downloaded.
-    """
-
-    family: Literal[
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "llava_onevision",
-        "llava_next_video",
-        "internvl",
-        "smolvlm",
-        "video_llama_3",
-        "idefics2",
-        "video_llava",
-        "cobra",
-        "qwen2",
-        "qwen3",
-    ] = "qwen2_vl"
-    """Architecture. docs/families.md says which media each takes, and which of them vLLM serves."""
-    hidden_size: int = Field(128, ge=64, multiple_of=64)
-    """Width of the language model. One attention head per 64 (vLLM on CPU refuses a head size of 16)."""
-    layers: int = Field(4, ge=1)
-    """Layers of the language model."""
-    vision_size: int = Field(128, ge=16)
-    """Width of the vision tower."""
-    vision_layers: int = Field(2, ge=1)
-    """Layers of the vision tower."""
-    vocab_size: int = Field(512, ge=300)
-    """Tokens of the byte-level BPE tokenizer, special tokens included."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters on the language model (LoRA, arXiv 2106.09685). Only the adapters are trained and sent to the
-    engines; the reference is the model with the adapters it began with."""
-
-    rank: int = Field(16, ge=1, le=512)
-    """Rank of the adapters."""
-    alpha: float = Field(32.0, gt=0)
-    """An adapter's output is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get an adapter, by the last part of their names."""
-
-
-class ModelConfig(Section):
-    """The policy's checkpoint, or a tiny random model instead."""
-
-    path: Checkpoint | None = None
-    """Folder of a Hugging Face checkpoint (config, safetensors, tokenizer). Empty: `tiny` is required."""
-    tiny: TinyModelConfig | None = None
-    """Make a tiny random model if `path` is empty."""
-    lora: LoraConfig | None = None
-    """Train adapters instead of the whole model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of weights and activations. Use float32 on CPU (bfloat16 stops with SIGILL on many), bfloat16 on
-    GPU."""
-
-
-class SyntheticConfig(Section):
-    """Clips of moving shapes with exact questions and answers, written as real H.264 files."""
-
-    train: int = Field(1024, ge=1)
-    """Number of training clips."""
-    eval: int = Field(256, ge=1)
-    """Number of held-out clips."""
-    size: int = Field(56, ge=28, multiple_of=2)
-    """Width and height, pixels."""
-    frames: int = Field(16, ge=4)
-    """Frames in a file, at 8 per second."""
-    kinds: tuple[Literal["colour", "shape", "direction", "order", "count"], ...] = Field(
-        ("colour", "shape", "direction", "order", "count"), min_length=1
-    )
-    """Kinds of question, in equal shares."""
-
-
-Dialect = Literal[
-    "hound", "llava", "mesc", "mmla", "mmla_text", "rlaif", "sharegpt", "swift", "video_r1", "videofeedback"
-]
-
-
-class MixedConfig(Section):
-    """Manifests of one source of a mix."""
-
-    train: InputFile | None = None
-    """Manifest of training samples."""
-    eval: InputFile | None = None
-    """Manifest of held-out samples."""
-    weight: float = Field(1.0, gt=0)
-    """How often each of its samples is drawn in an epoch, on average."""
-    dialect: Dialect | None = None
-    """Form of its files. Empty: that of `data.dialect`."""
-    root: InputFolder | None = None
-    """Where its relative paths start. Empty: `data.root`."""
-
-
-class DataConfig(Section):
-    """Manifests, the clips they name, and the share of bad clips that is tolerated."""
-
-    train: InputFile | None = None
-    """Manifest of training samples (JSON lines, a JSON list or parquet). Empty: the `synthetic` set is made."""
-    eval: InputFile | None = None
-    """Manifest of held-out samples. An id that `train` has too is an error."""
-    mix: dict[str, MixedConfig] = {}
-    """Several sources in place of `train` and `eval`, each with a name, which is put before the ids of its samples."""
-    balance: Literal["answer", "problem_type"] | None = None
-    """Draw the samples of frequent answers, or problem types, less often and those of rare ones more often, so that all
-    are trained equally often. An epoch keeps its length. Empty: each sample once an epoch."""
-    dialect: Dialect | None = None
-    """Form of `train` and `eval`, which are read as they were published; items that cannot be used are left out and
-    listed in refused.jsonl. Empty: manifests (`rlvid data convert --help` says what each dialect is)."""
-    path_map: dict[str, str] = {}
-    """Beginnings of paths in published files, and what to put in their place: {/their/videos: /my/videos}."""
-    root: InputFolder | None = None
-    """Where relative paths of manifests start; all paths must stay in it. Empty: the manifest's folder."""
-    synthetic: SyntheticConfig | None = None
-    """Make a synthetic set if `train` is empty."""
-    max_bad_fraction: float = changeable(0.25, "when to give up", ge=0.0, le=1.0)
-    """The run stops when more than this share of the manifests' clips cannot be read."""
-    cache_dir: LocalPath = changeable(
-        Path("~/.cache/rlvid/frames"), "a cached clip equals a decoded one", validate_default=True
-    )
-    """Folder of decoded frames, shared by all runs."""
-    cache_gib: float = changeable(50.0, "a cached clip equals a decoded one", gt=0)
-    """Size limit of the frame cache. The least recently used clips are removed first."""
-    system_prompt: str | None = None
-    """System turn of every conversation that has none."""
-    suffix: str = ""
-    """Text after every question, for example how to format the answer."""
-
-    @model_validator(mode="after")
-    def _dialects_are_of_files(self) -> DataConfig:
-        is_made = self.train is None and self.synthetic is not None
-        refuse_if(
-            self.dialect is not None and is_made and not self.mix,
-            f"dialect={self.dialect} is of published files, and synthetic makes a manifest: give train",
-        )
-        dialects = [self.dialect, *(part.dialect for part in self.mix.values())]
-        refuse_if(self.path_map and not any(dialects), "path_map has no effect without dialect: set it too")
-        refuse_if(
-            self.mix and (self.train or self.eval or self.synthetic),
-            "mix takes the place of train, eval and synthetic: leave those out, or give them as a part of mix",
-        )
-        return self
-
-    @property
-    def sources(self) -> dict[str, DataConfig]:
-        """The parts of `mix` by their names, each as the data of a run of its own; without a mix "" and this."""
-        own = ("train", "eval", "dialect", "root")
-        return {
-            name: self.model_copy(update={key: getattr(part, key) or getattr(self, key) for key in own} | {"mix": {}})
-            for name, part in self.mix.items()
-        } or {"": self}
-
-
-class VideoConfig(Section):
-    """How clips are read: decoder, which frames, what size."""
-
-    reader: Literal["pyav", "decord"] = "pyav"
-    """Decoder. decord returns wrong frames for some files without an error: use it for comparison only."""
-    sampling: Literal["linspace", "mid_segment", "fps", "first_seconds"] = "linspace"
-    """Which frames. linspace: evenly from first to last. mid_segment: the middle of equal segments. fps: by frame rate
-    up to `frames`. first_seconds: evenly in the first seconds."""
-    frames: int = Field(8, ge=2, multiple_of=2)
-    """Number of frames for linspace, mid_segment and first_seconds; upper limit for fps. Even: two frames make one
-    patch."""
-    fps: float = Field(2.0, gt=0)
-    """sampling=fps: frames per second."""
-    seconds: float = Field(10.0, gt=0)
-    """sampling=first_seconds: length in seconds."""
-    height: int | None = Field(None, ge=28)
-    """Fixed height, pixels. Give height and width together."""
-    width: int | None = Field(None, ge=28)
-    """Fixed width, pixels."""
-    max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)
-    """Largest area of a frame if no fixed size is given. The aspect ratio is kept."""
-    image_max_pixels: int = Field(1024 * 28 * 28, ge=28 * 28)
-    """Largest area of an image. The aspect ratio is kept, also where clips have a fixed size."""
-    timeout_s: float = changeable(60.0, "a deadline", gt=0)
-    """A clip that takes longer to read is bad. Its process is stopped, because native decoders cannot be
-    interrupted."""
-
-    needs: ClassVar = {
-        "fps": ("sampling", "fps"),
-        "seconds": ("sampling", "first_seconds"),
-        "max_pixels": ("height", None),
-    }
-
-    @model_validator(mode="after")
-    def _sizes_go_together(self) -> VideoConfig:
-        refuse_if((self.height is None) != (self.width is None), "height and width go together: give both or none")
-        return self
+from rlvid.config.section import MIN_TEMPERATURE, InputFile, LocalPath, Section, changeable
 
 
 class RunConfig(Section):
@@ -355,7 +54,7 @@ class TrainConfig(ScheduleConfig):
     """Rollout batches (grpo) or optimizer steps (other jobs)."""
     batch_size: int = Field(32, ge=1)
     """Prompts (grpo), pairs or samples (other jobs) in a step."""
-    lr_factors: dict[Literal["tower", "projector", "text"], Annotated[float, Field(ge=0)]] = {}
+    lr_factors: dict[Literal["tower", "projector", "text"], Annotated[float, Field(ge=0)]] = Field({})
     """Learning rates of the model's parts in multiples of `lr`, 1 where not named; 0 freezes a part, as in {tower: 0,
     projector: 10}. The tower reads patches, the projector maps its features for the language model, which is text."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -463,10 +162,9 @@ class EvaluateConfig(Section):
     patience: int | None = Field(None, ge=1)
     """With `best`: stop after this number of evaluations in a row that are no better. Empty: train all steps."""
 
-    @model_validator(mode="after")
-    def _patience_is_for_a_metric(self) -> EvaluateConfig:
-        refuse_if(self.patience and not self.best, "patience needs a metric: set best too")
-        return self
+    def faults(self) -> Iterator[str]:
+        if self.patience and not self.best:
+            yield "patience needs a metric: set best too"
 
 
 class PlacementConfig(Section):
@@ -496,12 +194,50 @@ class PlacementConfig(Section):
     threads: int | None = Field(None, ge=1)
     """Torch threads of each actor on CPU. Empty: the machine's number of cores."""
 
-    @field_validator("gpus")
-    @classmethod
-    def _a_rank_uses_one_gpu(cls, gpus: float) -> float:
-        message = (
-            f"placement.gpus={gpus:g}: a trainer rank uses one GPU. Set placement.gpus to 1 and "
-            f"placement.trainer_workers to the number of GPUs; an engine is split by rollout.tensor_parallel"
-        )
-        refuse_if(gpus > 1, message)
-        return gpus
+    def faults(self) -> Iterator[str]:
+        if self.gpus > 1:
+            yield (
+                f"placement.gpus={self.gpus:g}: a trainer rank uses one GPU. Set placement.gpus to 1 and "
+                f"placement.trainer_workers to the number of GPUs; an engine is split by rollout.tensor_parallel"
+            )
+
+
+class DeadlinesConfig(Section):
+    """How long each call between the processes of a run may take. What takes longer has failed: a generator is
+    replaced, any other process ends the run. When a clip counts as bad is `video.timeout_s`."""
+
+    room_s: float = Field(900.0, gt=0)
+    """For the cluster to have room for an actor. Nodes may have to start first."""
+    start_s: float = Field(600.0, gt=0)
+    """For a generator to load its model."""
+    generate_s: float = Field(600.0, gt=0)
+    """For a generator to answer the prompts of one message: up to `rollout.max_tokens` for its share of a step."""
+    sync_s: float = Field(300.0, gt=0)
+    """For a generator to take new weights, from its first bucket to its last."""
+    heartbeat_s: float = Field(30.0, gt=0)
+    """Without any sign of life of a generator, until it gets no new work. It answers while its engine computes."""
+    suspect_s: float = Field(60.0, gt=0)
+    """From then on until it is replaced."""
+    train_s: float = Field(3600.0, gt=0)
+    """For the trainer: a step, scoring a batch, a checkpoint, an export."""
+    reward_s: float = Field(120.0, gt=0)
+    """For a reward worker to score the responses to one prompt; it is replaced and asked once more."""
+    model_s: float = Field(600.0, gt=0)
+    """For a reward model to score its share of a step."""
+
+
+class ParityConfig(Section):
+    """How far the log-probs of engine and trainer may be apart, at the start of a run, for the same tokens.
+
+    In bfloat16 two right implementations differ by rounding: a logit between 16 and 32 has steps of 0.125, so single
+    tokens may be further apart than any useful limit. The mean and a high quantile are not moved by one of them; a side
+    that sees another video is off by more in most tokens.
+    """
+
+    mean: float | None = Field(None, gt=0)
+    """Largest mean difference. Empty: 1e-4 in float32, 0.05 in bfloat16 (measured: 0.013 for a random model of 2
+    billion parameters)."""
+    quantile: float = Field(0.95, gt=0, le=1)
+    """The quantile that `at_quantile` limits; 1 is the maximum."""
+    at_quantile: float | None = Field(None, gt=0)
+    """Largest difference at the quantile. Empty: 1e-4 in float32, 0.2 in bfloat16."""

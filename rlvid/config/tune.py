@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rlvid.config.sections import InputFile, LocalPath, Section, refuse_if
+from rlvid.config.section import InputFile, LocalPath, Section
 
 
 class SpaceConfig(Section):
@@ -25,18 +26,21 @@ class SpaceConfig(Section):
     grid: tuple[Any, ...] | None = Field(None, min_length=1)
     """Each of these values. Several grids are crossed; `trials` says how often the whole grid is repeated."""
 
-    @model_validator(mode="after")
-    def _is_one(self) -> SpaceConfig:
-        given = {name: value for name, value in self if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(given)}")
-        ((name, value),) = given.items()
+    @property
+    def given(self) -> dict[str, tuple[Any, ...]]:
+        """The distribution by its name."""
+        return {name: value for name, value in self if value is not None}
+
+    def faults(self) -> Iterator[str]:
+        if len(self.given) != 1:
+            yield f"give exactly one of uniform, loguniform, randint, choice, grid; got {sorted(self.given)}"
+        ((name, value),) = self.given.items()
         if any(isinstance(item, float) and not math.isfinite(item) for item in value):
-            raise ValueError(f"{name} must have finite numbers, got {value}")
+            yield f"{name} must have finite numbers, got {value}"
         if name in ("uniform", "loguniform", "randint") and value[0] >= value[1]:
-            raise ValueError(f"{name}: {value[0]} is not below {value[1]}")
-        refuse_if(name == "loguniform" and value[0] <= 0, "loguniform needs positive numbers")
-        return self
+            yield f"{name}: {value[0]} is not below {value[1]}"
+        if name == "loguniform" and value[0] <= 0:
+            yield "loguniform needs positive numbers"
 
 
 class TuneJobConfig(Section):
@@ -76,16 +80,18 @@ class TuneJobConfig(Section):
 
     needs: ClassVar = {"grace_steps": ("scheduler", "asha", "pbt"), "reduction_factor": ("scheduler", "asha")}
 
-    @model_validator(mode="after")
-    def _can_be_searched(self) -> TuneJobConfig:
+    def faults(self) -> Iterator[str]:
         if self.job == "isrt" and self.scheduler == "pbt":
-            raise ValueError("scheduler=pbt copies checkpoints between steps, job=isrt has none: use asha or none")
-        refuse_if(not self.space, "space is empty: give at least one key of the job and its distribution")
-        if fixed := sorted({o.split("=")[0] for o in self.overrides} & set(self.space)):
-            raise ValueError(f"{fixed[0]} is in overrides and in space: remove one")
-        if "run.dir" in {*self.space, *(o.split("=")[0] for o in self.overrides)}:
-            raise ValueError("run.dir: the sweep sets the run folders of its trials; set dir, the folder of the sweep")
+            yield "scheduler=pbt copies checkpoints between steps, job=isrt has none: use asha or none"
+        if not self.space:
+            yield "space is empty: give at least one key of the job and its distribution"
+        fixed = {override.split("=")[0] for override in self.overrides}
+        for key in sorted(fixed & self.space.keys()):
+            yield f"{key} is in overrides and in space: remove one"
+        if "run.dir" in fixed | self.space.keys():
+            yield "run.dir: the sweep sets the run folders of its trials; set dir, the folder of the sweep"
         for key in (key for key, space in self.space.items() if space.grid is not None):
-            refuse_if(self.search == "optuna", f"space.{key}: search=optuna has no grid, use choice")
-            refuse_if(self.scheduler == "pbt", f"space.{key}: scheduler=pbt has no grid, use choice")
-        return self
+            if self.search == "optuna":
+                yield f"space.{key}: search=optuna has no grid, use choice"
+            if self.scheduler == "pbt":
+                yield f"space.{key}: scheduler=pbt has no grid, use choice"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlvid.config import AnswerPart, RewardPart
+from rlvid.config import AnswerPart, LengthPart, OwnPart, RewardPart
 from rlvid.errors import UserError
 from rlvid.rewards.answers import answer_text
 from rlvid.types import Reward, Sample
@@ -99,11 +99,16 @@ class Part:
 
     @property
     def range(self) -> tuple[float, float]:
-        return self.cfg.own_range or self.kind.range
+        return self.cfg.range if isinstance(self.cfg, OwnPart) else self.kind.range
 
     @property
     def measures_accuracy(self) -> bool:
-        return self.kind.measures_accuracy or self.cfg.says_accuracy
+        return self.kind.measures_accuracy or (isinstance(self.cfg, OwnPart) and self.cfg.accuracy)
+
+    @property
+    def needs_right(self) -> bool:
+        """Whether only right answers get the part, where the group has more than one of them."""
+        return isinstance(self.cfg, LengthPart) and self.cfg.right_only
 
     def covers(self, sample: Sample) -> bool:
         return not self.cfg.problem_types or sample.problem_type in self.cfg.problem_types
@@ -132,7 +137,7 @@ def combine(parts: Sequence[Part], group: Group, values: Mapping[str, Values]) -
         return [Reward.invalid(_not_covered(group.sample))] * len(group.responses)
     rewards = [_reward(covering, row) for row in zip(*(values[part.name] for part in covering), strict=True)]
     n_right = sum(reward.is_right is True for reward in rewards)
-    gated = [part for part in covering if part.cfg.needs_right and part.name in values]
+    gated = [part for part in covering if part.needs_right and part.name in values]
     return [_without(reward, gated) if reward.is_right is not True or n_right < 2 else reward for reward in rewards]
 
 

@@ -131,8 +131,9 @@ def check_rewards(rewards: Sequence[RewardPart]) -> None:
     Raises:
         UserError: a part cannot be used.
     """
-    needing = [cfg.label for cfg in rewards if cfg.needs_right]
-    if needing and not any(part.measures_accuracy for part in make_parts(rewards)):
+    parts = make_parts(rewards)
+    needing = [part.name for part in parts if part.needs_right]
+    if needing and not any(part.measures_accuracy for part in parts):
         raise UserError(
             f"rewards: {needing[0]} rewards right answers only, and no part says which are right: add one, for example "
             f"of kind exact, choice or number"

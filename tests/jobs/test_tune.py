@@ -83,7 +83,7 @@ def test_rows_after_the_step_at_which_tune_stopped_a_trial_are_ignored(tmp_path:
     run.mkdir(parents=True)
     rows = [{"step": step, "eval/accuracy": step / 100} for step in (0, 10, 20, 40)] + [{"step": 40, "loss": 1.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = Plan("jobs.dpo", tmp_path / "c.yaml", (), "eval/accuracy", tmp_path, tmp_path, steps=40)
+    plan = Plan("dpo", tmp_path / "c.yaml", (), "eval/accuracy", tmp_path, tmp_path, steps=40)
 
     def row_of(step: int) -> TrialRow:
         metrics = {"trial_id": "t1", "step": step, "time_total_s": 1.0}
@@ -98,15 +98,18 @@ def test_a_trial_resumes_the_run_of_another_with_its_own_values(tmp_path: Path) 
     """As in population based training; one of the keys is that of a list item."""
     run = tmp_path / "checkpoint" / "run"
     run.mkdir(parents=True)
-    config = {"run": {"dir": "other"}, "rewards": [{"kind": "exact", "weight": 1.0}], "grpo": {"kl_coef": 0.0}}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    config = {"rewards": [{"kind": "exact", "weight": 1.0}], "grpo": {"kl_coef": 0.0}}
+    config |= {"model": {"tiny": {}}, "data": {"synthetic": {}}, "run": {"dir": "other"}}
+    for file in (tmp_path / "job.yaml", run / "config.yaml"):
+        file.write_text(yaml.safe_dump(config))
     (run / "metrics.jsonl").write_text('{"step": 5, "eval/accuracy": 0.5}\n{"step": 6, "loss": 1.0}\n')
     trial = object.__new__(Trial)
-    trial._plan = Plan("jobs.grpo", tmp_path, (), "eval/accuracy", tmp_path, tmp_path, steps=40)
+    trial._plan = Plan("grpo", tmp_path / "job.yaml", ("seed=7",), "eval/accuracy", tmp_path, tmp_path, steps=40)
     trial._values, trial.run_dir = {"rewards.0.weight": 0.3, "grpo.kl_coef": 0.1}, tmp_path / "mine"
     trial.load_checkpoint(str(tmp_path / "checkpoint"))
     changed = yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())
-    assert changed["rewards"] == [{"kind": "exact", "weight": 0.3}] and changed["grpo"] == {"kl_coef": 0.1}
+    assert [(part["kind"], part["weight"]) for part in changed["rewards"]] == [("exact", 0.3)]
+    assert changed["grpo"]["kl_coef"] == 0.1 and changed["seed"] == 7
     assert changed["run"]["dir"] == str(tmp_path / "mine") and trial._n_seen == 1
     ended = trial._end(0)  # the run was copied at its last step, so it is complete
     assert (ended["eval/accuracy"], ended["step"], ended["done"]) == (0.5, 5, True)
