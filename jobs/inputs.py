@@ -243,6 +243,11 @@ class Inputs:
         self._load_model()
         if "generator" in spec.roles(cfg) and self.family.vllm_module is None:
             self._check_plain_engine()
+        if self.family.is_recurrent and "trainer" in spec.roles(cfg):
+            run.console.message(
+                f"{self.family.architecture} is recurrent: each response is trained with a prompt of its own, and "
+                f"train.shared_prefix has no effect"
+            )
 
     def require_training_data(self) -> None:
         """
@@ -334,7 +339,7 @@ class Inputs:
                 f"weights: set rollout.weight_transfer to buckets and rollout.tensor_parallel to 1"
             )
         self._run.console.message(
-            f"vLLM does not serve {name}: transformers generates, one prompt after another. If that takes longer than "
+            f"vLLM does not serve {name}: transformers generates, slowly. If that takes longer than "
             f"deadlines.generate_s={cfg.deadlines.generate_s:g} for a batch, raise it"
         )
 
