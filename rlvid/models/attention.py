@@ -71,6 +71,18 @@ class SharedPrefixLayout:
         return cls(groups, torch.from_numpy(prompts), torch.from_numpy(flat), size)
 
     @cached_property
+    def sequence_index(self) -> Tensor | None:
+        """[B, P + R] positions of each group's tokens, where none has more than one response: then a group is a
+        sequence, and attention is causal."""
+        if self.group_size > 1 or self.before:
+            return None
+        lengths = [prompt + sum(responses) for prompt, responses in self.groups]
+        begins = np.cumsum([0, *lengths[:-1]])
+        places = np.arange(max(lengths))
+        rows = np.where(places < np.array(lengths)[:, None], begins[:, None] + places, -1)
+        return torch.from_numpy(rows).to(self.prompt_index.device)
+
+    @cached_property
     def block_mask(self) -> BlockMask:
         """FlexAttention's mask of the row, made once for all layers. Which of its blocks attend follows from where the
         groups and responses begin: torch's own `create_block_mask` asks the rule for all N x N pairs (10 GiB at 32,000
@@ -188,6 +200,10 @@ def shared_prefix_attention(
         return flex_attend(query, key, value, layout, scale, before, is_compiled=True).transpose(1, 2), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     k, v = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
+    if layout.sequence_index is not None:
+        inputs = (_take(x, layout.sequence_index) for x in (q, k, v))
+        whole = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=scale)
+        return _put(q.new_zeros(n, heads, dim), layout.sequence_index, whole).unsqueeze(0), None
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
     if before is not None:  # P is 1
         earlier = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in before)

@@ -14,14 +14,15 @@ from torch.nn.attention.flex_attention import create_block_mask
 from rlvid.models.attention import SharedPrefixLayout, flex_attend, shared_prefix_attention
 
 GROUPS = [(5, [3, 1, 4]), (9, [2, 6]), (1, [1])]
+SEQUENCES = [(5, [3]), (9, [2]), (1, [1])]  # groups of one response
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
 
-def attend_separately(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_separately(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, list[int]]] = GROUPS) -> Tensor:
     """Attention of each response as a sequence of its own: [heads, N, D]; prompt rows are from the first one."""
     out = torch.zeros_like(q[0])
     at = 0
-    for prompt, lengths in GROUPS:
+    for prompt, lengths in groups:
         of_prompt = torch.arange(at, at + prompt)
         at += prompt
         for n in lengths:
@@ -48,6 +49,15 @@ def test_packed_attention_and_its_gradients_equal_separate_sequences(inputs: lis
     )
 
 
+def test_groups_of_one_response_are_attended_to_as_sequences(inputs: list[Tensor]) -> None:
+    n = sum(p + sum(lengths) for p, lengths in SEQUENCES)
+    first = [x[:, :, :n].detach().requires_grad_() for x in inputs]
+    layout = SharedPrefixLayout.of(SEQUENCES)
+    assert layout.sequence_index is not None and layout.sequence_index.shape == (3, 11)
+    assert SharedPrefixLayout.of(GROUPS).sequence_index is None
+    check(first, shared_prefix_attention(nn.Identity(), *first, None, layout)[0][0].transpose(0, 1), groups=SEQUENCES)
+
+
 def test_flex_attention_equals_separate_sequences(inputs: list[Tensor]) -> None:
     """Without gradients: FlexAttention has no backward on CPU."""
     inputs = [x.detach() for x in inputs]
@@ -63,9 +73,9 @@ def test_compiled_flex_attention_and_its_gradients_on_gpu(inputs: list[Tensor]) 
     check(inputs, shared_prefix_attention(nn.Identity(), *inputs, None, layout)[0][0].transpose(0, 1), atol=1e-3)
 
 
-def check(inputs: list[Tensor], got: Tensor, atol: float = 1e-5) -> None:
+def check(inputs: list[Tensor], got: Tensor, atol: float = 1e-5, groups: list[tuple[int, list[int]]] = GROUPS) -> None:
     """Compare `got` and the gradients of a random weighted sum of it with those of separate sequences."""
-    expected = attend_separately(*inputs)
+    expected = attend_separately(*inputs, groups=groups)
     torch.testing.assert_close(got, expected, atol=atol, rtol=0)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.device)
     expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)

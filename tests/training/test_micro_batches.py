@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlvid.models.families import load_family
+from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
 from rlvid.training.micro_batches import MicroBatches, pack_into_rows, score
@@ -75,6 +76,7 @@ def test_ranks_with_fewer_rows_repeat_their_smallest_part(groups: list[Group[Pro
 
     class Policy(torch.nn.Linear):
         per_token = True
+        family = ChatFamily  # of any kind
 
         def forward(self, row) -> tuple[torch.Tensor]:  # type: ignore[no-untyped-def,override]
             seen.append(len(row.target))

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,15 +187,7 @@ class ChatFamily(ABC):
 
     def render(self, turns: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Render the chat template for `turns` (role, content), up to the start of the answer."""
-        # A checkpoint's template is untrusted, so it runs in the sandbox that transformers uses.
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        env.globals["raise_exception"] = _raise_template_error
-        # `{% generation %}` marks what is trained, an extension of transformers; here its content is simply printed.
-        template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", self.chat_template)
-        template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
-        return env.from_string(template).render(messages=turns, add_generation_prompt=True, **variables)
+        return _compiled(self.chat_template).render(messages=turns, add_generation_prompt=True, **variables)
 
     def escape(self, text: str) -> str:
         """Insert a zero-width space into special tokens in user text, so that they are tokenized as text.
@@ -235,6 +227,19 @@ class ChatFamily(ABC):
     @cached_property
     def _special_tokens(self) -> list[str]:
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
+@lru_cache
+def _compiled(template: str) -> jinja2.Template:
+    # A checkpoint's template is untrusted, so it runs in the sandbox that transformers uses.
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    env.globals["raise_exception"] = _raise_template_error
+    # `{% generation %}` marks what is trained, an extension of transformers; here its content is simply printed.
+    template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
+    template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
+    return env.from_string(template)
 
 
 def read_json(*paths: Path) -> dict[str, Any]:
