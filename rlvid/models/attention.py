@@ -201,9 +201,9 @@ def shared_prefix_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     k, v = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
     if layout.sequence_index is not None:
-        inputs = (_take(x, layout.sequence_index) for x in (q, k, v))
-        whole = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=scale)
-        return _put(q.new_zeros(n, heads, dim), layout.sequence_index, whole).unsqueeze(0), None
+        q, k, v = (_take(x, layout.sequence_index) for x in (q, k, v))
+        whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return _put(query.new_zeros(n, heads, dim), layout.sequence_index, whole).unsqueeze(0), None
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
     if before is not None:  # P is 1
         earlier = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in before)
