@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-PROJECTORS = ("merger", "connector", "multi_modal_projector", "image_newline")  # in the names of their parameters
+PROJECTORS = ("merger", "connector", "projector", "image_newline")  # in the names of their parameters
 
 
 def load_model(folder: Path, dtype: str, shares: Mapping[str, Any] | None = None) -> PreTrainedModel:

@@ -13,6 +13,9 @@ TOWERS = {
     "llava_onevision": "model.vision_tower.",
     "idefics2": "model.vision_model.",
     "video_llava": ("model.video_tower.", "model.image_tower."),
+    "video_llama_3": "model.vision_model.",
+    "internvl": "model.vision_tower.",
+    "cobra": ("model.dino.", "model.siglip."),
     "qwen3": "none",
 }
 
@@ -23,8 +26,6 @@ def test_every_parameter_is_of_tower_projector_or_text(family: str, tiny_models:
     of = {name: part_of(name, load_family(tiny_models[family])) for name in names}
     tower = {n for n in names if n.startswith(TOWERS[family]) and "merger" not in n}
     assert {n for n in names if of[n] == "tower"} == tower
-    projector = {
-        n for n in names if "merger" in n or "connector" in n or "multi_modal_projector" in n or "newline" in n
-    }
+    projector = {n for n in names if any(word in n for word in ("merger", "connector", "projector", "newline"))}
     assert {n for n in names if of[n] == "projector"} == projector
     assert set(of.values()) == ({"text"} if family == "qwen3" else {"tower", "projector", "text"})
