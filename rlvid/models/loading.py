@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LANGUAGE_MODELS = ("language_model", "text_model")
 PROJECTORS = ("merger", "connector", "projector", "image_newline")  # in the names of their parameters
 
 
@@ -114,7 +115,8 @@ def _load_shares(
 def part_of(name: str, family: ChatFamily) -> Literal["tower", "projector", "text"]:
     """The part of the network that a parameter belongs to. A projector is inside the tower in Qwen-VL (`merger`), and
     outside elsewhere."""
-    if not set(name.split(".")) & set(family.no_lora):
+    modules = set(name.split("."))
+    if modules & set(LANGUAGE_MODELS) or not modules & set(family.no_lora):
         return "text"
     return "projector" if any(word in name for word in PROJECTORS) else "tower"
 
