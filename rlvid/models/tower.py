@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlvid.models.families.vision import Grid, VisionFamily
 
 PATCHES_AT_A_TIME = 2**12
 NORMALISED_AT_A_TIME = 2**12  # those of Qwen-VL are 20 MiB in float32
+Count: TypeAlias = Callable[[int], int]
+"""This rank's number of passes -> the largest of all ranks. They meet in collectives, so all make equally many."""
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a tower's forward
 
 
@@ -76,6 +80,20 @@ def normalise(patches: Tensor, family: VisionFamily, dtype: torch.dtype) -> Tens
         x = part.view(len(part), 3, -1).float()
         out.copy_(x.sub_(mean).div_(std).flatten(1))
     return normalised
+
+
+def tower_inputs(
+    network: PreTrainedModel, family: VisionFamily, patches: Tensor, grid_thw: Tensor, most: Count
+) -> dict[str, Tensor]:
+    """The network's inputs for clips: uint8 patches [n, patch_dim] of grids [V, 3].
+
+    Under ZeRO-3 the ranks meet in collectives inside the tower: all of them call this together, and agree on the number
+    of its passes.
+    """
+    passes = most(family.tower_passes(grid_thw.tolist()))
+    for tower in family.towers:
+        network.get_submodule(f"model.{tower}").forward.passes = passes
+    return family.network_inputs(normalise(patches, family, network.dtype), grid_thw)
 
 
 class InPieces:

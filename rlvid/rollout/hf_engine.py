@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,7 +20,7 @@ from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.models.lora import add_adapters, file_name, is_adapter
-from rlvid.models.tower import normalise
+from rlvid.models.tower import Count, tower_inputs
 from rlvid.rollout.engine import Sampling, shown
 from rlvid.rollout.weights.buckets import Bucket
 from rlvid.types import Prompt, Rollout, WeightSpan
@@ -38,12 +38,20 @@ class Decoding:
     Args:
         network: as `load_model` gives it.
         n: responses to each prompt.
+        most: as of `tower_inputs`; all ranks have clips, or none has.
 
     Attributes:
         logits: [rows, vocabulary] of the next token.
     """
 
-    def __init__(self, network: PreTrainedModel, family: ChatFamily, prompts: Sequence[Prompt], n: int = 1):
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        family: ChatFamily,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        most: Count = lambda count: count,
+    ):
         from transformers import DynamicCache
 
         self._network, device = network, network.device
@@ -59,7 +67,7 @@ class Decoding:
         if isinstance(family, VisionFamily) and any(len(p.patches) for p in prompts):
             patches = torch.from_numpy(np.concatenate([p.patches for p in prompts])).to(device)
             grids = torch.from_numpy(np.concatenate([p.grid_thw for p in prompts])).to(device)
-            inputs = family.network_inputs(normalise(patches, family, network.dtype), grids)
+            inputs = tower_inputs(network, family, patches, grids, most)
             ids = family.as_videos(ids)
         self._cache = DynamicCache(config=network.config.get_text_config())
         following = np.tile([p.next_position for p in prompts], (len(prompts[0].positions), 1))
@@ -76,7 +84,7 @@ class Decoding:
         self._following = self._following + 1
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Drop all other rows."""
         chosen = torch.tensor(rows, device=self.logits.device)
         self._choose(chosen)
         self._mask, self._following = self._mask[chosen], self._following[:, list(rows)]
@@ -107,13 +115,11 @@ class PlainEngine:
 
     Args:
         network: as `load_model` gives it.
-        most: whether any rank goes on. A network that is sharded over ranks (ZeRO-3) computes for all of them: none
-            stops before all do.
+        most: this rank's count -> the largest of all ranks. They generate together where the network is sharded
+            (ZeRO-3): a rank that has finished computes until all have.
     """
 
-    def __init__(
-        self, network: PreTrainedModel, family: ChatFamily, most: Callable[[int], int] = lambda goes_on: goes_on
-    ):
+    def __init__(self, network: PreTrainedModel, family: ChatFamily, most: Count = lambda count: count):
         self.family = family
         self._network, self._most = network, most
 
@@ -123,29 +129,26 @@ class PlainEngine:
         `max_tokens` came first."""
         end = self.family.end_of_turn
         with _own_attention(self._network):
-            decoding = Decoding(self._network, self.family, prompts)
+            decoding = Decoding(self._network, self.family, prompts, most=self._most)
             ids = torch.empty(len(prompts), 0, dtype=torch.long, device=decoding.logits.device)
             while True:
                 chosen = self._log_softmax(decoding.logits, 1.0, top_p=1.0).argmax(-1)
                 ids = torch.cat([ids, chosen[:, None]], 1)
-                goes_on = ids.shape[1] < max_tokens and not (ids == end).any(1).all()
-                if not self._most(goes_on):
+                is_unfinished = ids.shape[1] < max_tokens and not (ids == end).any(1).all()
+                if not self._most(int(is_unfinished)):
                     break
                 decoding.advance(chosen)
-        return [self._ended(own)[0] for own in ids[:, :max_tokens].cpu().numpy()]
+        answers = ids[:, :max_tokens].cpu().numpy().astype(np.int32)
+        lengths = [int(np.argmax(own == end)) + 1 if end in own else len(own) for own in answers]
+        return [own[:length] for own, length in zip(answers, lengths, strict=True)]
 
     @torch.no_grad()
     def first_logprobs(self, prompt: Prompt, tokens: Sequence[int], temperature: float) -> npt.NDArray[np.float32]:
         """Log-prob of each of `tokens` as the first response token."""
         with _own_attention(self._network):
-            logits = Decoding(self._network, self.family, [prompt]).logits
+            logits = Decoding(self._network, self.family, [prompt], most=self._most).logits
         values = self._log_softmax(logits, temperature, top_p=1.0)[0, list(tokens)]
         return np.asarray(values.cpu(), dtype=np.float32)
-
-    def _ended(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], bool]:
-        """A response up to the end of its turn, and whether it has one."""
-        ends = np.flatnonzero(ids == self.family.end_of_turn)
-        return ids[: ends[0] + 1 if len(ends) else None].astype(np.int32), len(ends) > 0
 
     def _log_softmax(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
         """The distribution that is sampled from, [rows, vocabulary]; at temperature 0 that of temperature 1."""
@@ -163,7 +166,6 @@ class PlainEngine:
 class Response:
     """One that is being generated."""
 
-    request: str
     prompt: Prompt
     generator: torch.Generator
     room: int  # tokens
@@ -290,7 +292,7 @@ class HfEngine(PlainEngine):
             first = (self._seed << 32) + int(request) * 1024 if given is None else given
             room = min(sampling.max_tokens, self._cfg.max_model_len - prompt.length)
             generators = [torch.Generator(self._network.device).manual_seed((first + i) % 2**63) for i in range(n)]
-            self._unfinished[request] = [Response(request, prompt, generator, room) for generator in generators]
+            self._unfinished[request] = [Response(prompt, generator, room) for generator in generators]
         self._rows = [row for own in self._unfinished.values() for row in own]
         self._decoding = Decoding(self._network, self.family, [prompt for _, prompt, _ in batch], n)
         self._logits_version = self.weight_version

@@ -6,7 +6,7 @@ Exact: log-probs and gradients equal those of separate sequences (tests/training
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,13 @@ from rlvid.models.attention import SharedPrefixLayout
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.families.vision import VisionFamily
 from rlvid.models.heads import Head
-from rlvid.models.tower import normalise
+from rlvid.models.tower import Count, tower_inputs
 from rlvid.training.batch import Group
 from rlvid.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Count = Callable[[int], int]
-"""This rank's number of passes -> the largest of all ranks. They meet in collectives, so all make equally many."""
 LOGITS_AT_A_TIME = 2**27  # 512 MiB in float32
 
 
@@ -120,10 +118,7 @@ def hidden_states(network: PreTrainedModel, family: ChatFamily, row: PackedRow, 
     inputs: dict[str, Tensor] = {}
     if isinstance(family, VisionFamily) and not row.layout.before:  # the earlier row has run the tower
         row = row if len(row.patches) else with_blank_clip(row, family)
-        passes = most(family.tower_passes(row.grid_thw.tolist()))
-        for tower in family.towers:
-            network.get_submodule(f"model.{tower}").forward.passes = passes
-        inputs = family.network_inputs(normalise(row.patches, family, network.dtype), row.grid_thw)
+        inputs = tower_inputs(network, family, row.patches, row.grid_thw, most)
     ids = family.as_videos(row.token_ids) if isinstance(family, VisionFamily) else row.token_ids
     inputs["position_ids"] = row.positions[:, None] if len(row.positions) > 1 else row.positions
     output = network.model(input_ids=ids[None], shared_prefix=row.layout, use_cache=False, **inputs)
