@@ -69,6 +69,8 @@ def convert(arguments: argparse.Namespace) -> None:
     roots = Roots(a.videos, mapped=_mapped(a.map))
     only = None if a.only == "both" else a.only
     if a.to:
+        if a.map or a.only or a.mismatched:
+            raise UserError("--map, --source and --mismatched have no effect with --to: leave them out")
         made = write_as(a.source, a.out, DIALECTS[a.to], a.videos)
     else:
         made = convert(a.source, a.out, DIALECTS[a.dialect], roots, only, a.mismatched, _seed(a))
@@ -112,6 +114,7 @@ def _write_page(
 ) -> None:
     from rlvid.data.check import frames_of
     from rlvid.errors import BadClip
+    from rlvid.files import naming_write_errors
     from rlvid.reporting.report.data import Example, write_data_page
 
     shown = []
@@ -121,7 +124,8 @@ def _write_page(
             shown.append(Example(sample.id, kind, turns, frames_of(sample)))
         except BadClip as error:
             shown.append(Example(sample.id, kind, turns, (), str(error)))
-    write_data_page(file, [path.name for path in checked], counts, faults, shown)
+    with naming_write_errors(f"the page {file}", "give --page another place"):
+        write_data_page(file, [path.name for path in checked], counts, faults, shown)
 
 
 def _mapped(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -116,6 +116,8 @@ def write(row: Row, sample: Sample, keys: Mapping[str, str], form: Callable[[str
         keys: of the paths, by kind of medium.
         form: role and text of a turn -> the turn.
     """
+    if any(message.is_marked for message in sample.messages):
+        raise Refused("this dialect cannot mark the turns that are trained")
     kinds = [medium.kind for medium in sample.media]
     turns = []
     for message in sample.messages:

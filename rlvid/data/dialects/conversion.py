@@ -91,15 +91,16 @@ def convert(
 
 def write_as(source: Path, out: Path, dialect: Dialect, root: Path | None) -> Converted:
     """Write `items.jsonl` with the rows of a manifest as items of a dialect, their paths absolute, and `refused.jsonl`
-    with those that it cannot say. MMLA has a folder for each of its data sets.
+    with those that it cannot express. MMLA has a folder for each of its data sets.
 
     Args:
         root: As `data.root`.
 
     Raises:
-        UserError: the manifest cannot be read, nothing left, `out` cannot be written.
+        UserError: the dialect is only read, the manifest cannot be read, nothing left, `out` cannot be written.
     """
-    assert dialect.write is not None
+    if dialect.write is None:
+        raise UserError("--to: this dialect can only be read")
     samples = load_manifest(source, root, None, "", needs_answer=False)
     rows = (row for _, row in read_items(source) if not isinstance(row, Refused))
     refused: dict[str, Row] = {}
@@ -107,8 +108,8 @@ def write_as(source: Path, out: Path, dialect: Dialect, root: Path | None) -> Co
     for sample, row in zip(samples, rows, strict=True):
         try:
             item = dict(dialect.write(row, sample))
-        except (Refused, LookupError, ValueError) as error:  # several media where it has one; a field is missing
-            reason = str(error) if isinstance(error, Refused) else f"it is no row of this dialect ({error!r})"
+        except (Refused, KeyError) as error:
+            reason = str(error) if isinstance(error, Refused) else f"the row has no {error}, which this dialect needs"
             refused[sample.id] = {"id": sample.id, "where": str(source), "reason": reason}
         else:
             files.setdefault(out / str(item.pop("folder", "")) / ITEMS, []).append(item)

@@ -60,8 +60,8 @@ class Dialect:
         is_numbered: Items may have no id; they are numbered.
         sources: Values of the rows' field "source", which `--source` selects.
         mismatch: More rows for a share of the rows, whose text is that of another video.
-        write: The item of a manifest's row and its sample, which `read` makes the same row of. Raises `Refused` where
-            the dialect cannot say it.
+        write: The reverse of `read`: an item of a manifest's row and its sample. Raises `Refused` where the dialect
+            cannot express all of it.
     """
 
     read: Callable[[Item, Roots], Row]
@@ -104,8 +104,22 @@ def pictures_of(item: Item) -> list[str]:
     return images
 
 
-def name_of(medium: Medium, frames_per_s: float) -> str:
+def only_question(sample: Sample) -> tuple[Medium, str]:
+    """The medium and the text of a sample that is one question about one medium.
+
+    Raises:
+        Refused: it is anything else.
+    """
+    if len(sample.media) != 1 or len(sample.messages) != 1:
+        raise Refused("this dialect has one question about one video or image, without history and system turn")
+    return sample.media[0], sample.question
+
+
+def name_of(medium: Medium, frames_per_s: float | None = None) -> str:
     """The path of a file, or of the folder whose pictures are the frames of a video.
+
+    Args:
+        frames_per_s: of such a folder; None: the dialect has none.
 
     Raises:
         Refused: it is a part of a video, or frames at another rate or from several folders.
@@ -115,6 +129,8 @@ def name_of(medium: Medium, frames_per_s: float) -> str:
     if not medium.pictures:
         return medium.path
     folder = os.path.dirname(medium.path)
+    if frames_per_s is None:
+        raise Refused(f"{folder}: this dialect has no videos that are given as frames")
     if medium.pictures_per_s != frames_per_s or list(medium.pictures) != frames_in(Path(folder)):
         raise Refused(f"{folder}: frames must be all pictures of a folder, {frames_per_s:g} a second")
     return folder

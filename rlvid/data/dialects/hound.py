@@ -16,6 +16,7 @@ from rlvid.data.dialects.dialect import (
     Row,
     frames_in,
     name_of,
+    only_question,
     question_of,
     sides,
     text_of,
@@ -53,9 +54,9 @@ def video_or_frames(roots: Roots, name: str) -> Row:
 
 
 def write(row: Row, sample: Sample) -> Item:
-    (video,) = sample.media
+    video, question = only_question(sample)
     pair = {key: row[key] for key in ("chosen", "rejected", *KEPT) if key in row}
-    return {"id": sample.id, "video": name_of(video, FPS), "prompt": sample.question, **pair}
+    return {"id": sample.id, "video": name_of(video, FPS), "prompt": question, **pair}
 
 
 DIALECT = Dialect(

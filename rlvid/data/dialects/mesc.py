@@ -13,7 +13,7 @@ from typing import Any
 from rlvid.data.dialects.conversations import ROLES, conversation, media_of
 from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, text_of
 from rlvid.data.dialects.hound import FPS
-from rlvid.types import Sample
+from rlvid.types import MediumRef, Sample
 
 HISTORY, CLIPS = 7, 5
 LINES = ("Client's emotion", "Therapist's emotion", "Therapist's strategy", "Therapist's response")
@@ -49,6 +49,11 @@ def write(row: Row, sample: Sample) -> Item:
         raise Refused(f"the answer must have the lines {', '.join(LINES)}")
     client, emotion, strategy, response = (text for _, _, text in parts)
     first, *turns, last = sample.messages
+    is_placed = sum(isinstance(part, MediumRef) for part in last.content) == len(sample.media)
+    if first.role != "system" or not first.text.startswith(SYSTEM) or not is_placed:
+        raise Refused("it must begin with MESC's system turn, and have its videos in the last turn")
+    if len(turns) > HISTORY or len(sample.media) > CLIPS:
+        raise Refused(f"a dialogue has at most {HISTORY} earlier turns and {CLIPS} videos")
     return {
         "id": sample.id,
         "Dialogue_ID": row.get("dialogue"),

@@ -103,6 +103,8 @@ def read(item: Item, roots: Roots, sees_video: bool) -> Row:
 
 def write(row: Row, sample: Sample) -> Item:
     dataset = row.get("problem_type")
+    if dataset not in TASKS:
+        raise Refused(f"problem_type {dataset!r} is no data set of MMLA: {', '.join(TASKS)}")
     _, _, label = sample.answer.partition(": ")
     return {"folder": dataset, "id": sample.id.removeprefix(f"{dataset}_"), "text": row["text"], "label": label}
 

@@ -5,7 +5,17 @@
 
 from __future__ import annotations
 
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, pictures_of, question_of, sides
+from rlvid.data.dialects.dialect import (
+    Dialect,
+    Item,
+    Refused,
+    Roots,
+    Row,
+    only_question,
+    pictures_of,
+    question_of,
+    sides,
+)
 from rlvid.types import Sample
 
 FPS = 1  # 50 frames of a video of any length: their rate is not written down
@@ -32,12 +42,12 @@ def read(item: Item, roots: Roots) -> Row:
 
 
 def write(row: Row, sample: Sample) -> Item:
-    (video,) = sample.media
+    video, question = only_question(sample)
     if video.pictures_per_s != FPS:
         raise Refused(f"{video.path}: a video must be given as frames, {FPS} a second")
     return {
         "id": sample.id,
-        "conversations": [{"from": "human", "value": f"<image>\n{sample.question}"}],
+        "conversations": [{"from": "human", "value": f"<image>\n{question}"}],
         "output_1": {"from": "llm_1", "value": row["chosen"]},
         "output_2": {"from": "llm_2", "value": row["rejected"]},
         "preference": 1,

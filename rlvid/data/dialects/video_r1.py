@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from rlvid.data.answers import TAGGED
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, text_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, only_question, text_of
 from rlvid.types import Sample
 
 
@@ -36,16 +36,16 @@ def read(item: Item, roots: Roots) -> Row:
 
 
 def write(row: Row, sample: Sample) -> Item:
-    (medium,) = sample.media
+    medium, question = only_question(sample)
     kept = {theirs: row[ours] for ours, theirs in (("source", "data_source"), ("reasoning", "process")) if ours in row}
     return {
         "problem_id": sample.id,
-        "problem": sample.question,
+        "problem": question,
         "data_type": medium.kind,
         "problem_type": row["problem_type"],
         "options": [],  # those of the question stay in it
         "solution": f"<answer>{sample.answer}</answer>",
-        "path": name_of(medium, 0),
+        "path": name_of(medium),
         **kept,
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, pictures_of
+from rlvid.data.dialects.dialect import Dialect, Item, Refused, Roots, Row, name_of, only_question, pictures_of
 from rlvid.errors import UserError
 from rlvid.rewards.videoscore import ALIGNMENT, CAPTION_BEGINS, CAPTION_ENDS, DIMS, NoScore, Rubric
 from rlvid.types import Sample
@@ -112,10 +112,10 @@ def _video(item: Item, roots: Roots) -> Row:
 
 
 def write(row: Row, sample: Sample) -> Item:
-    (video,) = sample.media
+    video, _ = only_question(sample)  # made of the caption
     if video.pictures and video.pictures_per_s != FPS:
         raise Refused(f"{video.path}: frames must be {FPS} a second")
-    media = {"images": list(video.pictures)} if video.pictures else {"video": name_of(video, FPS)}
+    media = {"images": list(video.pictures)} if video.pictures else {"video": name_of(video)}
     return {
         "id": sample.id,
         **media,

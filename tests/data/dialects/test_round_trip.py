@@ -17,6 +17,7 @@ from rlvid.data.dialects.dialect import Roots
 from rlvid.data.dialects.mesc import CLIPS_KEY
 from rlvid.data.dialects.mmla import TASKS
 from rlvid.data.dialects.videofeedback import RUBRIC
+from rlvid.errors import UserError
 from rlvid.rewards.videoscore import DIMS
 
 FRAMES = [f"frames/{i}.jpg" for i in range(3)]
@@ -151,3 +152,42 @@ def test_a_row_that_a_dialect_cannot_say_is_refused_and_named(
     assert refused["id"] == "part" and "no parts of a video" in refused["reason"]
     assert main([*arguments, "rlaif"]) == 2
     assert "no item left" in capsys.readouterr().err
+    assert main([*arguments, "sharegpt", "--map", "a=b"]) == 2
+    assert "have no effect with --to" in capsys.readouterr().err
+
+
+WHOLE = {"id": "a", "video": "a.mp4", "question": "What?", "answer": "this", "chosen": "b", "rejected": "c"}
+TALK = {
+    "id": "a",
+    "messages": [
+        {"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "That.", "train": True},
+        {"role": "user", "content": "And then?"},
+    ],
+    "answer": "this",
+    "chosen": "b",
+    "rejected": "c",
+    "problem_type": "free-form",
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "row", "reason"),
+    [
+        ("hound", TALK, "one question about one video"),
+        ("video_r1", TALK, "one question about one video"),
+        ("video_r1", WHOLE, "the row has no 'problem_type'"),
+        ("video_r1", WHOLE | {"video": FRAMES, "fps": 2, "problem_type": "x"}, "no videos that are given as frames"),
+        ("hound", WHOLE | {"video": FRAMES, "fps": 3}, "frames must be all pictures of a folder, 2 a second"),
+        ("mmla", WHOLE | {"problem_type": "../../elsewhere"}, "is no data set of MMLA"),
+        ("mesc", TALK, "the answer must have the lines"),
+        ("swift", TALK, "cannot mark the turns"),
+    ],
+)
+def test_what_a_dialect_would_lose_is_refused(
+    dialect: str, row: dict[str, Any], reason: str, folder: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"(?s)no item left.*{reason}"):
+        write_as(manifest, tmp_path / "out", DIALECTS[dialect], folder)
