@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,18 @@ def noise(t: int, h: int, w: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 def clip_of(frames: npt.NDArray[np.uint8], clip_id: str) -> Clip:
     n = len(frames)
     return Clip(clip_id, frames, np.arange(n) / 8.0, np.arange(n), n, 8.0, "test", "0" * 64)
+
+
+def of_processor(family: ChatFamily, clip: Clip) -> tuple[str, Any]:
+    """The question of `sample_of` about a clip as transformers' template writes it, and what its processor makes."""
+    import torch
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(family.folder)
+    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which shape is moving?"}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+    return text, processor(text=text, videos=[video], do_resize=False, do_sample_frames=False, return_tensors="pt")
 
 
 def sample_with(kinds: Sequence[Literal["video", "image"]], sample_id: str = "s") -> Sample:

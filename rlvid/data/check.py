@@ -37,7 +37,7 @@ class Report:
     """What was found: how many rows and media there are of each kind, and by what is wrong, where and in which way.
 
     Attributes:
-        examples: The first rows of each kind: of a file, a problem type and a sort of media.
+        examples: The first rows of each kind: by file, problem type and kinds of media.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

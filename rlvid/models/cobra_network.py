@@ -69,7 +69,7 @@ class CobraPreTrainedModel(PreTrainedModel):
 class CobraModel(CobraPreTrainedModel):
     """Towers, projector and language model.
 
-    Of DINOv2 patches alone are used, without the class and register tokens.
+    Only DINOv2's patch tokens are used, not its class and register tokens.
     """
 
     def __init__(self, config: CobraConfig):
@@ -170,7 +170,7 @@ def _apart(language_model: MambaModel, row: Tensor, layout: SharedPrefixLayout) 
 
 
 def register() -> None:
-    """Make transformers' auto classes know the network."""
+    """Register the network with transformers' auto classes."""
     AutoConfig.register("cobra", CobraConfig, exist_ok=True)
     AutoModelForImageTextToText.register(CobraConfig, CobraForConditionalGeneration, exist_ok=True)
 

@@ -175,7 +175,8 @@ class Response:
 
 
 class HfEngine(PlainEngine):
-    """Rollouts as `VllmEngine` makes them, by batches of prompts: the next begins when all responses of one have ended.
+    """Rollouts as `VllmEngine` makes them, in batches of prompts: a batch begins when all responses of the previous one
+    have ended.
 
     Args:
         folder: checkpoint; its weights are those of version -1.

@@ -59,7 +59,7 @@ class ChatFamily(ABC):
     tiny_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")  # special tokens of a tiny model's tokenizer
     end_token = "<|im_end|>"  # the special token that ends a response
     placeholders: Mapping[str, str] = {}  # by the kinds of media that it accepts: the token of a medium in a prompt
-    is_recurrent = False  # its state is of one sequence: responses cannot share the forward of a prompt
+    is_recurrent = False  # its state belongs to one sequence: responses cannot share a prompt's forward
     frame_multiple: int  # height and width of a frame are multiples of this, pixels
 
     def __init__(self, folder: Path):
@@ -123,7 +123,7 @@ class ChatFamily(ABC):
 
     @classmethod  # noqa: B027  # as above
     def register(cls) -> None:
-        """Make transformers know the network, where it has none."""
+        """Register the network with transformers, if it is not one of transformers' own."""
 
     @classmethod
     @abstractmethod

@@ -8,14 +8,11 @@ responses to a prompt do not share its forward. vLLM does not serve it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlvid.config import TinyModelConfig
 from rlvid.models.families.frames import IMAGE, SquareFrames, tiny_tower
 from rlvid.models.families.vision import Grid
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Cobra(SquareFrames):
@@ -77,9 +74,3 @@ class Cobra(SquareFrames):
     def n_embeddings(self, grid: Grid) -> int:
         t, h, w = grid
         return t * h * w
-
-    def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
-        """Frames [n, 3, H, W] of all media."""
-        import torch
-
-        return {"pixel_values": torch.cat(self.clips(patches, grid_thw))}

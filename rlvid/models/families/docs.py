@@ -20,7 +20,7 @@ NAMES = {
     "video_llama_3": "VideoLLaMA3",
     "idefics2": "Idefics2, Mantis-Idefics2 (VideoScore)",
     "video_llava": "Video-LLaVA",
-    "cobra": "Cobra (each response is trained with a prompt of its own: Mamba's state is of one sequence)",
+    "cobra": "Cobra (each response is trained with a prompt of its own: Mamba's state belongs to one sequence)",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
     "llama": "Llama 2, 3",

@@ -183,6 +183,12 @@ class SquareFrames(FrameFamily):
         room = self.frame_multiple % self.patch_size
         return [pad(own, (0, room, 0, room)) for own in frames]
 
+    def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
+        """Frames [n, 3, H, W] of all media."""
+        import torch
+
+        return {"pixel_values": torch.cat(self.clips(patches, grid_thw))}
+
     def expand(self, clip: Clip, grid: Grid, kind: str) -> str:
         return self.placeholders[kind] * self.n_embeddings(grid)
 
@@ -266,6 +272,4 @@ class VideoLlava(SquareFrames):
 
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """All clips are given as one: the tower treats each frame separately."""
-        import torch
-
-        return {"pixel_values_videos": torch.cat(self.clips(patches, grid_thw))[None]}
+        return {"pixel_values_videos": super().network_inputs(patches, grid_thw)["pixel_values"][None]}

@@ -1,22 +1,19 @@
-"""InternVL 2.5, 3 and 3.5 in transformers' format: square frames, of whose patches four become one token.
+"""InternVL 2.5, 3 and 3.5 in transformers' format: square frames, one token for each 2 x 2 patches.
 
-A still image is one tile: it is not cut into more. Token ids and pixels equal those of transformers' processor
-(tests/models/families/test_internvl.py).
+A still image is one tile; transformers' processor can cut it into several. Token ids and pixels are equal to the
+processor's otherwise (tests/models/families/test_internvl.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlvid.config import TinyModelConfig
 from rlvid.models.families.frames import VIDEO, SquareFrames, tiny_tower
 from rlvid.models.families.vision import Grid
 from rlvid.types import Clip
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
@@ -81,9 +78,3 @@ class InternVl(SquareFrames):
     def n_embeddings(self, grid: Grid) -> int:
         t, h, w = grid
         return t * int(h * self._ratio) * int(w * self._ratio)
-
-    def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
-        """Frames [n, 3, H, W] of all media."""
-        import torch
-
-        return {"pixel_values": torch.cat(self.clips(patches, grid_thw))}

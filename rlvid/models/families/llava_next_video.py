@@ -1,6 +1,6 @@
 """LLaVA-NeXT-Video: square frames, each pooled to a quarter of its patches.
 
-Videos alone: an image would be cut into tiles. Token ids and pixels equal those of transformers' processor, the output
+Only videos: an image would be cut into tiles. Token ids and pixels equal those of transformers' processor, the output
 that of transformers and vLLM (tests/models/families/test_llava_next_video.py).
 """
 

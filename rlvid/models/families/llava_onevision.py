@@ -76,8 +76,8 @@ class LlavaOnevision(SquareFrames):
         return {"pixel_values_videos": self.clips(patches, grid_thw)}
 
     def adapt_engine(self) -> bool:
-        """The names of the tower's weights; and vLLM 0.32 gives the embeddings of clips of different lengths a
-        dimension too many, which it then refuses."""
+        """Fix two faults of vLLM 0.32: the names of the tower's weights, and the embeddings of clips of different
+        lengths, which have one dimension too many and are then refused."""
         from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as Theirs
 
         name_tower_for_vllm(Theirs)

@@ -8,7 +8,7 @@ those of vLLM (compared with both in tests/models/families/test_qwen_vl.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
     from vllm.multimodal.inputs import PlaceholderRange
+
+    from rlvid.models.tower import Call
 
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -59,15 +61,9 @@ class QwenVL(VisionFamily):
         return math.prod(grid) // self.merge_size**2
 
     def prepare(self, network: PreTrainedModel) -> None:
-        """The tower gets rlvid's attention, a matrix product as patch embedding, and long clips in pieces."""
-        from rlvid.models.attention import VISION_ATTENTION
-        from rlvid.models.loading import PatchProjection
-        from rlvid.models.tower import InPieces, cut_patches
+        from rlvid.models.tower import cut_patches
 
-        tower = network.model.visual
-        tower.config._attn_implementation = VISION_ATTENTION
-        tower.patch_embed.proj = PatchProjection(tower.patch_embed.proj)
-        tower.forward = InPieces(tower, cut_patches)
+        prepare_tower(network.model.visual, network.model.visual.patch_embed, "proj", cut_patches)
 
     @classmethod
     def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:
@@ -153,6 +149,22 @@ class QwenVL(VisionFamily):
 
         (run,) = runs
         return PlaceholderRange(offset=run.offset, length=run.length)
+
+
+def prepare_tower(tower: Any, embedding: Any, convolution: str, cut: Callable[..., Iterator[Call]]) -> None:
+    """Give a tower of patches rlvid's attention, a matrix product as patch embedding, and long clips in pieces.
+
+    Args:
+        embedding: the module that has the patch embedding, under the name `convolution`.
+        cut: see `InPieces`.
+    """
+    from rlvid.models.attention import VISION_ATTENTION
+    from rlvid.models.loading import PatchProjection
+    from rlvid.models.tower import InPieces
+
+    tower.config._attn_implementation = VISION_ATTENTION
+    setattr(embedding, convolution, PatchProjection(getattr(embedding, convolution)))
+    tower.forward = InPieces(tower, cut)
 
 
 class Qwen25VL(QwenVL):

@@ -1,7 +1,7 @@
-"""SmolVLM2: square frames, each with its time in words before it.
+"""SmolVLM2: square frames, with the time as text before each.
 
-A still image is not cut into parts. Token ids and pixels equal those of transformers' processor
-(tests/models/families/test_smolvlm.py). vLLM's class takes images alone.
+A still image stays whole; transformers' processor can split it. Token ids and pixels are equal to the processor's
+otherwise (tests/models/families/test_smolvlm.py). vLLM's class takes only images.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SmolVlm(SquareFrames):
         "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     )
-    chat_template = default_template  # those of older checkpoints leave videos out; transformers does the same
+    chat_template = default_template  # older checkpoints have one without videos; transformers replaces it too
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -90,6 +90,4 @@ class SmolVlm(SquareFrames):
 
     def network_inputs(self, patches: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
         """Frames [1, n, 3, H, W] of all media."""
-        import torch
-
-        return {"pixel_values": torch.cat(self.clips(patches, grid_thw))[None]}
+        return {"pixel_values": super().network_inputs(patches, grid_thw)["pixel_values"][None]}

@@ -1,8 +1,8 @@
-"""VideoLLaMA3: frames of any size, of whose patches four become one token, each frame with its time before it.
+"""VideoLLaMA3: frames of any size, one token for each 2 x 2 patches, and the time before each frame.
 
-Videos alone: an image has a token for each patch, and would need a pass of its own. Tokens of what does not move are
-kept (transformers' `use_token_compression=False`): how many there are would depend on the pixels. Token ids and patches
-equal those of transformers' processor (tests/models/families/test_video_llama3.py). vLLM does not serve it.
+Only videos: an image has one token for each patch, and would need a pass of its own. Tokens of parts that do not move
+are kept (transformers' `use_token_compression=False`): otherwise their number would depend on the pixels. Token ids and
+patches equal those of transformers' processor (tests/models/families/test_video_llama3.py). vLLM does not serve it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlvid.config import TinyModelConfig
 from rlvid.models.families.frames import tiny_tower
-from rlvid.models.families.qwen_vl import PLACEHOLDERS
+from rlvid.models.families.qwen_vl import PLACEHOLDERS, prepare_tower
 from rlvid.models.families.vision import Grid, VisionFamily
 from rlvid.types import Clip
 
@@ -51,15 +51,8 @@ class VideoLlama3(VisionFamily):
         self.frame_multiple = self.patch_size * self.merge_size
 
     def prepare(self, network: PreTrainedModel) -> None:
-        """The tower gets rlvid's attention, a matrix product as patch embedding, and long clips in pieces."""
-        from rlvid.models.attention import VISION_ATTENTION
-        from rlvid.models.loading import PatchProjection
-        from rlvid.models.tower import InPieces
-
         tower = network.model.vision_model
-        tower.config._attn_implementation = VISION_ATTENTION
-        tower.embeddings.patch_embedding = PatchProjection(tower.embeddings.patch_embedding)
-        tower.forward = InPieces(tower, _cut)
+        prepare_tower(tower, tower.embeddings, "patch_embedding", _cut)
 
     @classmethod
     def tiny(cls, cfg: TinyModelConfig, text: dict[str, Any], tokenizer: Any) -> tuple[dict[str, Any], Any]:

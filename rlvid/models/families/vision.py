@@ -42,7 +42,7 @@ class VisionFamily(ChatFamily):
         "image_tower",
         "multi_modal_projector",
     )
-    media_token: str | None = None  # in a prompt, for all kinds; else what the template writes (`placeholders`)
+    media_token: str | None = None  # one token in prompts for all kinds of media; None: those of `placeholders`
     part_types: Mapping[str, str] = {"video": "video", "image": "image"}  # by kind: its type in the chat template
     default_patch_size = 14  # transformers' default, for config.json files without it
     merge_size = 1  # squares of merge_size x merge_size patches become one token
@@ -196,7 +196,7 @@ class VisionFamily(ChatFamily):
 
 
 def side_of(size: int | Sequence[int]) -> int:
-    """Of a square, which some configurations give as height and width."""
+    """The side of a square. Some configurations give it as [height, width]."""
     return size if isinstance(size, int) else size[0]
 
 

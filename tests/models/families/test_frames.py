@@ -17,7 +17,7 @@ from rlvid.models.lora import add_adapters
 from rlvid.models.tower import normalise
 from rlvid.rollout.vllm_engine import VllmEngine
 from rlvid.types import Medium, MediumRef, Message, Sample
-from tests.prompts import clip_of, noise, prompt_of, sample_of, sample_with
+from tests.prompts import clip_of, noise, of_processor, prompt_of, sample_of, sample_with
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +69,9 @@ def test_earlier_answers_of_idefics2_are_not_as_they_were_generated(idefics2: Id
 
 
 def test_prompt_of_video_llava_equals_that_of_the_processor(video_llava: VideoLlava) -> None:
-    from transformers import AutoProcessor
-
     clip = clip_of(noise(5, 56, 56), "a")
-    processor = AutoProcessor.from_pretrained(video_llava.folder)
-    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which shape is moving?"}]}]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    text, theirs = of_processor(video_llava, clip)
     assert text == "USER: <video>\nWhich shape is moving? ASSISTANT:"
-    video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-    theirs = processor(text=text, videos=[video], do_resize=False, do_sample_frames=False, return_tensors="pt")
     ours = video_llava.encode(sample_of(), [clip])
     assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
     assert [s.length for s in ours.spans] == [5 * 17]

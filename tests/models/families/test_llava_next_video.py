@@ -9,7 +9,7 @@ from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.families.llava_next_video import LlavaNextVideo
 from rlvid.models.tower import normalise
-from tests.prompts import clip_of, noise, sample_of, sample_with
+from tests.prompts import clip_of, noise, of_processor, sample_of, sample_with
 
 SIDE = 56  # of the tiny tower
 
@@ -20,14 +20,8 @@ def family(tiny_models: dict[str, Path]) -> LlavaNextVideo:
 
 
 def test_prompt_and_pixels_equal_those_of_the_processor(family: LlavaNextVideo) -> None:
-    from transformers import AutoProcessor
-
     clip = clip_of(noise(5, SIDE, SIDE), "a")
-    processor = AutoProcessor.from_pretrained(family.folder)
-    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which shape is moving?"}]}]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-    theirs = processor(text=text, videos=[video], do_resize=False, do_sample_frames=False, return_tensors="pt")
+    _, theirs = of_processor(family, clip)
     ours = family.encode(sample_of(), [clip])
     assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
     assert [s.length for s in ours.spans] == [5 * 16]

@@ -12,7 +12,7 @@ from rlvid.models.loading import load_model
 from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
 from rlvid.training.packing import PackedPolicy, pack
-from tests.prompts import clip_of, noise, prompt_of, sample_of, sample_with
+from tests.prompts import clip_of, noise, of_processor, prompt_of, sample_of, sample_with
 
 SIDE = 56  # of the tiny tower
 
@@ -23,15 +23,9 @@ def family(tiny_models: dict[str, Path]) -> LlavaOnevision:
 
 
 def test_prompt_and_pixels_equal_those_of_the_processor(family: LlavaOnevision) -> None:
-    from transformers import AutoProcessor
-
     clip = clip_of(noise(5, SIDE, SIDE), "a")
-    processor = AutoProcessor.from_pretrained(family.folder)
-    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which shape is moving?"}]}]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    text, theirs = of_processor(family, clip)
     assert text == "<|im_start|>user <video>\n\nWhich shape is moving?<|im_end|><|im_start|>assistant\n"
-    video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-    theirs = processor(text=text, videos=[video], do_resize=False, do_sample_frames=False, return_tensors="pt")
     ours = family.encode(sample_of(), [clip])
     assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
     assert [s.length for s in ours.spans] == [5 * 4 + 1]
