@@ -241,7 +241,7 @@ def test_parity_check_finds_a_dropped_video(both: Both, monkeypatch: pytest.Monk
 
 def test_parity_check_finds_a_trainer_without_video(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "rlvid.training.packing.normalise", lambda patches, family, dtype: torch.zeros(patches.shape, dtype=dtype)
+        "rlvid.models.tower.normalise", lambda patches, family, dtype: torch.zeros(patches.shape, dtype=dtype)
     )
     with pytest.raises(UserError, match="the trainer does not see the video"):
         run_check(both)

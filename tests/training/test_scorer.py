@@ -30,7 +30,9 @@ def prompts_alone(family, shapes=((4, 56, 56), (8, 56, 84), (4, 84, 56))) -> lis
 
 def random_scorer(folder: Path, head: Head = HEAD) -> PackedScorer:
     scorer = PackedScorer(load_model(folder, "float32"), load_family(folder), head).eval()
-    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
+    # Scores of about 1, so that an absolute tolerance of 1e-5 is one of float32.
+    std = scorer.head.weight.shape[1] ** -0.5
+    torch.nn.init.normal_(scorer.head.weight, std=std, generator=torch.Generator().manual_seed(1))
     return scorer
 
 
