@@ -106,8 +106,13 @@ class Supervised:
 
 
 class Answers(Supervised):
-    """Given answers, and earlier turns of the assistant, in one forward of the conversation."""
+    """Given answers, and earlier turns of the assistant, in one forward of the conversation.
 
+    Evaluated by their loss, and by their accuracy: the share of samples whose greedy answer is the given one. That is
+    so where each token of the answer is the most likely one after those before it, which the forward of the loss shows.
+    """
+
+    names: Mapping[str, str] = {"loss": "loss", "tokens": "train/tokens", "rows": "train/rows", "fill": "train/fill"}
     merges_media = True
 
     def __init__(self, cfg: SftConfig):
@@ -116,6 +121,14 @@ class Answers(Supervised):
     def group(self, prompt: Prompt, example: Example) -> Group[Prompt]:
         group = super().group(prompt, example)
         return replace(group, in_prompt=trained_turns(example.sample, prompt, self._cfg.loss))
+
+    def score(self, groups: list[Group[Prompt]]) -> list[Any]:
+        of_groups = zip(groups, self.worker.learner.outputs(groups, both=True), strict=True)
+        return [(-float(own[:, 0].sum()), len(own), bool(own[-len(g.responses[0]) :, 1].all())) for g, own in of_groups]
+
+    def summarize(self, examples: Sequence[Example], scored: Sequence[Any]) -> Metrics:
+        accuracy = accuracy_metrics([one[2] for one in scored], [e.sample.problem_type for e in examples])
+        return super().summarize(examples, [one[:2] for one in scored]) | accuracy
 
 
 def trained_turns(sample: Sample, prompt: Prompt, loss: str) -> tuple[Span, ...]:

@@ -10,7 +10,12 @@ from jobs.supervised import train_job
 from rlvid.config import SftJobConfig
 from rlvid.config.keys import check_paths
 
-RESULT = {"loss": "loss", "eval_loss": "eval/loss"}
+RESULT = {
+    "loss": "loss",
+    "eval_loss": "eval/loss",
+    "accuracy_before": "eval/accuracy_before",
+    "accuracy_after": "eval/accuracy",
+}
 
 
 def run(cfg: SftJobConfig) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class LoraConfig(Section):
     """An adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers that get an adapter, by the last part of their names."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """QLoRA (arXiv 2305.14314): keep the frozen weights of those layers in 4 bits. For sft, dpo, reward-model and isrt;
+    needs bitsandbytes. The exported model has the weights that were trained with, written out."""
 
 
 class ModelConfig(Section):

@@ -96,6 +96,8 @@ class JobConfig(Section):
             yield f"data.{self.manifest} is empty: give a manifest, or data.synthetic for a synthetic set"
         if model.lora and train.lr_factors:
             yield "train.lr_factors is of the whole model, and model.lora trains adapters alone: leave one of them out"
+        if model.lora and model.lora.quantize and train.zero_stage == 3:
+            yield f"train.zero_stage=3 does not go with model.lora.quantize={model.lora.quantize}: set it to 2"
         least, most = place.trainer_workers, train.max_workers or place.trainer_workers
         if most < least:
             yield f"train.max_workers={most} is less than placement.trainer_workers={least}"
@@ -317,6 +319,11 @@ class PolicyGradientJobConfig(JobConfig):
         yield from self._reward_faults(name)
         if self.evaluate.best:
             yield f"evaluate.best is for sft, dpo and reward-model, not for {name}: leave it out"
+        if self.model.lora and self.model.lora.quantize:
+            yield (
+                f"model.lora.quantize={self.model.lora.quantize}: the engines have the weights in full, so their "
+                f"log-probs would not be the trainer's; leave it out"
+            )
         if self.engines_sleep and cfg.async_steps > 0:
             yield (
                 f"{name}.async_steps={cfg.async_steps} generates while the trainer works, when rollout.sleep=true "

@@ -158,7 +158,7 @@ class EvaluateConfig(Section):
     """Prompts given to the engines, or to each worker, at a time."""
     best: Literal["loss", "accuracy", "margin", "spearman"] | None = None
     """sft, dpo, reward-model: `policy/` is the model of the best evaluation by this metric, not that of the last step.
-    Empty: the last."""
+    Empty: the last. In sft, accuracy is the share of samples whose greedy answer is the manifest's, word for word."""
     patience: int | None = Field(None, ge=1)
     """With `best`: stop after this number of evaluations in a row that are no better. Empty: train all steps."""
 

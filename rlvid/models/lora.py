@@ -6,7 +6,9 @@ The adapters are injected into the network, which keeps its class and its forwar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,9 +25,14 @@ def peft_config(cfg: LoraConfig, excluded: Sequence[str]):  # type: ignore[no-un
     """Return peft's configuration. Modules within those named in `excluded` get no adapters (`ChatFamily.no_lora`)."""
     from peft import LoraConfig as PeftConfig
 
-    not_excluded = rf"(?!.*\b(?:{'|'.join(excluded)})\b)" if excluded else ""
-    targets = rf"{not_excluded}.*\.(?:{'|'.join(cfg.targets)})"
+    targets = _targets(cfg, excluded)
     return PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+
+
+def _targets(cfg: LoraConfig, excluded: Sequence[str]) -> str:
+    """Pattern of the names of the layers that get adapters."""
+    not_excluded = rf"(?!.*\b(?:{'|'.join(excluded)})\b)" if excluded else ""
+    return rf"{not_excluded}.*\.(?:{'|'.join(cfg.targets)})"
 
 
 def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str]) -> None:
@@ -34,10 +41,12 @@ def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str]) -
     The random A is the same on all ranks of a trainer.
 
     Raises:
-        UserError: no layer has any of the target names.
+        UserError: no layer has any of the target names, or bitsandbytes, which quantizes them, is not installed.
     """
     from peft import inject_adapter_in_model
 
+    if cfg.quantize:
+        _quantize(network, cfg.quantize, _targets(cfg, excluded))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -46,6 +55,34 @@ def add_adapters(network: nn.Module, cfg: LoraConfig, excluded: Sequence[str]) -
             raise UserError(f"model.lora.targets={list(cfg.targets)}: {e}") from e
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(is_adapter(name))
+
+
+def _quantize(network: nn.Module, kind: str, targets: str) -> None:
+    """Keep the weights of the layers that get adapters in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), in
+    the layers of bitsandbytes, which compute in the network's own number format."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"model.lora.quantize={kind} needs bitsandbytes: install it (uv pip install bitsandbytes)")
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, layer in list(network.named_modules()):
+        if not (isinstance(layer, nn.Linear) and re.fullmatch(targets, name)):
+            continue
+        small = Linear4bit(layer.in_features, layer.out_features, compute_dtype=layer.weight.dtype, device="meta")
+        small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type=kind)
+        small.bias = layer.bias
+        network.set_submodule(name, small.to("cpu"))  # quantized by it
+    network.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """The weight as a matrix, where it is kept in 4 bits."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: Tensor = dequantize_4bit(weight.data, state)
+    return whole
 
 
 def is_adapter(name: str) -> bool:

@@ -34,6 +34,9 @@ METRICS: dict[str, Metric] = {
     "eval/spearman": Metric("Spearman correlation x 100, held out", "tenths", series="all"),
     "response/length": Metric("Response length", "tenths", "tokens", "length", "all"),
     "groups/zero_variance": Metric("Groups without variance", "percent", column="zero-var"),
+    "train/tokens": Metric("Trained tokens per step", is_exact=True),
+    "train/rows": Metric("Packed rows per step", "tenths", is_exact=True),
+    "train/fill": Metric("Share of train.micro_batch_tokens in a packed row", "percent"),
     "train/skipped": Metric("Skipped steps", column="skipped", is_exact=True),
     # preferences and judgements
     "rewards/accuracies": Metric("Pairs ranked right", "percent", column="accuracy", series="training"),
@@ -124,7 +127,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         *_each("policy/clip_fraction", "policy/kl_to_old", "policy/ratio", "train/loss", "train/grad_norm", "train/lr"),
     ),
     "Speed": (
-        Chart(("samples_per_s",)),
+        *_each("samples_per_s", "train/tokens", "train/rows", "train/fill"),
         Chart(("time/evaluation", "time/checkpoint")),
         Chart(("time/*",), "Seconds per stage", "seconds", is_stacked=True),
         Chart(("behind/*",), "Seconds per stage, while the trainer works", "seconds"),

@@ -51,8 +51,7 @@ def write_checkpoint(
     small = {name: on_rank_0(p, is_sharded) for name, p in apart}
     kept = {name: t.cpu() for name, t in small.items() if t is not None}
     if is_writer:
-        described = [Described(plain_name(name), p.dtype, whole_shape(p)) for name, p in plain]
-        files = WeightFiles(folder, network, described)
+        files = WeightFiles(folder, network, [Described.of(name, parameter) for name, parameter in plain])
     for name, parameter in plain:  # all ranks give, one writes
         if (whole := on_rank_0(parameter, is_sharded)) is not None:
             files.add(plain_name(name), merged(name, whole, kept, lora) if lora else whole)
@@ -72,6 +71,10 @@ class Described(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, parameter: Tensor) -> Described:
+        return cls(plain_name(name), getattr(parameter, "quant_state", parameter).dtype, whole_shape(parameter))
 
     @property
     def nbytes(self) -> int:

@@ -146,7 +146,9 @@ class Learner:
 
         Returns:
             Means over the response tokens, or pairs, of all ranks (entropy, objective's statistics), `loss`,
-            `grad_norm`, `lr`, and `skipped`: 1 if loss or gradient was not finite and nothing was changed.
+            `grad_norm`, `lr`, and `skipped`: 1 if loss or gradient was not finite and nothing was changed. Of all
+            ranks' forwards, `rows`: their number, `tokens`: what is predicted in them, and `fill`: the mean share of
+            `train.micro_batch_tokens` that one has, above 1 where a single response is longer.
         """
         check_arrays(groups, objective.needs, type(objective).__name__)
         for parameters, (is_head, factor) in zip(self.engine.optimizer.param_groups, self._rates, strict=True):
@@ -188,7 +190,10 @@ class Learner:
         # A loss that is not finite makes all gradients nan, so that every rank sees it in their common norm.
         self.engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
         if is_counted:
-            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": torch.tensor(len(outputs))}
+            fill = sum(group.cost for group in groups) / self.cfg.micro_batch_tokens
+            counts = {"tokens": len(outputs), "rows": 1, "fill": fill}
+            stats |= {"loss": loss.detach(), "entropy": entropy.sum()}
+            stats |= {name: torch.tensor(float(count)) for name, count in counts.items()}
             for name, value in stats.items():
                 sums[name] += value.to(self.device)
 
@@ -205,11 +210,11 @@ class Learner:
             )
         return float(self._skipped_in_a_row > 0)
 
-    def outputs(self, groups: Sequence[Group[Prompt]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probs [sum R] of each group's response tokens under the current weights; with a head, see
+    def outputs(self, groups: Sequence[Group[Prompt]], both: bool = False) -> list[npt.NDArray[np.float32]]:
+        """Log-probs [sum R] of each group's response tokens under the current weights; with a head, or `both`, see
         `micro_batches.score`."""
         self.engine.eval()
-        values = score(self.engine, groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix, most=self._most)
+        values = score(self.engine, groups, self.cfg.micro_batch_tokens, self.cfg.shared_prefix, self._most, both)
         self.engine.train()
         return values
 
@@ -302,6 +307,7 @@ class Learner:
         values = torch.stack([sums[name].float() for name in names])
         dist.all_reduce(values)
         totals = dict(zip(names, values.tolist(), strict=True))
-        counts = {name: totals.pop(name) for name in ("tokens", "pairs") if name in totals}
+        counts = {name: totals.pop(name) for name in ("tokens", "pairs", "rows", "fill") if name in totals}
         means = {name: v / counts["pairs" if name.startswith("pair/") else "tokens"] for name, v in totals.items()}
-        return means | {"loss": totals["loss"], "tokens": counts["tokens"]}
+        fill = counts["fill"] / counts["rows"]
+        return means | {"loss": totals["loss"], "tokens": counts["tokens"], "rows": counts["rows"], "fill": fill}

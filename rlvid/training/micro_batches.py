@@ -98,29 +98,32 @@ def score(
     budget: int,
     is_shared: bool = True,
     most: Count = lambda n: n,
+    both: bool = False,
 ) -> list[npt.NDArray[np.float32]]:
     """The model's outputs for each group: log-probs [sum R] of a policy, scores [S, D] of a model with a head, values
     [sum R, 1] of a critic, both [sum R, 2] of a policy with a critic's head.
 
     Args:
         model: `PackedPolicy`, `PackedScorer`, or an engine around one.
+        both: log-probs of a policy, and whether each token is the most likely one (1 or 0) [sum R, 2].
     """
     batches = MicroBatches.of(groups, budget, is_shared and not model.family.is_recurrent)
     values: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(batches.parts)
     device = next(model.parameters()).device
 
-    def keep(output: torch.Tensor, row: Sequence[int]) -> None:
+    def keep(outputs: tuple[torch.Tensor, torch.Tensor], row: Sequence[int]) -> None:
         chosen = [batches.parts[i][1] for i in row]
         sizes = [part.n_tokens if model.per_token else max(1, len(part.responses)) for part in chosen]
-        for i, own in zip(row, output.float().cpu().split(sizes), strict=True):
+        values_of_row = torch.stack(outputs, dim=1) if both else outputs[0]
+        for i, own in zip(row, values_of_row.float().cpu().split(sizes), strict=True):
             values[i] = own.numpy()
 
     for row, _ in batches.whole_rows(most):
-        keep(model(pack([batches.parts[i][1] for i in row]).to(device))[0], row)
+        keep(model(pack([batches.parts[i][1] for i in row]).to(device)), row)
     for indices, _ in batches.deep_groups(most):
         prompt = PromptPass(model, batches.parts[indices[0]][1].prompt, device)
         for i, _ in repeated(indices, indices[0], most):
-            keep(model(prompt.row(batches.parts[i][1].of_responses()))[0], [i])
+            keep(model(prompt.row(batches.parts[i][1].of_responses())), [i])
     of_group: list[list[npt.NDArray[np.float32]]] = [[] for _ in groups]
     for (g, _), own in zip(batches.parts, values, strict=True):
         of_group[g].append(own)

@@ -156,10 +156,10 @@ class PackedPolicy(nn.Module):
         self.head = build_head(head, network) if head else None
 
     def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution. The entropy carries no
-        gradient, and is empty ([0]) where gradients are off. With a critic's head the first is [M, 2]: log-probs, and
-        the values before the tokens. Of a row whose keys and values are kept for another (`depth_first.PromptPass`):
-        see `kept_for_later`."""
+        """Log-probs [M] of the row's response tokens, and the entropy [M] of their distribution, which carries no
+        gradient. Where gradients are off, in its place whether each token is the most likely one (1 or 0). With a
+        critic's head the first is [M, 2]: log-probs, and the values before the tokens. Of a row whose keys and values
+        are kept for another (`depth_first.PromptPass`): see `kept_for_later`."""
         hidden = hidden_states(self.network, self.family, row, self.most)
         if row.layout.kept is not None:
             return kept_for_later(hidden)
@@ -190,7 +190,7 @@ class Prediction(nn.Module):
             register_external_parameter(self, parameter)
 
     def forward(self, hidden: Tensor, target: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
-        """Log-probs [M] of `target` [M] and entropy [M] from hidden states [M, D]."""
+        """Both outputs [M] of `PackedPolicy` for `target` [M], from hidden states [M, D]."""
         size = max(1, LOGITS_AT_A_TIME // self._head[0].out_features)
         if len(hidden) <= size:
             return self._predict(hidden, target, temperature)
@@ -199,7 +199,7 @@ class Prediction(nn.Module):
             checkpoint(self._predict, h, t, temperature, use_reentrant=False)
             for h, t in zip(hidden.split(size), target.split(size), strict=True)
         ]
-        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([second for _, second in parts])
 
     def _predict(self, hidden: Tensor, target: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
         (head,) = self._head
@@ -210,7 +210,7 @@ class Prediction(nn.Module):
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, target[:, None])[:, 0]
         if not torch.is_grad_enabled():
-            return chosen, chosen.new_zeros(0)
+            return chosen, (chosen >= logprobs.amax(-1)).float()
         all_logprobs = logprobs.detach()
         return chosen, -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
 

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
+from rlvid.models.lora import dequantized
+
 NamedTensor: TypeAlias = tuple[str, Tensor]
 Part: TypeAlias = tuple[list[NamedTensor], bool]  # tensors, and whether it is the last part
 
@@ -38,9 +40,10 @@ def in_parts(named: Iterable[NamedTensor], part_bytes: int, is_sharded: bool = F
 
 
 def on_rank_0(parameter: Tensor, is_sharded: bool) -> Tensor | None:
-    """The whole parameter on rank 0, and None elsewhere. Under ZeRO-3 all ranks call this together."""
+    """The whole parameter on rank 0, as a matrix if it is kept in 4 bits, and None elsewhere. Under ZeRO-3 all ranks
+    call this together."""
     if not is_sharded:
-        return parameter.detach() if dist.get_rank() == 0 else None
+        return dequantized(parameter).detach() if dist.get_rank() == 0 else None
     share: Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]  # flat, filled up to equal shares
     if dist.get_rank():
         dist.gather(share, dst=0)
@@ -52,8 +55,9 @@ def on_rank_0(parameter: Tensor, is_sharded: bool) -> Tensor | None:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter as a whole; under ZeRO-3 a rank has a flat share of it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of a parameter as a whole; under ZeRO-3 a rank has a flat share of it, and 4-bit weights are bytes."""
+    quantized = getattr(parameter, "quant_state", None)
+    return tuple(quantized.shape if quantized else getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole_bytes(parameter: Tensor) -> int:

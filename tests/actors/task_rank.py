@@ -36,9 +36,9 @@ def main(rank: int, world: int, folder: Path, model: Path) -> None:
 def run(kind: str, rank: int, world: int, model: Path) -> list[dict[str, float]]:
     """Metrics of three steps and of an evaluation."""
     from actors.supervised_plan import Plan
-    from actors.supervised_tasks import REWARD_MODELS, Example, Preferred, Supervised, Task
+    from actors.supervised_tasks import REWARD_MODELS, Answers, Example, Preferred, Task
     from actors.supervised_worker import Worker
-    from rlvid.config import DpoConfig, JobConfig, RewardModelJobConfig
+    from rlvid.config import DpoConfig, JobConfig, RewardModelJobConfig, SftConfig
     from rlvid.models.families import load_family
     from rlvid.rewards.videoscore import Rubric
     from rlvid.training.learner import Learner
@@ -57,7 +57,7 @@ def run(kind: str, rank: int, world: int, model: Path) -> list[dict[str, float]]
         Example(s, tuple(f"{t}{' yes' * i}" if "kto" in kind else t for t in texts)) for i, s in enumerate(samples)
     )
     cfg = JobConfig.model_validate(shared)
-    task: Task = Supervised()
+    task: Task = Answers(SftConfig())
     if "kto" in kind:
         task = Preferred(DpoConfig(loss="kto"), model, True, [Preference(e.sample, *e.responses) for e in examples])
     elif kind != "answers":

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.supervised_tasks import Example, Preferred, Supervised, other_response, trained_turns
-from rlvid.config import DpoConfig
+from actors.supervised_tasks import Answers, Example, Preferred, Supervised, other_response, trained_turns
+from rlvid.config import DpoConfig, SftConfig
 from rlvid.errors import UserError
 from rlvid.types import Medium, Message, Preference, Prompt, Sample, Span
 from tests.ranks import run_ranks
@@ -54,6 +54,12 @@ def test_the_held_out_loss_of_answers_is_a_mean_over_tokens() -> None:
     assert Supervised().summarize(examples, [(6.0, 3), (1.0, 1)]) == {"loss": 7 / 4, "n": 2.0}
 
 
+def test_accuracy_of_answers_is_the_share_that_greedy_decoding_would_give() -> None:
+    scored = [(6.0, 3, True), (1.0, 1, False), (1.0, 1, True)]
+    metrics = Answers(SftConfig()).summarize(pairs("a", "b", "c"), scored)
+    assert (metrics["loss"], metrics["accuracy"], metrics["n"]) == (8 / 5, pytest.approx(2 / 3), 3)
+
+
 def test_which_earlier_answers_are_trained() -> None:
     turns = [Message(role, ("?",), is_marked=i == 3) for i, role in enumerate(("user", "assistant") * 2 + ("user",))]
     conversation = Sample("s", (), tuple(turns), "x")
@@ -79,6 +85,10 @@ def test_every_task_measures_the_same_on_one_worker_and_two(tiny_model: Path, tm
     one, two = (run_ranks("tests.actors.task_rank", world, tmp_path, str(tiny_model)) for world in (1, 2))
     for task, expected in one.items():
         for step, (a, b) in enumerate(zip(expected, two[task], strict=True)):
+            if task == "answers" and step < 3:  # a row on each worker, half as full
+                assert (a.pop("train/rows"), b.pop("train/rows")) == (1, 2)
+                halves = a.pop("train/fill") / 2  # less, where a sample comes twice and one forward does for both
+                assert (halves <= (fill := b.pop("train/fill"))) and (step or fill == pytest.approx(halves))
             assert b == pytest.approx(a, rel=1e-4, abs=1e-4, nan_ok=True), (task, step)
     for kind in ("kto", "kto_adapters"):  # the reference is a frozen copy, or the policy with its first adapters
         first, _, last, held_out = one[kind]

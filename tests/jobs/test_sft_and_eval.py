@@ -73,6 +73,11 @@ rollout: {{max_tokens: 4, max_model_len: 512}}
     assert evaluation["n"] == 10 and 0 <= evaluation["accuracy"] <= 1
     predictions = (sft / "eval" / "predictions" / "step_000000.jsonl").read_text().splitlines()
     assert len(predictions) == 10 and all(json.loads(line)["n_tokens"] for line in predictions)
+    # sft's own accuracy needs no generation, and is that of the engine's greedy answers
+    manifest = map(json.loads, (sft / "data" / "eval.jsonl").read_text().splitlines())
+    given = {row["id"]: row["answer"] for row in manifest}
+    same = [row["text"] == given[row["id"]] for row in map(json.loads, predictions)]
+    assert held_out[12]["eval/accuracy"] == sum(same) / 10
 
 
 def test_a_step_without_readable_clips_is_left_out_and_its_checkpoint_is_not(tmp_path: Path) -> None:

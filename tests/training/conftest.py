@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Results(dict[tuple[str, int], dict[str, Any]]):
 def one_rank(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
     programs = dict.fromkeys(("learner_rank", "mixed_rank", "lora_rank", "scorer_rank"), (0,))
     programs |= dict.fromkeys((f"zero3_rank.{family}" for family in CORE), (0,))
+    if find_spec("bitsandbytes"):
+        programs["qlora_rank"] = (0,)
     return Results(1, tmp_path_factory.mktemp("one_rank"), tiny_models, programs)
 
 

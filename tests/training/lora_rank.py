@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 
-def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> dict[str, Any]:
+def run(rank: int, world_size: int, stage: int, model: Path, folder: Path, quantize: Any = None) -> dict[str, Any]:
     from rlvid.config import LoraConfig, ModelConfig, TrainConfig
     from rlvid.models.families import load_family
     from rlvid.training.learner import Learner
@@ -18,7 +18,7 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
 
     family = load_family(model)
     cfg = TrainConfig(zero_stage=stage, micro_batch_tokens=400)
-    config = ModelConfig(path=model, lora=LoraConfig(rank=4, alpha=16))
+    config = ModelConfig(path=model, lora=LoraConfig(rank=4, alpha=16, quantize=quantize))
     learner = Learner(model, family, config, cfg)
     answers = [family.encode_answer(word) for word in ("square", "two", "left", "red")]
     total = sum(map(len, answers))
@@ -50,5 +50,6 @@ def run(rank: int, world_size: int, stage: int, model: Path, folder: Path) -> di
         "again": again["loss"],
         "logprobs": {"base": base, "moved": moved, "off": off, "frozen": frozen, "after": after},
         "sent": sent,
+        "dtypes": sorted({str(p.dtype) for p in learner.policy.network.parameters()}),
         "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file()),
     }

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlvid.config import LoraConfig
+from rlvid.errors import UserError
 from rlvid.models.families import load_family
 from rlvid.models.loading import load_model
+from rlvid.models.lora import add_adapters
 from rlvid.training.packing import PackedPolicy, pack
 from tests.prompts import group_of, prompt_of
 from tests.training.conftest import Results
@@ -47,13 +50,33 @@ def test_two_ranks_under_zero_3_equal_one_process(alone: dict[str, Any], two_ran
     check_reference(two["logprobs"])
 
 
-def test_exported_checkpoint_is_the_adapted_policy(one_rank: Results) -> None:
-    export = one_rank.folder / "lora_rank" / "export-0-1"
+def test_weights_in_4_bits_train_as_others_do(one_rank: Results, alone: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = one_rank["qlora_rank", 0]
+    assert "torch.uint8" in small["dtypes"] and "torch.uint8" not in alone["dtypes"]
+    assert small["losses"][3] < small["losses"][0]
+    assert small["losses"] == pytest.approx(alone["losses"], abs=0.2) and small["losses"] != alone["losses"]
+    assert small["again"] == pytest.approx(small["losses"][3], abs=1e-6)
+    assert small["sent"] == alone["sent"]
+    check_reference(small["logprobs"])
+
+
+def test_without_bitsandbytes_an_error_says_what_to_install(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlvid.models.lora.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.lora\.quantize=nf4 needs bitsandbytes: install it"):
+        add_adapters(load_model(tiny_model, "float32"), LoraConfig(quantize="nf4"), load_family(tiny_model).no_lora)
+
+
+@pytest.mark.parametrize("program", ["lora_rank", "qlora_rank"])
+def test_exported_checkpoint_is_the_adapted_policy(one_rank: Results, program: str) -> None:
+    if (program, 0) not in one_rank:
+        pytest.skip("bitsandbytes is not installed")
+    export = one_rank.folder / program / "export-0-1"
     family = load_family(export)
     answer = family.encode_answer("square")
     group = group_of(prompt_of(family, (4, 56, 56), seed=0), answer)
     with torch.no_grad():
         logprobs = PackedPolicy(load_model(export, "float32"), family)(pack([group]))[0]
     # exported after a step that was repeated from the checkpoint: the same weights
-    assert logprobs.tolist() == pytest.approx(one_rank["lora_rank", 0]["logprobs"]["after"], abs=1e-5)
+    assert logprobs.tolist() == pytest.approx(one_rank[program, 0]["logprobs"]["after"], abs=1e-5)
     assert (export / "adapter" / "adapter_model.safetensors").exists()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rlvid.models.families import load_family
 from rlvid.models.families.chat import ChatFamily
 from rlvid.models.loading import load_model
+from rlvid.rollout.hf_engine import PlainEngine
 from rlvid.training.batch import Group
 from rlvid.training.micro_batches import MicroBatches, pack_into_rows, score
 from rlvid.training.packing import PackedPolicy
@@ -69,6 +70,20 @@ def test_budget_and_cuts_change_no_logprob(groups: list[Group[Prompt]], tiny_mod
     for budget, is_shared in ((groups[2].prompt.cost + 11, True), (1, True), (10**6, False)):
         for a, b in zip(whole, score(policy, groups, budget, is_shared), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_tokens_of_a_greedy_answer_are_the_most_likely_ones(tiny_model: Path) -> None:
+    family, network = load_family(tiny_model), load_model(tiny_model, "float32")
+    prompts = [prompt_of(family, (4 * (i + 1), 56, 56), seed=i) for i in range(2)]
+    greedy = PlainEngine(network, family).answers(prompts, 6)
+    other = [np.where(np.arange(len(answer)) == 2, answer + 1, answer).astype(np.int32) for answer in greedy]
+    groups = [group_of(prompt, *pair) for prompt, pair in zip(prompts, zip(greedy, other, strict=True), strict=True)]
+    policy = PackedPolicy(network, family)
+    for budget in (10**6, 1):
+        for own, alone in zip(score(policy, groups, budget, both=True), score(policy, groups, budget), strict=True):
+            np.testing.assert_array_equal(own[:, 0], alone)
+            of_greedy, of_other = np.split(own[:, 1], 2)
+            assert of_greedy.all() and of_other[:2].all() and not of_other[2]
 
 
 def test_ranks_with_fewer_rows_repeat_their_smallest_part(groups: list[Group[Prompt]]) -> None:
