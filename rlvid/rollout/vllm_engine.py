@@ -295,7 +295,8 @@ def prepare_vllm(family: ChatFamily, cfg: RolloutConfig, on_gpu: bool) -> None:
         vllm_plugin.keep_plain_weights()
     if torchvision_ops.ensure():
         assert family.vllm_module is not None
-        vllm_plugin.register_model_class(family.architecture, family.vllm_module)
+        name = family.vllm_class or family.architecture
+        vllm_plugin.register_model_class(family.architecture, family.vllm_module, name)
     if family.adapt_engine() and cfg.tensor_parallel > 1:
         raise UserError(
             f"rollout.tensor_parallel must be 1 for {family.architecture}: vLLM's class needs a fix that its other "

@@ -45,7 +45,7 @@ def keep_pixels() -> None:
     output.strip_covered_mm_data = lambda features, *_, **__: features
 
 
-def register_model_class(architecture: str, module: str) -> None:
+def register_model_class(architecture: str, module: str, name: str) -> None:
     """Register vLLM's own class for `architecture` as an object rather than by name.
 
     By name, vLLM inspects it in a child process, which imports torchvision before any plugin runs and so fails where
@@ -53,4 +53,4 @@ def register_model_class(architecture: str, module: str) -> None:
     """
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), architecture))
+    ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), name))

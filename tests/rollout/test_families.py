@@ -18,12 +18,13 @@ from rlvid.models.families.vision import VisionFamily
 from rlvid.training.batch import Group
 from rlvid.training.packing import pack
 from rlvid.types import Prompt
-from tests.prompts import clip_of, mixed_prompt, noise, prompt_of, sample_of
+from tests.prompts import clip_of, mixed_prompt, noise, prompt_of, sample_of, sample_with
 from tests.rollout.both import Both, run_check
 
 
 @pytest.fixture(
-    scope="module", params=["qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video", "qwen2", "qwen3"]
+    scope="module",
+    params=["qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video", "internvl", "qwen2", "qwen3"],
 )
 def both(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Both]:
     both = Both(tiny_models[request.param])
@@ -37,7 +38,11 @@ def prompts_for(family: ChatFamily) -> list[Prompt]:
         side = family.frame_multiple
         clips = (6, side, side), (3, side, side)
         several = clips[: family.engine_limits(2)["video"]]
-        return [prompt_of(family, clips[1]), prompt_of(family, *several, seed=5), prompt_of(family)]
+        media = [prompt_of(family, clips[1]), prompt_of(family, *several, seed=5)]
+        if "image" in family.placeholders:
+            images = clip_of(noise(1, side, side), "a"), clip_of(noise(2, side, side, seed=3), "b")
+            media.append(family.encode(sample_with(("image", "video")), images))
+        return [*media, prompt_of(family)]
     if not isinstance(family, QwenVL):
         return [prompt_of(family), prompt_of(family, question="How many shapes are there, and which is left?")]
     side = family.frame_multiple

@@ -51,7 +51,8 @@ class ChatFamily(ABC):
         UserError: the folder lacks a file that the family needs.
     """
 
-    vllm_module: str | None = None  # vLLM module of the class called `architecture`; None: not served by vLLM
+    vllm_module: str | None = None  # that serves the family; None: vLLM does not
+    vllm_class: str | None = None  # in it; None: the one called `architecture`
     default_template = CHAT_TEMPLATE  # if the checkpoint has none
     banned_tokens: tuple[int, ...]  # never sampled in a response
     towers: tuple[str, ...] = ()  # modules of `network.model` that are a vision tower

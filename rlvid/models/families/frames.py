@@ -198,20 +198,30 @@ class SquareFrames(FrameFamily):
             return super().engine_input(prompt)
         import torch
         from vllm.inputs import mm_input
-        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+        from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
         from rlvid.models.tower import normalise
 
+        runs, ranges = iter(prompt.spans), []
+        for t in prompt.grid_thw[:, 0].tolist():
+            own = [next(runs) for _ in range(self.n_runs(t))]
+            first, end = own[0].offset, own[-1].offset + own[-1].length
+            is_embed = torch.from_numpy(prompt.token_ids[first:end] == self.video_token)
+            ranges.append(PlaceholderRange(offset=first, length=end - first, is_embed=is_embed))
         pixels = normalise(torch.from_numpy(prompt.patches), self, torch.float32)
+        tensors, fields = self.engine_clips(self.clips(pixels, torch.from_numpy(prompt.grid_thw)))
         return mm_input(
             prompt_token_ids=prompt.token_ids.tolist(),
-            mm_kwargs=MultiModalKwargsItems.from_hf_inputs(
-                {"pixel_values_videos": self.clips(pixels, torch.from_numpy(prompt.grid_thw))},
-                {"pixel_values_videos": MultiModalFieldConfig.batched("video")},
-            ),
+            mm_kwargs=MultiModalKwargsItems.from_hf_inputs(tensors, fields),
             mm_hashes={"video": list(prompt.clip_ids)},
-            mm_placeholders={"video": [PlaceholderRange(offset=s.offset, length=s.length) for s in prompt.spans]},
+            mm_placeholders={"video": ranges},
         )
+
+    def engine_clips(self, clips: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """vLLM's tensors of some clips [t, 3, H, W], and which part of each tensor belongs to which clip."""
+        from vllm.multimodal.inputs import MultiModalFieldConfig
+
+        return {"pixel_values_videos": clips}, {"pixel_values_videos": MultiModalFieldConfig.batched("video")}
 
 
 def name_tower_for_vllm(theirs: Any) -> None:

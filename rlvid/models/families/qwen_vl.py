@@ -139,10 +139,6 @@ class QwenVL(VisionFamily):
             mm_placeholders=ranges,
         )
 
-    def n_runs(self, t: int) -> int:
-        """Runs of placeholders of a medium with t temporal patches."""
-        return 1
-
     def engine_range(self, prompt: Prompt, runs: Sequence[Span]) -> PlaceholderRange:
         """The range of a medium's tokens, with a mask if not all of them are placeholders."""
         from vllm.multimodal.inputs import PlaceholderRange

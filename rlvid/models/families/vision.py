@@ -135,6 +135,10 @@ class VisionFamily(ChatFamily):
     def n_embeddings(self, grid: Grid) -> int:
         """Number of placeholders of a clip, which is the number of embeddings of the tower."""
 
+    def n_runs(self, t: int) -> int:
+        """Runs of placeholders of a medium with t temporal patches."""
+        return 1
+
     def tower_passes(self, grids: Sequence[Grid]) -> int:
         """Number of pieces in which the tower runs over clips of these grids (rlvid/models/tower.py)."""
         from rlvid.models.tower import PATCHES_AT_A_TIME, cut_grids
