@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from benchmarks.runs import CONFIGS, run
 from benchmarks.tiny import QUESTION, family_of, frames_of, tiny_model, video_sample
 from rlvid.config import GrpoConfig, ModelConfig, TrainConfig
 from rlvid.models import torchvision_ops
-from rlvid.models.families.vision import frame_order, shuffle_frames
+from rlvid.models.families.views import View, frame_order, seen_as
 from rlvid.models.loading import load_model
 from rlvid.models.tower import normalise
 from rlvid.training.batch import Group
@@ -70,9 +70,8 @@ class Steps:
 
     def temporal(self) -> None:
         prompt = self.prompt()
-        shuffle_frames(
-            prompt, self._family.temporal_patch
-        )  # what the engine does for the second group, which is not trained on
+        # what the engine does for the second group, which is not trained on
+        seen_as(prompt, "shuffled", self._family.temporal_patch)
         self._train(prompt)
 
     def _train(self, prompt: Prompt) -> None:
@@ -93,7 +92,7 @@ def embedding_difference(folder: Path, prompt: Prompt) -> float:
     t = int(prompt.grid_thw[0, 0])
     own = embeddings(prompt)
     permuted = own.view(t, -1, own.shape[-1])[frame_order(t, "clip")].flatten(0, 1)
-    return float((embeddings(shuffle_frames(prompt)) - permuted).abs().max())
+    return float((embeddings(seen_as(prompt, "shuffled_patches", 2)) - permuted).abs().max())
 
 
 def answer_shuffled(folder: Path, cache: Path) -> dict[str, float]:
@@ -110,10 +109,9 @@ def answer_shuffled(folder: Path, cache: Path) -> dict[str, float]:
     encoder = SampleEncoder(Source(policy, VideoConfig(frames=8, height=56, width=56), cache, 2**30, 2**31))
     engine = VllmEngine(policy, family_of(policy), RolloutConfig(max_model_len=512), "float32", 0, on_gpu=False)
     shares = {}
-    orders: tuple[tuple[str, Literal["frames", "patches"] | None], ...]
-    orders = (("ordered", None), ("shuffled", "frames"), ("shuffled_patches", "patches"))
-    for name, shuffled in orders:
-        sampling = Sampling(1, 0.0, 8, shuffled=shuffled)
+    views: tuple[View | None, ...] = (None, "shuffled", "shuffled_patches")
+    for view in views:
+        name, sampling = view or "ordered", Sampling(1, 0.0, 8, view=view)
         answers = {}
         for sample in samples:
             prompt, _ = encoder.encode(sample)

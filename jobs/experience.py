@@ -193,7 +193,7 @@ class ExperienceStream:
         if algorithm.temporal_rule:
             videos = [p for p in prompts if p.sample.has_video]
             seed = f"{sampling.seed} shuffled"
-            half = replace(sampling, n=sampling.n // 2, seed=seed, shuffled=algorithm.shuffled)
+            half = replace(sampling, n=sampling.n // 2, seed=seed, view=algorithm.compared_view)
             others["shuffled"] = (videos, fleet.submit(videos, half))
         return others
 

@@ -80,9 +80,9 @@ class PolicyGradientConfig(Section):
         return None
 
     @property
-    def shuffled(self) -> Literal["frames", "patches"]:
-        """What is in another order in the prompts that are compared with."""
-        return "frames"
+    def compared_view(self) -> Literal["shuffled", "shuffled_patches"]:
+        """How the videos are shown in the prompts that are compared with."""
+        return "shuffled"
 
     def faults(self) -> Iterator[str]:
         if self.kl_estimator != "k3" and not self.kl_coef:
@@ -166,8 +166,8 @@ class GrpoConfig(PolicyGradientConfig):
         return None if self.temporal == "off" else (self.temporal, self.temporal_bonus)
 
     @property
-    def shuffled(self) -> Literal["frames", "patches"]:
-        return self.temporal_shuffle
+    def compared_view(self) -> Literal["shuffled", "shuffled_patches"]:
+        return "shuffled" if self.temporal_shuffle == "frames" else "shuffled_patches"
 
     @model_validator(mode="before")
     @classmethod

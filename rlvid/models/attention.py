@@ -14,7 +14,7 @@ The two functions follow transformers' attention interface (`ALL_ATTENTION_FUNCT
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import groupby
@@ -71,16 +71,12 @@ class SharedPrefixLayout:
         return cls(groups, torch.from_numpy(prompts), torch.from_numpy(flat), size)
 
     @cached_property
-    def sequence_index(self) -> Tensor | None:
-        """[B, P + R] positions of each group's tokens, where none has more than one response: then a group is a
-        sequence, and attention is causal."""
+    def sequences(self) -> list[int] | None:
+        """Length of each group, where none has more than one response: then a group is a sequence, and attention is
+        causal."""
         if self.group_size > 1 or self.before:
             return None
-        lengths = [prompt + sum(responses) for prompt, responses in self.groups]
-        begins = np.cumsum([0, *lengths[:-1]])
-        places = np.arange(max(lengths))
-        rows = np.where(places < np.array(lengths)[:, None], begins[:, None] + places, -1)
-        return torch.from_numpy(rows).to(self.prompt_index.device)
+        return [prompt + sum(responses) for prompt, responses in self.groups]
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -198,15 +194,13 @@ def shared_prefix_attention(
     before = layout.before.get(module)
     if query.is_cuda:
         return flex_attend(query, key, value, layout, scale, before, is_compiled=True).transpose(1, 2), None
+    key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
+    if layout.sequences is not None:
+        return _attend_apart(query, key, value, layout.sequences, scale, is_causal=True), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    k, v = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
-    if layout.sequence_index is not None:
-        q, k, v = (_take(x, layout.sequence_index) for x in (q, k, v))
-        whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return _put(query.new_zeros(n, heads, dim), layout.sequence_index, whole).unsqueeze(0), None
     qp, kp, vp = (_take(x, layout.prompt_index) for x in (q, k, v))  # [B, heads, P, D]
     if before is not None:  # P is 1
-        earlier = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in before)
+        earlier = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in before)
         kp, vp = (torch.cat(pair, dim=2) for pair in zip(earlier, (kp, vp), strict=True))
     # Padding follows the prompt, so the causal mask excludes it.
     prompts = F.scaled_dot_product_attention(qp, kp, vp, is_causal=before is None, scale=scale)
@@ -288,11 +282,26 @@ def block_attention(
         query, key, value: [1, heads, N, D].
         cu_seq_lens_q: [blocks + 1] boundaries.
     """
+    return _attend_apart(query, key, value, cu_seq_lens_q.diff().tolist(), options.get("scaling")), None
+
+
+def _attend_apart(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float | None, is_causal: bool = False
+) -> Tensor:
+    """Attention of sequences, one after another in a row, each by itself; adjacent ones of equal length share one call.
+
+    Args:
+        query, key, value: [1, heads, N, D]; tokens after the last sequence get 0.
+
+    Returns:
+        [1, N, heads, D]
+    """
     outs, at = [], 0
-    for size, blocks in groupby(cu_seq_lens_q.diff().tolist()):
-        n = len(list(blocks))
+    for size, same in groupby(lengths):
+        n = len(list(same))
         q, k, v = (x[0, :, at : at + n * size].unflatten(1, (n, size)).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, scale=options.get("scaling"))  # [n, heads, size, D]
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal)  # [n, heads, size, D]
         outs.append(out.transpose(1, 2).flatten(0, 1))
         at += n * size
-    return torch.cat(outs).unsqueeze(0), None
+    rest = query.shape[2] - at
+    return F.pad(torch.cat(outs), (0, 0, 0, 0, 0, rest))[None] if rest else torch.cat(outs)[None]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
 
 from rlvid.models.families.chat import ChatFamily
-from rlvid.models.families.vision import VisionFamily, shuffle_frames
+from rlvid.models.families.views import View, seen_as
+from rlvid.models.families.vision import VisionFamily
 from rlvid.types import Prompt
 
 
@@ -25,7 +25,7 @@ class Sampling:
     With a `seed` the answers are a function of seed and `Prompt.sample_id`, whatever else is in the batch, up to the
     rounding of the logits. Without one they depend on the engine's seed and everything it has sampled before.
 
-    `shuffled`: the videos of the prompt are shown with their frames, or whole temporal patches, in another order.
+    `view`: how the videos of the prompt are shown, if not as they are.
     """
 
     n: int
@@ -33,7 +33,7 @@ class Sampling:
     max_tokens: int
     top_p: float = 1.0
     seed: int | str | None = None
-    shuffled: Literal["frames", "patches"] | None = None
+    view: View | None = None
 
     def request_seed(self, sample_id: str) -> int | None:
         """The seed of one prompt; its n responses have this seed and the next n - 1."""
@@ -45,6 +45,6 @@ class Sampling:
 
 def shown(prompt: Prompt, family: ChatFamily, sampling: Sampling) -> Prompt:
     """The prompt as the engine answers it."""
-    if sampling.shuffled and isinstance(family, VisionFamily):
-        return shuffle_frames(prompt, family.temporal_patch if sampling.shuffled == "frames" else 1)
+    if sampling.view and isinstance(family, VisionFamily):
+        return seen_as(prompt, sampling.view, family.temporal_patch)
     return prompt

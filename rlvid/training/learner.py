@@ -113,9 +113,9 @@ class Learner:
         if not alike:
             raise UserError("train.lr_factors freezes the whole model, so there is nothing to train")
         self._rates = list(alike)
-        # torch's own: nothing to compile, and the same numbers on CPU and GPU
+        # torch's own: nothing to compile. A loop over the adapters took a tenth of a small step on CPU.
         groups = [{"params": own} for own in alike.values()]
-        adam = torch.optim.AdamW(groups, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=on_gpu)
+        adam = torch.optim.AdamW(groups, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=adam, config=settings)
         if self._is_sharded:
             self.policy.most = most_of(self.engine.device)

@@ -53,8 +53,8 @@ def test_groups_of_one_response_are_attended_to_as_sequences(inputs: list[Tensor
     n = sum(p + sum(lengths) for p, lengths in SEQUENCES)
     first = [x[:, :, :n].detach().requires_grad_() for x in inputs]
     layout = SharedPrefixLayout.of(SEQUENCES)
-    assert layout.sequence_index is not None and layout.sequence_index.shape == (3, 11)
-    assert SharedPrefixLayout.of(GROUPS).sequence_index is None
+    assert layout.sequences == [p + sum(lengths) for p, lengths in SEQUENCES]
+    assert SharedPrefixLayout.of(GROUPS).sequences is None
     check(first, shared_prefix_attention(nn.Identity(), *first, None, layout)[0][0].transpose(0, 1), groups=SEQUENCES)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlvid.errors import UserError
-from rlvid.models.families.vision import shuffle_frames
+from rlvid.models.families.views import View, seen_as
 from rlvid.models.tower import normalise
 from rlvid.rollout.engine import Sampling
 from rlvid.rollout.weights.buckets import to_buckets
@@ -159,16 +159,16 @@ def test_an_engine_that_sleeps_answers_after_the_next_weights_and_with_them(both
     assert both.gap(prompt, ended[request]) < 1e-4
 
 
-def test_shuffled_frames_are_those_of_the_trainer(both: Both) -> None:
+def test_videos_shown_otherwise_are_those_of_the_trainer(both: Both) -> None:
     both.sync()
     prompt = prompt_of(both.family, (8, 56, 56), seed=6)
-    shuffled = {"frames": shuffle_frames(prompt, 2), "patches": shuffle_frames(prompt)}
-    requests = {both.engine.submit(prompt, Sampling(2, 1.0, 6, shuffled=what)): what for what in shuffled}  # type: ignore[arg-type]
+    views: tuple[View, ...] = ("shuffled", "shuffled_patches", "blank", "one_frame")
+    requests = {both.engine.submit(prompt, Sampling(2, 1.0, 6, view=view)): view for view in views}
     ended: dict[str, list[Rollout]] = {}
     while both.engine.is_busy:
         ended |= dict(both.engine.step())
-    for request, what in requests.items():
-        assert both.gap(shuffled[what], ended[request]) < 1e-4 < both.gap(prompt, ended[request])
+    for request, view in requests.items():
+        assert both.gap(seen_as(prompt, view, 2), ended[request]) < 1e-4 < both.gap(prompt, ended[request])
 
 
 def test_weights_change_while_requests_from_the_prefix_cache_are_in_flight(both: Both) -> None:

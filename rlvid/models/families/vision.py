@@ -5,7 +5,6 @@ An image is a video of one frame. This module imports neither torch nor transfor
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -202,39 +201,6 @@ class VisionFamily(ChatFamily):
 def side_of(size: int | Sequence[int]) -> int:
     """The side of a square. Some configurations give it as [height, width]."""
     return size if isinstance(size, int) else size[0]
-
-
-def shuffle_frames(prompt: Prompt, in_patch: int = 1) -> Prompt:
-    """The prompt with the frames of each video in another order, which is a function of the clip's id.
-
-    Their times, where the prompt has any, stay in place. Nothing is decoded or resized again. Whole temporal patches
-    move unless `in_patch` says otherwise: attention of the towers stays inside one, so the embeddings are those of the
-    prompt in the other order (tests/models/families/test_shuffled.py). What moves from one frame of a patch to the next
-    is still seen then. A video of one frame, or one temporal patch, stays as it is.
-
-    Args:
-        in_patch: frames of a temporal patch that move one by one (the family's `temporal_patch`).
-    """
-    parts, at = [], 0
-    for clip_id, (t, h, w) in zip(prompt.clip_ids, prompt.grid_thw.tolist(), strict=True):
-        n = t * h * w
-        clip = prompt.patches[at : at + n].reshape(t, h * w, 3, in_patch, -1)  # a patch is [3, frames, pixels]
-        frames = clip.transpose(0, 3, 1, 2, 4).reshape(t * in_patch, -1)[frame_order(t * in_patch, clip_id)]
-        moved = frames.reshape(t, in_patch, h * w, 3, -1).transpose(0, 2, 3, 1, 4)
-        parts.append(moved.reshape(n, -1))
-        at += n
-    return replace(
-        prompt,
-        patches=np.concatenate(parts) if parts else prompt.patches,
-        clip_ids=tuple(f"{clip_id}-shuffled-by-{in_patch}" for clip_id in prompt.clip_ids),  # caches go by them
-    )
-
-
-def frame_order(n: int, clip_id: str) -> npt.NDArray[np.int64]:
-    """A permutation of n > 1 frames that is not their order."""
-    seed = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
-    order = np.random.default_rng(seed).permutation(n)
-    return np.roll(order, 1) if n > 1 and np.array_equal(order, np.arange(n)) else order
 
 
 def _runs(is_medium: npt.NDArray[np.bool_]) -> tuple[Span, ...]:

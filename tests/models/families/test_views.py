@@ -1,4 +1,4 @@
-"""Shuffled frames: the tower's embeddings are those of the frames in order, in the other order."""
+"""Views of a prompt. Shuffled frames: the tower's embeddings are those of the frames in order, in the other order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlvid.models.families import load_family
-from rlvid.models.families.vision import VisionFamily, frame_order, shuffle_frames
+from rlvid.models.families.views import frame_order, seen_as
+from rlvid.models.families.vision import VisionFamily
 from rlvid.models.loading import load_model
 from rlvid.training.batch import Group
 from rlvid.training.packing import hidden_states, pack
@@ -35,7 +36,7 @@ def test_embeddings_of_shuffled_frames_are_a_permutation(name: str, tiny_models:
     side = -(-56 // family.frame_multiple) * family.frame_multiple
     n_frames = 8
     prompt = prompt_of(family, (n_frames, side, side), seed=3)
-    other = shuffle_frames(prompt)
+    other = seen_as(prompt, "shuffled_patches", family.temporal_patch)
     t = int(prompt.grid_thw[0, 0]) if len(prompt.grid_thw) == 1 else n_frames
     order = frame_order(t, prompt.clip_ids[0])
     assert sorted(order) == list(range(t)) and order.tolist() != list(range(t))
@@ -55,7 +56,7 @@ def test_single_frames_change_places_across_temporal_patches(tiny_models: dict[s
     assert isinstance(family, VisionFamily)
     frames = noise(8, 56, 84)
     clip = clip_of(frames, "c")
-    shuffled = shuffle_frames(family.encode(sample_of(), [clip]), family.temporal_patch)
+    shuffled = seen_as(family.encode(sample_of(), [clip]), "shuffled", family.temporal_patch)
     moved = family.encode(sample_of(), [clip_of(frames[frame_order(8, "c")], "c")])
     assert np.array_equal(shuffled.patches, moved.patches)
 
@@ -63,8 +64,22 @@ def test_single_frames_change_places_across_temporal_patches(tiny_models: dict[s
 def test_two_clips_are_shuffled_each_by_itself(tiny_models: dict[str, Path]) -> None:
     family = load_family(tiny_models["qwen2_vl"])
     prompt = prompt_of(family, (8, 56, 56), (2, 56, 84))
-    other = shuffle_frames(prompt)
+    other = seen_as(prompt, "shuffled_patches", family.temporal_patch)
     first = int(np.prod(prompt.grid_thw[0]))
     assert not np.array_equal(other.patches[:first], prompt.patches[:first])
     assert np.array_equal(other.patches[first:], prompt.patches[first:])  # one temporal patch: there is no other order
-    assert prompt_of(family).patches.shape == shuffle_frames(prompt_of(family)).patches.shape  # text alone
+    assert prompt_of(family).patches.shape == seen_as(prompt_of(family), "shuffled", 2).patches.shape  # text alone
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])  # two frames in a temporal patch, and one
+def test_blank_and_one_frame_are_those_of_such_a_clip(name: str, tiny_models: dict[str, Path]) -> None:
+    family = load_family(tiny_models[name])
+    assert isinstance(family, VisionFamily)
+    frames = noise(8, 56, 56)
+    prompt = family.encode(sample_of(), [clip_of(frames, "c")])
+    views = {"blank": np.zeros_like(frames), "one_frame": np.repeat(frames[4:5], 8, axis=0)}
+    for view, same in views.items():
+        other = seen_as(prompt, view, family.temporal_patch)  # type: ignore[arg-type]
+        expected = family.encode(sample_of(), [clip_of(same, "c")])
+        assert np.array_equal(other.patches, expected.patches) and other.clip_ids != prompt.clip_ids
+        assert np.array_equal(other.token_ids, expected.token_ids)
