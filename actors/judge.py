@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from actors.clip_store import ClipStore
 from actors.generator_fleet import GeneratorFleet
@@ -28,6 +28,7 @@ from rlvid.rollout.engine import Refused, Sampling
 from rlvid.types import Encoded, Sample
 
 Keep: TypeAlias = Callable[[Sequence[tuple[Encoded, Answer]]], None]
+T = TypeVar("T")
 UNREADABLE = "a clip cannot be read"
 
 
@@ -100,15 +101,13 @@ class Judge:
         self._check_invalid(next((j.verdict.reason for j in judged if not j.verdict.is_valid), ""))
         return judged
 
-    def rate(
-        self, prompts: Sequence[tuple[Template, Sample]], parse: Callable[[str], float | None]
-    ) -> list[float | NoReward]:
-        """One number for each prompt, or why there is none.
+    def rate(self, prompts: Sequence[tuple[Template, Sample]], parse: Callable[[str], T | None]) -> list[T | NoReward]:
+        """One rating for each prompt, or why there is none.
 
         Raises:
             UserError: as `compare`.
         """
-        ratings: list[float | NoReward] = []
+        ratings: list[T | NoReward] = []
         for answer in self._answers(prompts):
             value = None if answer.text is None else parse(answer.text)
             unread = answer.failure if answer.text is None else f"no single rating in {answer.text!r:.200}"

@@ -26,8 +26,10 @@ from typing import NoReturn
 
 from jobs import data
 from jobs.specs import JOBS
+from rlvid.config.benchmarks import KINDS
 from rlvid.errors import UserError
 
+ALIASES = {"eval compare": "compare", "data audit": "audit"}  # two words for one command
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _OVERRIDES_HELP = """\
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a locale without the letters of a config or a path must not end a job
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    alias = ALIASES.get(" ".join(words[:2]))
+    arguments = _parse([alias, *words[2:]] if alias else words)
     try:
         return arguments.run(arguments) or 0
     except UserError as error:
@@ -104,6 +108,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data.add_synth(commands.add_parser("synth", help="make a synthetic set of clips with exact questions and answers"))
     data.add_data(commands.add_parser("data", help="make a manifest of a published set"))
     _add_score(commands.add_parser("score", help="score videos by a trained reward model, and rank them"))
+    _add_compare(commands.add_parser("compare", help="the same as rlvid eval compare: evaluations against each other"))
     replay = commands.add_parser("replay", help="train steps of a run again from their dumps, and say what differs")
     replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     replay.add_argument("step", type=int, metavar="STEP")
@@ -130,12 +135,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command in JOBS:
         words = [*arguments.words, *rest]
+        kind = words.pop(0) if arguments.command == "eval" and words[:1] and words[0] in KINDS else None
         if arguments.config is None:
             if not words or ("=" in words[0] and not Path(words[0]).exists()):
                 parser.error(f"{arguments.command}: CONFIG.yaml comes first, for example jobs/configs/demo.yaml")
             arguments.config = Path(words.pop(0))
-        arguments.overrides = words
+        arguments.overrides = [*([f"benchmark.kind={kind}"] if kind else []), *words]
     return arguments
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("runs", type=Path, nargs="*", metavar="RUN", help="run folders of rlvid eval; the first is compared with")
+    columns = "source, model, setting, one for each task, reported_avg; a row test_size"
+    add("--published", type=Path, metavar="TSV", help=f"a paper's table with the columns {columns}")
+    add("--row", metavar="MODEL", help="compare this model's rows of the table with those of other sources")
+    command.set_defaults(run=_main_of("jobs.compare"))
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:

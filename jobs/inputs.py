@@ -38,7 +38,7 @@ SHOWN = 10  # refused rows
 def open_job(cfg: JobConfig, job: str) -> Iterator[tuple[Run, Inputs]]:
     """The run folder and the inputs of a job. Ray starts last: mistakes in manifests and models are found before."""
     spec = JOBS[job]
-    if spec.scored:
+    if spec.scored(cfg):
         check_rewards(cfg.rewards)
     with Run(cfg, job) as run:
         inputs = Inputs(cfg, spec, run)
@@ -59,7 +59,7 @@ def describe_inputs(cfg: JobConfig, spec: JobSpec) -> list[str]:
     for key, loaded in rows.items():
         refused = f", {len(loaded.refused)} refused" if loaded.refused else ""
         lines.append(f"{key}: {count_media(loaded.samples)}{refused}")
-    if spec.scored:
+    if spec.scored(cfg):
         check_rewards(cfg.rewards)
     check_manifests(cfg, spec, *(rows.get(key, Rows()).samples for key in splits))
     if cfg.model.path is not None:
@@ -124,7 +124,7 @@ def check_manifests(cfg: JobConfig, spec: JobSpec, train: Sequence[Sample], held
                         f"{key}: sample {sample.id!r} has {n} {kind}s, but rollout.max_videos={most}: set it to {n} or "
                         f"more"
                     )
-    for key in spec.scored:
+    for key in spec.scored(cfg):
         check_samples(make_parts(cfg.rewards), manifests[key], key, needs_accuracy=key == "data.eval")
 
 

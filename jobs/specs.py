@@ -71,7 +71,7 @@ class JobSpec:
     roles: Callable[[Any], tuple[str, ...]] = _trainer_alone  # the actors it starts (actors/roles.py)
     load: Callable[[Any], ManifestKind] = _samples
     warm_start: Callable[[Any], WarmStartConfig | None] = lambda cfg: None
-    scored: tuple[str, ...] = ()  # keys of the manifests whose samples the rewards score
+    scored: Callable[[Any], tuple[str, ...]] = lambda cfg: ()  # keys of the manifests whose samples the rewards score
     lessons: Callable[[Path], Path] | None = None  # rows of the warm start, made from a synthetic training manifest
     folder: Callable[[Any], Path] = lambda cfg: cfg.run.dir
     of_run: Callable[[Path], tuple[Path, list[str]]] | None = None  # config and overrides where a run folder is given
@@ -170,7 +170,7 @@ def _policy_gradient(config: type[PolicyGradientJobConfig], module: str, help: s
         module,
         help,
         roles=_policy_gradient_roles,
-        scored=("data.train", "data.eval"),
+        scored=lambda cfg: ("data.train", "data.eval"),
         warm_start=lambda cfg: cfg.warm_start,
         flags=("only_rollouts",),
     )
@@ -214,7 +214,7 @@ JOBS: dict[str, JobSpec] = {
         "jobs.isrt",
         "self-judgement with a visual context, then DPO, iterated",
         roles=lambda cfg: ("trainer", "generator"),
-        scored=("data.eval",),
+        scored=lambda cfg: ("data.eval",),
         warm_start=lambda cfg: cfg.warm_start,
         lessons=_lessons,
         flags=("only_data",),
@@ -230,9 +230,9 @@ JOBS: dict[str, JobSpec] = {
     "eval": JobSpec(
         EvalJobConfig,
         "jobs.evaluate",
-        "greedy answers to the held-out manifest, scored",
+        "greedy answers to the held-out manifest, scored by a benchmark",
         roles=lambda cfg: ("generator",),
-        scored=("data.eval",),
+        scored=lambda cfg: ("data.eval",) if cfg.benchmark.kind == "held_out" else (),
         of_run=_policy_of,
     ),
 }

@@ -89,6 +89,26 @@ def tiny_model(tiny_models: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT."""
+    import torch
+
+    from rlvid.models import torchvision_ops
+
+    torchvision_ops.ensure()  # before transformers
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "moves", "left"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(words), initializer_range=0.5, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_clips() -> Path:
     folder = Path(__file__).parents[1] / ".." / "shared" / "data" / "clips"
     if not folder.is_dir():

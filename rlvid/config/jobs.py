@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError
 
 from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig, SftConfig
+from rlvid.config.benchmarks import BenchmarkConfig, HeldOutBenchmark
 from rlvid.config.inputs import DataConfig, ModelConfig, VideoConfig
 from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
 from rlvid.config.rewards import EndpointPart, ExactPart, JudgePart, ModelPart, RewardPartsConfig
@@ -282,6 +283,7 @@ class EvalJobConfig(JobConfig):
     """`rlvid eval`: greedy answers to the held-out manifest."""
 
     manifest = "eval"
+    benchmark: BenchmarkConfig = HeldOutBenchmark()
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

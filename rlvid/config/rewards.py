@@ -64,6 +64,9 @@ class ChoicePart(AnswerPart):
 
     kind: Literal["choice"]
     """choice: the answer is the letter or the text of the right choice (docs/rewards.md)."""
+    reading: Literal["strict", "first_letter"] = "strict"
+    """first_letter: the answer names the choice whose letter it begins with, whatever follows, or the first whose
+    letter a colon follows: for figures that were published so, since "Apples" names A."""
 
 
 class NumberPart(AnswerPart):

@@ -154,8 +154,13 @@ class EvaluateConfig(Section):
     """Steps between evaluations. There is always one before the first and one after the last step."""
     max_samples: int | None = Field(None, ge=1)
     """Evaluate only the first samples of the held-out manifest, up to this number."""
-    batch_size: int = Field(256, ge=1)
-    """Prompts given to the engines, or to each worker, at a time."""
+    batch_size: int = Field(64, ge=1)
+    """Prompts given to each worker, or to the engines, at a time; these have the next batch already. Answers are
+    written to the disk after each batch."""
+    views: tuple[Literal["blank", "shuffled", "one_frame"], ...] = ()
+    """Where answers are generated: evaluate with each of these in place of the videos, too. blank: black frames.
+    shuffled: the frames in another order. one_frame: the middle one all the time. A model that needs the video has a
+    lower accuracy in all of them."""
     best: Literal["loss", "accuracy", "margin", "spearman"] | None = None
     """sft, dpo, reward-model: `policy/` is the model of the best evaluation by this metric, not that of the last step.
     Empty: the last. In sft, accuracy is the share of samples whose greedy answer is the manifest's, word for word."""

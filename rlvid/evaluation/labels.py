@@ -37,7 +37,7 @@ def label_metrics(true: Sequence[str], predicted: Sequence[str], labels: Sequenc
     `f1_macro` is the mean over `labels`, `f1_macro_union` that over all classes that are true or predicted, as MMLA
     prints it. `majority` is the accuracy of the most frequent true label.
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support  # type: ignore[import-untyped]
 
     def averages(over: Sequence[str], kind: str) -> tuple[float, float]:
         precision, _, f1, _ = precision_recall_fscore_support(

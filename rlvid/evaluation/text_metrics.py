@@ -77,7 +77,7 @@ class _NoSynonyms:
 
 def meteor(texts: Sequence[str], references: References) -> list[float]:
     """METEOR [n] with equal words and stems, without synonyms; the best reference of a sample counts."""
-    from nltk.translate.meteor_score import meteor_score
+    from nltk.translate.meteor_score import meteor_score  # type: ignore[import-untyped]
 
     pairs = zip(texts, references, strict=True)
     return [

@@ -70,12 +70,14 @@ class RunFolder:
         self.refused_file = self.dir / "refused.jsonl"
         self.judge_cache_file = self.dir / "judge_cache.jsonl"
         self.report_file = self.dir / "report.html"
+        self.evaluation_page = self.dir / "evaluation.html"
         self.logs_dir = self.dir / "logs"
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
         self._bad_paths: set[str] | None = None
 
-    def predictions_file(self, step: int) -> Path:
-        return self.dir / "predictions" / f"step_{step:06d}.jsonl"
+    def predictions_file(self, step: int, view: str | None = None) -> Path:
+        """Answers after a step; `view`: how the videos were shown, if not as they are."""
+        return self.dir / "predictions" / f"step_{step:06d}{f'_{view}' if view else ''}.jsonl"
 
     def iteration_dir(self, number: int) -> Path:
         return self.dir / "iterations" / f"{number:02d}"

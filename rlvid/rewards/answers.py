@@ -112,6 +112,15 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     return next(iter(named.values())) if len(named) == 1 else None
 
 
+def read_first_letter(text: str, choices: Sequence[str]) -> str | None:
+    """Text of the choice whose letter begins an answer, as a letter or as that of a word; else of the first letter that
+    a colon follows. Published MMStar accuracies were read so (tests/rewards/test_choices.py)."""
+    line, by_letter = text.strip().upper(), _by_letter(choices)
+    letters = "".join(by_letter)
+    found = re.match(f"([{letters}])", line) or re.search(rf"\b([{letters}]):", line)
+    return by_letter[found[1]] if found else None
+
+
 def _choice_by_letter(text: str, choices: Sequence[str]) -> str | None:
     """The choice whose letter begins `text`, which is one line.
 

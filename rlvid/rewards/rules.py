@@ -9,10 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rlvid.config import AnswerPart, FormatPart, LengthPart, ModelPart, NumberPart, RewardPart
+from rlvid.config import AnswerPart, ChoicePart, FormatPart, LengthPart, ModelPart, NumberPart, RewardPart
 from rlvid.errors import UserError
 from rlvid.rewards import custom, grounding, similarity, video_r1
-from rlvid.rewards.answers import MAX_ANSWER_CHARS, answer_text, choices_meant, normalise, read_choice, read_number
+from rlvid.rewards.answers import (
+    MAX_ANSWER_CHARS,
+    answer_text,
+    choices_meant,
+    normalise,
+    read_choice,
+    read_first_letter,
+    read_number,
+)
 from rlvid.rewards.part import Group, Kind, NoReward, Part, Values, answers, right_answer
 from rlvid.rewards.videoscore import RUBRIC_FOLDER, Rubric
 
@@ -24,7 +32,7 @@ def exact(part: AnswerPart, group: Group) -> Values:
     return [float(len(answer) <= longest and normalise(answer) == right) for answer in answers(part, group)]
 
 
-def choice(part: AnswerPart, group: Group) -> Values:
+def choice(part: ChoicePart, group: Group) -> Values:
     """1.0 when the answer names the right choice by its letter, its text or both, else 0.0.
 
     Raises:
@@ -36,7 +44,8 @@ def choice(part: AnswerPart, group: Group) -> Values:
     right = choices_meant(sample.answer, sample.choices)
     if len(right) != 1:
         raise NoReward(f"the sample's answer {sample.answer!r} does not name one of its choices")
-    named = [read_choice(answer, sample.choices) for answer in answers(part, group)]
+    read = read_choice if part.reading == "strict" else read_first_letter
+    named = [read(answer, sample.choices) for answer in answers(part, group)]
     return [float(name is not None and normalise(name) == normalise(*right)) for name in named]
 
 

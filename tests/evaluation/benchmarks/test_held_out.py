@@ -41,7 +41,7 @@ class Answers:
 def test_accuracy_counts_each_sample_once_and_unreadable_ones_as_invalid(tmp_path: Path) -> None:
     benchmark = HeldOut(samples("red", "blue", "green", "red"), PARTS)
     answer = Answers({"0": "red", "1": "red", "2": "Green."})  # the clip of 3 cannot be read
-    metrics = evaluate(benchmark, answer, RowFile(tmp_path / "p.jsonl"), batch_size=2)
+    metrics = evaluate(benchmark, answer, RowFile(tmp_path / "p.jsonl"), batch_size=2).metrics
     assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["n"] == 3 and metrics["n_invalid"] == 1
     assert metrics["accuracy/shape"] == 1.0 and metrics["accuracy/colour"] == 0.0 and metrics["length"] == 3
 
