@@ -75,9 +75,8 @@ def page(head: str) -> str:
     texts = [_section_text("Keys without a section", "", jobs, jobs)]
     texts += [_section_text(f"`rlvid {job}`", "", {job: top[job]}, top) for job in top.keys() - jobs.keys()]
     order = [key for section in top.values() for key in section["properties"]]
-    for name in sorted(
-        sections, key=lambda name: order.index(re.split("[. ]", name)[0])
-    ):  # in the order of the first table
+    # in the order of the first table
+    for name in sorted(sections, key=lambda name: order.index(re.split("[. ]", name)[0])):
         texts.append(_section_text(f"`{name}`", name.split(" ")[0], sections[name], jobs))
     return "\n".join([head + MARKER, *_jobs_text(top, jobs), *texts])
 

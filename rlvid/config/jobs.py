@@ -284,6 +284,7 @@ class EvalJobConfig(JobConfig):
 
     manifest = "eval"
     benchmark: BenchmarkConfig = HeldOutBenchmark()
+    """How answers are read and scored. `rlvid eval KIND CONFIG.yaml` sets its kind."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

@@ -52,13 +52,14 @@ def refusal(cls: type[BaseModel], values: dict[str, Any]) -> str:
 
 
 def keys_with(job: str, **wanted: Any) -> list[str]:
-    """Plain keys whose schema, or an alternative of it, has these entries; a list's index is 0."""
+    """Plain keys whose schema, or an alternative of it, has these entries; a list's index is 0. Without the sections of
+    which there is one for each kind."""
     found = []
     for key, schema in keys_of(JOB_CONFIGS[job]):
         kinds = [schema, *schema.get("anyOf", ())]
         if any(all(kind.get(name) == value for name, value in wanted.items()) for kind in kinds):
             found.append(key.replace(".N.", ".0."))
-    return [key for key in found if "NAME" not in key and not key.startswith("rewards")]
+    return [key for key in found if "NAME" not in key and not key.startswith(("rewards", "benchmark"))]
 
 
 # --- numbers (fault 16, 20) -------------------------------------------------------------------------------------------
