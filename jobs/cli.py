@@ -29,7 +29,7 @@ from jobs.specs import JOBS
 from rlvid.config.benchmarks import KINDS
 from rlvid.errors import UserError
 
-ALIASES = {"eval compare": "compare"}  # two words for one command
+ALIASES = {"eval compare": "compare", "data audit": "audit"}  # two words for one command
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _OVERRIDES_HELP = """\

@@ -103,7 +103,7 @@ def fleet_answers(
             for p, (r,) in zip(prompts, answers, strict=True)
         }
 
-    for prompts in _read_ahead(clips, batches):
+    for prompts in read_ahead(clips, batches):
         asked.append((prompts, fleet.submit(prompts, sampling)))
         if len(asked) > 1:
             yield take()
@@ -111,7 +111,7 @@ def fleet_answers(
         yield take()
 
 
-def _read_ahead(clips: ClipStore, batches: Iterable[Sequence[Sample]]) -> Iterator[list[Encoded]]:
+def read_ahead(clips: ClipStore, batches: Iterable[Sequence[Sample]]) -> Iterator[list[Encoded]]:
     """The prompts of each batch; those of the next are being made."""
     coming = (clips.submit(batch) for batch in batches)
     pending = next(coming, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlvid.config import (
+    AuditJobConfig,
     DataConfig,
     DpoJobConfig,
     EvalJobConfig,
@@ -234,5 +235,12 @@ JOBS: dict[str, JobSpec] = {
         roles=lambda cfg: ("generator",),
         scored=lambda cfg: ("data.eval",) if cfg.benchmark.kind == "held_out" else (),
         of_run=_policy_of,
+    ),
+    "audit": JobSpec(
+        AuditJobConfig,
+        "jobs.audit",
+        "the same as rlvid data audit: which rows of a manifest need their video",
+        roles=lambda cfg: ("generator",),
+        scored=lambda cfg: ("data.eval",),
     ),
 }

@@ -3,6 +3,7 @@
 from rlvid.config.algorithms import DIMS, DIMS2, DpoConfig, JudgeConfig, RewardModelConfig, SftConfig
 from rlvid.config.inputs import DataConfig, LoraConfig, ModelConfig, SyntheticConfig, TinyModelConfig, VideoConfig
 from rlvid.config.jobs import (
+    AuditJobConfig,
     DpoJobConfig,
     EvalJobConfig,
     GrpoJobConfig,

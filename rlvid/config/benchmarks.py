@@ -1,4 +1,4 @@
-"""Benchmarks of `rlvid eval`, one class per kind. How a kind scores answers is in rlvid/evaluation/benchmarks."""
+"""Benchmarks of `rlvid eval`, one class per kind, and the audit. How each scores is in rlvid/evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from rlvid.config.algorithms import JudgeConfig
-from rlvid.config.section import Checkpoint, Section
+from rlvid.config.section import Checkpoint, GreedyOrTemperature, LocalPath, Section
 
 
 class HeldOutBenchmark(Section):
@@ -80,3 +80,21 @@ BenchmarkConfig = Annotated[
     Field(discriminator="kind"),
 ]
 KINDS = ("held_out", "mmla", "captions", "multimood", "judged")
+
+
+class AuditConfig(Section):
+    """How often each row is answered, and what is left out of the filtered manifest."""
+
+    samples: int = Field(4, ge=1)
+    """Answers to each row in each view."""
+    temperature: GreedyOrTemperature = 1.0
+    """Sampling temperature of these answers."""
+    right_from: float = Field(0.75, gt=0, le=1)
+    """A row counts as answered in a view from this share of right answers on. Above the share that a guess has."""
+    write: LocalPath | None = None
+    """Manifest of the rows that stay. Empty: none."""
+    drop: tuple[Literal["blind", "still", "order_free", "needs_order", "not_answered", "duplicate"], ...] = (
+        "blind",
+        "duplicate",
+    )
+    """Marks of the rows that are left out of it."""

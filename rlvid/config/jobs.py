@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError
 
 from rlvid.config.algorithms import DpoConfig, IsrtConfig, RewardModelConfig, SftConfig
-from rlvid.config.benchmarks import BenchmarkConfig, HeldOutBenchmark
+from rlvid.config.benchmarks import AuditConfig, BenchmarkConfig, HeldOutBenchmark
 from rlvid.config.inputs import DataConfig, ModelConfig, VideoConfig
 from rlvid.config.policy_gradient import GrpoConfig, PolicyGradientConfig, PpoConfig
 from rlvid.config.rewards import EndpointPart, ExactPart, JudgePart, ModelPart, RewardPartsConfig
@@ -291,6 +291,12 @@ class EvalJobConfig(JobConfig):
         yield from _engine_faults(self)
 
 
+class AuditJobConfig(EvalJobConfig):
+    """`rlvid audit`: which rows of `data.eval` need their video; the same as `rlvid data audit`."""
+
+    audit: AuditConfig = AuditConfig()
+
+
 class PolicyGradientJobConfig(JobConfig):
     """What `rlvid grpo` and `rlvid ppo` share."""
 
@@ -407,6 +413,7 @@ JOB_CONFIGS: dict[str, type[Section]] = {
     "ppo": PpoJobConfig,
     "isrt": IsrtJobConfig,
     "eval": EvalJobConfig,
+    "audit": AuditJobConfig,
     "tune": TuneJobConfig,
 }
 """Command -> its config, in the order of docs/configuration.md."""

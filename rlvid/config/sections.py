@@ -157,10 +157,10 @@ class EvaluateConfig(Section):
     batch_size: int = Field(64, ge=1)
     """Prompts given to each worker, or to the engines, at a time; these have the next batch already. Answers are
     written to the disk after each batch."""
-    views: tuple[Literal["blank", "shuffled", "one_frame"], ...] = ()
+    views: tuple[Literal["blank", "shuffled", "reversed", "one_frame"], ...] = ()
     """Where answers are generated: evaluate with each of these in place of the videos, too. blank: black frames.
-    shuffled: the frames in another order. one_frame: the middle one all the time. A model that needs the video has a
-    lower accuracy in all of them."""
+    shuffled: the frames in another order. reversed: the last first. one_frame: the middle one all the time. A model
+    that needs the video has a lower accuracy in all of them."""
     best: Literal["loss", "accuracy", "margin", "spearman"] | None = None
     """sft, dpo, reward-model: `policy/` is the model of the best evaluation by this metric, not that of the last step.
     Empty: the last. In sft, accuracy is the share of samples whose greedy answer is the manifest's, word for word."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rlvid.types import Prompt
 
-View = Literal["shuffled", "shuffled_patches", "blank", "one_frame"]
+View = Literal["shuffled", "shuffled_patches", "reversed", "blank", "one_frame"]
 Patches = npt.NDArray[np.uint8]
 Frames = npt.NDArray[np.uint8]  # [t, frames of a temporal patch, patches of a frame, 3, pixels]
 
@@ -24,7 +24,7 @@ def seen_as(prompt: Prompt, view: View, temporal_patch: int) -> Prompt:
     """The prompt with its videos in a view, under clip ids of their own, since caches go by them.
 
     "shuffled": the frames in another order, one by one. "shuffled_patches": whole temporal patches in another order.
-    "blank": black. "one_frame": the middle frame all the time.
+    "reversed": the last frame first. "blank": black. "one_frame": the middle frame all the time.
 
     Args:
         temporal_patch: frames of a patch (`VisionFamily.temporal_patch`).
@@ -52,6 +52,10 @@ def _shuffled(frames: Frames, clip_id: str) -> Frames:
     return frames.reshape(t * in_patch, *shape)[frame_order(t * in_patch, clip_id)].reshape(frames.shape)
 
 
+def _reversed(frames: Frames, clip_id: str) -> Frames:
+    return frames[::-1, ::-1]
+
+
 def _blank(frames: Frames, clip_id: str) -> Frames:
     return np.zeros_like(frames)
 
@@ -65,6 +69,7 @@ def _one_frame(frames: Frames, clip_id: str) -> Frames:
 _VIEWS: Mapping[View, Callable[[Frames, str], Frames]] = {
     "shuffled": _shuffled,
     "shuffled_patches": _shuffled,
+    "reversed": _reversed,
     "blank": _blank,
     "one_frame": _one_frame,
 }

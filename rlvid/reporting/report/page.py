@@ -41,6 +41,7 @@ _JOB_NAMES = {
     "isrt": "Self-judgement",
     "reward-model": "Reward model",
     "eval": "Evaluation",
+    "audit": "Audit",
 }
 _PLANNED = {"isrt": ("Iterations", "isrt", "iterations")}  # (label, section and key of the number); others count steps
 _FORMS = {"percent": charts.percent, "seconds": charts.seconds}  # of curves; the other forms are plain numbers

@@ -72,12 +72,12 @@ def test_two_clips_are_shuffled_each_by_itself(tiny_models: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])  # two frames in a temporal patch, and one
-def test_blank_and_one_frame_are_those_of_such_a_clip(name: str, tiny_models: dict[str, Path]) -> None:
+def test_reversed_blank_and_one_frame_are_those_of_such_a_clip(name: str, tiny_models: dict[str, Path]) -> None:
     family = load_family(tiny_models[name])
     assert isinstance(family, VisionFamily)
     frames = noise(8, 56, 56)
     prompt = family.encode(sample_of(), [clip_of(frames, "c")])
-    views = {"blank": np.zeros_like(frames), "one_frame": np.repeat(frames[4:5], 8, axis=0)}
+    views = {"reversed": frames[::-1], "blank": np.zeros_like(frames), "one_frame": np.repeat(frames[4:5], 8, axis=0)}
     for view, same in views.items():
         other = seen_as(prompt, view, family.temporal_patch)  # type: ignore[arg-type]
         expected = family.encode(sample_of(), [clip_of(same, "c")])
