@@ -25,7 +25,7 @@ data: {{train: {train}, eval: {eval}, root: {root}, cache_dir: {root}/cache}}
 video: {{frames: 4, height: 56, width: 56}}
 run: {{wandb: disabled, dir: {root}/run}}
 reward_model: {reward_model}
-train: {{steps: {steps}, batch_size: 12, lr: 3.0e-3}}
+train: {{steps: {steps}, batch_size: 12, lr: 3.0e-3, schedule: cosine}}
 rollout: {{max_tokens: 4, max_model_len: 1024}}
 placement: {{threads: 1, encoders: 1}}
 """
