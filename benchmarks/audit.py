@@ -1,8 +1,8 @@
 """`python -m benchmarks.audit`: checks that `rlvid data audit` finds which rows of a manifest need their video.
 
 Clips of shapes with four kinds of question: the colour that the question names itself (blind), the colour of a moving
-shape (still), the two colours that come one after the other (order-free), and which of them comes first. A tiny model
-is tuned on such rows; others are audited, with copies of a tenth in another encoding, their question in other words.
+shape (still), the two colours that are seen by turns (order-free), and which of two comes first. A tiny model is tuned
+on such rows; others are audited, with copies of a tenth in another encoding, their question in other words.
 `precision` and `recall` are of the marks blind, still and order-free, and of the copies, each the smallest of the four.
 """
 
@@ -43,10 +43,13 @@ def make_row(tmp: Path, name: str, kind: str, rng: np.random.Generator) -> tuple
     start = (float(rng.uniform(0.3, 0.7) * SIZE), float(rng.uniform(0.3, 0.7) * SIZE))
     travel = (float(rng.uniform(-0.3, 0.3) * SIZE), float(rng.uniform(-0.3, 0.3) * SIZE))
     if kind in ("blind", "still"):
-        figures = [Figure(shape, one, radius, start, travel)]
-    else:
-        half = FRAMES // 2
-        figures = [Figure(shape, one, radius, start, travel, 0, half), Figure(shape, two, radius, start, travel, half)]
+        parts = [(one, 0, FRAMES)]
+    elif kind == "order":
+        parts = [(one, 0, FRAMES // 2), (two, FRAMES // 2, FRAMES)]
+    else:  # both, in any order
+        colours = rng.permutation([one, two, *rng.choice([one, two], FRAMES // 4 - 2)])
+        parts = [(str(colour), 4 * i, 4 * i + 4) for i, colour in enumerate(colours)]
+    figures = [Figure(shape, colour, radius, start, travel, first, last) for colour, first, last in parts]
     asked = {
         "blind": (f"Somebody likes {two}. Which colour does somebody like?", two),
         "still": ("What colour is the moving shape?", one),
@@ -67,7 +70,7 @@ def make_manifest(tmp: Path, name: str, n: int, seed: int, copies: int = 0) -> P
         rows.append(row)
         if i < copies:
             copy = row | {"id": f"{name}-copy-{i}", "video": f"{name}-copy-{i}.mp4", "copy": True}
-            write_mp4(tmp / copy["video"], frames, FPS, options={"preset": "ultrafast", "crf": "22"})
+            write_mp4(tmp / copy["video"], frames, FPS, options={"preset": "fast", "crf": "19"})
             rows.append(copy | {"question": f"Say: {row['question']}"})
     path = tmp / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,7 +95,7 @@ def measured(folder: Path, manifest: Path) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=1536, help="to train on")
     parser.add_argument("--audited", type=int, default=200)
     parser.add_argument("--dir", type=Path, help="keep the run folders here")

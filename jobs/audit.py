@@ -3,7 +3,7 @@ order of the frames, and which are near copies of others."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from rlvid.reporting.report.evaluation import Shown, write_evaluation_page
 from rlvid.rollout.engine import Sampling
 from rlvid.types import Sample
 
-VIEWS: tuple[View | None, ...] = (None, "blank", "one_frame", "shuffled", "reversed")
+VIEWS: tuple[View | None, ...] = (None, "blank", "one_frame", "first_frame", "shuffled", "reversed")
+MOST_OTHERS = 200  # answers to other rows that a row is compared with, about
 SHOWN = 8  # rows of each mark on the page
 COPY, UNREADABLE = "duplicate", "unreadable"
 
@@ -40,13 +41,15 @@ def run(cfg: AuditJobConfig) -> dict[str, Any]:
             _check_place(cfg)
         with generators(run, inputs.model) as roles, run.stage("audit"):
             shares = {str(view or VIDEO): _shares(cfg, run, inputs, roles, samples, view) for view in VIEWS}
+        usual = _usual(held_out(inputs, samples), RowFile(run.folder.predictions_file(0, "blank")))
         strips = inputs.clips.strips([sample for sample in samples if sample.media])
         copies = duplicates(samples, {name: signature(frames) for name, frames in strips.items() if frames})
         rows = []
         for sample in samples:
             own = {view: found[sample.id] for view, found in shares.items() if sample.id in found}
-            mark = mark_of(own, cfg.audit.right_from) if VIDEO in own else UNREADABLE
-            rows.append({"id": sample.id, "mark": mark, "duplicate_of": copies.get(sample.id), **own})
+            mark = mark_of(own, cfg.audit.right_from, usual.get(sample.id, 0.0)) if VIDEO in own else UNREADABLE
+            about = {"duplicate_of": copies.get(sample.id), "blank_usual": usual.get(sample.id)}
+            rows.append({"id": sample.id, "mark": mark, **about, **own})
         write_rows(run.folder.dir / "audit.jsonl", rows)
         counts = {str(mark): sum(row["mark"] == mark for row in rows) for mark in MARKS}
         counts[COPY] = len(copies)
@@ -75,6 +78,21 @@ def _shares(
             verdicts = [_is_right(benchmark, sample, text) for text in file[sample.id]["texts"]]
             if known := [verdict for verdict in verdicts if verdict is not None]:
                 found[sample.id] = mean(known)
+    return found
+
+
+def _usual(benchmark: HeldOut, blank: RowFile) -> dict[str, float]:
+    """The share of the answers to other rows of a row's problem type, without their video, that would be right here."""
+    said: dict[str | None, list[tuple[str, str]]] = defaultdict(list)
+    for sample in benchmark.samples:
+        if sample.id in blank:
+            said[sample.problem_type] += [(sample.id, text) for text in blank[sample.id]["texts"]]
+    found = {}
+    for sample in benchmark.samples:
+        others = [text for name, text in said[sample.problem_type] if name != sample.id]
+        counts = Counter(others[:: max(1, len(others) // MOST_OTHERS)])
+        right = sum(n for text, n in counts.items() if _is_right(benchmark, sample, text))
+        found[sample.id] = right / counts.total() if counts else 0.0
     return found
 
 

@@ -18,26 +18,32 @@ MARKS: tuple[Mark, ...] = ("blind", "still", "order_free", "needs_order", "not_a
 SIDE, FRAMES = 8, 6  # of a signature: pixels of a frame's side, frames
 NEAR = 0.02  # root mean square difference of two signatures, of a range of 1: a copy in another encoding is nearer
 SAME_WORDS = 0.8  # share of words that two questions have in common, of all words of both
+BEYOND_USUAL = 0.5  # by which a share of right answers without the video is above the usual one
 BLOCK = 1024  # signatures compared at a time
 
 Signature = npt.NDArray[np.float32]  # [FRAMES * SIDE * SIDE * 3], between 0 and 1
 
 
-def mark_of(shares: Mapping[str, float], right_from: float) -> Mark:
-    """What a row needs, from its share of right answers in each view: "video", "blank", "one_frame", "shuffled",
-    "reversed".
+def mark_of(shares: Mapping[str, float], right_from: float, usual: float = 0.0) -> Mark:
+    """What a row needs, from its share of right answers in each view (`rlvid/models/families/views.py`, and "video").
 
-    blind: right without the video. still: not blind, and right from one frame. order_free: neither, and right with the
-    frames shuffled and reversed; of two answers, shuffled frames alone would often leave the right one by chance.
-    needs_order: only right with the video as it is. A view without a verdict is not right.
+    blind: right without the video, and not because it is what the model says there to most questions. still: not
+    blind, and right from the middle frame and from the first; one alone may be right by luck. order_free: neither, and
+    right with the frames shuffled and reversed. needs_order: only right with the video as it is. A view without a
+    verdict is not right.
+
+    Args:
+        usual: the share of the model's answers to other rows, without their video, that would be right here.
     """
     ladder: tuple[tuple[Mark, tuple[str, ...]], ...] = (
         ("blind", ("blank",)),
-        ("still", ("one_frame",)),
+        ("still", ("one_frame", "first_frame")),
         ("order_free", ("shuffled", "reversed")),
         ("needs_order", ("video",)),
     )
     right = {view for view, share in shares.items() if share >= right_from}
+    if shares.get("blank", 0.0) - usual < BEYOND_USUAL:
+        right.discard("blank")
     return next((mark for mark, views in ladder if right.issuperset(views)), "not_answered")
 
 

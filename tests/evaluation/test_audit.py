@@ -12,17 +12,23 @@ from rlvid.types import Message, Sample
 
 @pytest.mark.parametrize(
     ("shares", "mark"),
-    [
-        ({"blank": 0.75, "one_frame": 1.0, "shuffled": 1.0, "reversed": 1.0, "video": 1.0}, "blind"),
-        ({"blank": 0.5, "one_frame": 0.75, "shuffled": 0.0, "reversed": 0.0, "video": 1.0}, "still"),
-        ({"blank": 0.0, "one_frame": 0.5, "shuffled": 1.0, "reversed": 1.0, "video": 1.0}, "order_free"),
-        ({"blank": 0.0, "one_frame": 0.5, "shuffled": 1.0, "reversed": 0.0, "video": 1.0}, "needs_order"),
-        ({"blank": 0.0, "one_frame": 0.0, "shuffled": 0.0, "reversed": 0.0, "video": 0.5}, "not_answered"),
-        ({"video": 1.0}, "needs_order"),  # no other view has a verdict
+    [  # blank, one_frame, first_frame, shuffled, reversed, video
+        ((0.75, 1.0, 1.0, 1.0, 1.0, 1.0), "blind"),
+        ((0.5, 0.75, 1.0, 0.0, 0.0, 1.0), "still"),
+        ((0.0, 1.0, 0.0, 1.0, 1.0, 1.0), "order_free"),
+        ((0.0, 0.5, 0.0, 1.0, 0.0, 1.0), "needs_order"),
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 0.5), "not_answered"),
     ],
 )
-def test_a_row_has_the_first_mark_of_the_ladder(shares: dict[str, float], mark: str) -> None:
-    assert mark_of(shares, 0.75) == mark
+def test_a_row_has_the_first_mark_of_the_ladder(shares: tuple[float, ...], mark: str) -> None:
+    views = ("blank", "one_frame", "first_frame", "shuffled", "reversed", "video")
+    assert mark_of(dict(zip(views, shares, strict=True)), 0.75) == mark
+    assert mark_of({"video": 1.0}, 0.75) == "needs_order"  # no other view has a verdict
+
+
+def test_what_is_said_to_most_questions_without_a_video_does_not_make_a_row_blind() -> None:
+    shares = {"blank": 1.0, "video": 1.0}
+    assert [mark_of(shares, 0.75, usual) for usual in (0.25, 0.5, 0.6)] == ["blind", "blind", "needs_order"]
 
 
 def jpegs(seed: int, n: int = 6, quality: int = 90) -> list[bytes]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rlvid.types import Prompt
 
-View = Literal["shuffled", "shuffled_patches", "reversed", "blank", "one_frame"]
+View = Literal["shuffled", "shuffled_patches", "reversed", "blank", "one_frame", "first_frame"]
 Patches = npt.NDArray[np.uint8]
 Frames = npt.NDArray[np.uint8]  # [t, frames of a temporal patch, patches of a frame, 3, pixels]
 
@@ -24,7 +24,8 @@ def seen_as(prompt: Prompt, view: View, temporal_patch: int) -> Prompt:
     """The prompt with its videos in a view, under clip ids of their own, since caches go by them.
 
     "shuffled": the frames in another order, one by one. "shuffled_patches": whole temporal patches in another order.
-    "reversed": the last frame first. "blank": black. "one_frame": the middle frame all the time.
+    "reversed": the last frame first. "blank": black. "one_frame", "first_frame": the middle frame, or the first, all
+    the time.
 
     Args:
         temporal_patch: frames of a patch (`VisionFamily.temporal_patch`).
@@ -66,12 +67,17 @@ def _one_frame(frames: Frames, clip_id: str) -> Frames:
     return np.broadcast_to(frames[middle, within], frames.shape)
 
 
+def _first_frame(frames: Frames, clip_id: str) -> Frames:
+    return np.broadcast_to(frames[0, 0], frames.shape)
+
+
 _VIEWS: Mapping[View, Callable[[Frames, str], Frames]] = {
     "shuffled": _shuffled,
     "shuffled_patches": _shuffled,
     "reversed": _reversed,
     "blank": _blank,
     "one_frame": _one_frame,
+    "first_frame": _first_frame,
 }
 
 

@@ -78,6 +78,7 @@ def test_reversed_blank_and_one_frame_are_those_of_such_a_clip(name: str, tiny_m
     frames = noise(8, 56, 56)
     prompt = family.encode(sample_of(), [clip_of(frames, "c")])
     views = {"reversed": frames[::-1], "blank": np.zeros_like(frames), "one_frame": np.repeat(frames[4:5], 8, axis=0)}
+    views["first_frame"] = np.repeat(frames[:1], 8, axis=0)
     for view, same in views.items():
         other = seen_as(prompt, view, family.temporal_patch)  # type: ignore[arg-type]
         expected = family.encode(sample_of(), [clip_of(same, "c")])
